@@ -1,0 +1,359 @@
+"""Train the demo LLaMA: a byte-level model of Python source, from code that is installed on every machine.
+
+    python evaluate/train_demo_llama.py --out out/demo_first --minutes 8.1    # one GPU
+    python evaluate/train_demo_llama.py --finish out/demo_first --out out/demo --minutes 0.85 --lr 5e-4 --seed 1
+    python evaluate/train_demo_llama.py --out /tmp/demo --tiny                # a smoke test, CPU, seconds
+
+The data are the standard library (three times) and installed packages, without tests, without the 60 held-out modules
+and without files that share many lines with them. Weights, tokenizer, held-out texts and `training.json` go to `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import platform
+import random
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Iterable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from _demo_text import BYTE_OFFSET, EOS, copy_tests, heldout_groups, load_texts, plant_names, windows
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+DEMO = Path(__file__).resolve().parent.parent / "models_dict" / "demo_llama"
+LENGTH = 4096
+STDLIB_TIMES = 3
+COPY_SHARE = 1 / 8  # of the training windows
+BANDS = [(1, 256), (256, 1024), (1024, 2048), (2048, LENGTH)]  # positions of the predicted bytes
+SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "_vendor", "externals"}
+SKIPPED_FOLDERS |= {"encodings", "pydoc_data", "__pycache__"}  # tables and help texts
+# Import name: licence. All permissive; vendored parts under other terms are left out by SKIPPED_FOLDERS.
+PACKAGES = {
+    "torch": "BSD-3-Clause", "transformers": "Apache-2.0", "numpy": "BSD-3-Clause", "scipy": "BSD-3-Clause",
+    "sklearn": "BSD-3-Clause", "pandas": "BSD-3-Clause", "matplotlib": "PSF-based", "networkx": "BSD-3-Clause",
+    "sympy": "BSD-3-Clause", "jax": "Apache-2.0", "statsmodels": "BSD-3-Clause", "setuptools": "MIT",
+    "pygments": "BSD-2-Clause", "aiohttp": "Apache-2.0", "werkzeug": "BSD-3-Clause", "requests": "Apache-2.0",
+    "urllib3": "MIT", "click": "BSD-3-Clause", "rich": "MIT", "jinja2": "BSD-3-Clause", "_pytest": "MIT", "attr": "MIT",
+    "joblib": "BSD-3-Clause", "numba": "BSD-2-Clause", "seaborn": "BSD-3-Clause", "skimage": "BSD-3-Clause",
+    "Cython": "Apache-2.0", "fsspec": "BSD-3-Clause", "huggingface_hub": "Apache-2.0", "mpmath": "BSD-3-Clause",
+}  # fmt: skip
+# Application code most like the standard library: with it, the data of the second stage.
+CLOSE = ("numpy", "matplotlib", "setuptools", "aiohttp", "werkzeug", "requests", "urllib3", "click", "rich", "jinja2")
+CLOSE += ("_pytest", "attr", "joblib", "Cython", "fsspec", "huggingface_hub")
+
+
+def stdlib_path(module: str) -> Path:
+    """The file of a standard library module on this machine."""
+    path = Path(sysconfig.get_path("stdlib"), *module.split("."))
+    return path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+
+
+def heldout_texts(out: Path) -> list[tuple[str, str]]:
+    """The held-out texts as shipped; where none are shipped yet, Python 3.12's, written to `out`."""
+    groups = heldout_groups(DEMO / "heldout_files.txt")
+    if not (DEMO / "heldout").is_dir():
+        if sys.version_info[:2] != (3, 12):
+            raise SystemExit(f"{DEMO / 'heldout'} is missing: only Python 3.12 can write it")
+        (out / "heldout").mkdir(parents=True, exist_ok=True)
+        for module, _ in groups:
+            (out / "heldout" / f"{module}.txt").write_bytes(stdlib_path(module).read_bytes())
+        return load_texts(out / "heldout")
+    return load_texts(DEMO / "heldout")
+
+
+def long_lines(text: str) -> set[str]:
+    """Distinct stripped lines of 40 characters and more, without comments (licence headers): they betray a copy."""
+    lines = {line.strip() for line in text.splitlines()}
+    return {line for line in lines if len(line) >= 40 and not line.startswith("#")}
+
+
+def training_files(
+    heldout: list[tuple[str, str]], packages: Iterable[str], tiny: bool
+) -> tuple[dict[str, list[bytes]], dict]:
+    """Source files by package, in a fixed order, and a report of how many were dropped and why."""
+    excluded = {stdlib_path(name) for name, _ in heldout}
+    roots = {"stdlib": Path(sysconfig.get_path("stdlib"))}
+    for name in () if tiny else packages:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            roots[name] = Path(next(iter(spec.submodule_search_locations)))
+    held = [long_lines(text) for _, text in heldout]
+    owners: dict[str, list[int]] = {}
+    for index, lines in enumerate(held):
+        for line in lines:
+            owners.setdefault(line, []).append(index)
+    files: dict[str, list[bytes]] = {}
+    seen, near_copies = set(), []
+    dropped: Counter[str] = Counter()
+    for name, root in roots.items():
+        files[name] = []
+        for path in tqdm(sorted(root.rglob("*.py")), desc=f"reading {name}", leave=False, mininterval=5):
+            if path in excluded or SKIPPED_FOLDERS & set(path.relative_to(root).parts):
+                continue
+            data = path.read_bytes().replace(b"\r\n", b"\n")
+            digest = hashlib.sha1(data).digest()
+            text = data.decode("utf-8", errors="ignore")
+            if not 200 <= len(data) <= 400_000 or digest in seen:
+                dropped["tiny, huge or duplicate"] += 1
+                continue
+            seen.add(digest)
+            lines = long_lines(text)
+            shared = Counter(index for line in lines for index in owners.get(line, ()))
+            most = max(shared.values(), default=0)
+            if most >= 15 or (most >= 5 and most >= 0.2 * len(lines)):
+                near_copies.append(f"{name}/{path.relative_to(root)}")
+                continue
+            files[name].append(data)
+            if tiny and len(files[name]) >= 200:
+                break
+    dropped["shares many lines with a held-out file"] = len(near_copies)
+    report = {
+        "megabytes": {name: round(sum(map(len, group)) / 1e6, 2) for name, group in files.items()},
+        "files": {name: len(group) for name, group in files.items()},
+        "licences": {"stdlib": "PSF-2.0"} | {name: PACKAGES[name] for name in files if name in PACKAGES},
+        "dropped_files": dict(dropped),
+        "near_copies": near_copies,
+    }
+    return files, report
+
+
+class Batches:
+    """Training windows: every byte once per epoch in a new cut, an eighth of them with planted names.
+
+    `ids` is the whole corpus as int16 ids on the device, files separated by the end-of-file id.
+    """
+
+    def __init__(self, files: dict[str, list[bytes]], batch: int, device: torch.device, seed: int) -> None:
+        """Shuffle the files (the standard library three times) and put them on the device."""
+        self.rng = random.Random(f"training {seed}")
+        self.batch, self.device, self.epochs = batch, device, 0
+        self.long = [data for group in files.values() for data in group if len(data) >= LENGTH]
+        ordered = [data for name, group in files.items() for data in group * (STDLIB_TIMES if name == "stdlib" else 1)]
+        self.rng.shuffle(ordered)
+        parts = []
+        for data in ordered:
+            parts += [np.frombuffer(data, np.uint8).astype(np.int16) + BYTE_OFFSET, np.array([EOS], np.int16)]
+        self.ids = torch.from_numpy(np.concatenate(parts)).to(device)
+        self.starts: list[int] = []
+        self.window = torch.arange(LENGTH + 1, device=device)
+
+    def next(self) -> torch.Tensor:
+        """Ids `[batch, LENGTH + 1]`."""
+        planted = round(self.batch * COPY_SHARE)
+        while len(self.starts) < self.batch - planted:
+            self.epochs += 1
+            self.starts = list(range(self.rng.randrange(LENGTH), len(self.ids) - LENGTH - 1, LENGTH))
+            self.rng.shuffle(self.starts)
+        starts = torch.tensor([self.starts.pop() for _ in range(self.batch - planted)])
+        rows = self.ids[starts.to(self.device)[:, None] + self.window].long()
+        copies = b"".join(self._planted() for _ in range(planted))
+        copied = torch.frombuffer(bytearray(copies), dtype=torch.uint8).to(self.device).long() + BYTE_OFFSET
+        return torch.cat([rows, copied.view(planted, LENGTH + 1)])
+
+    def _planted(self) -> bytes:
+        data = self.rng.choice(self.long)
+        start = data.rfind(b"\n", 0, self.rng.randint(0, len(data) - LENGTH)) + 1
+        made = plant_names(data[start : start + LENGTH + 1], LENGTH + 1, self.rng)
+        return made if len(made) == LENGTH + 1 else self._planted()
+
+
+def make_model(tiny: bool) -> LlamaForCausalLM:
+    """The demo's architecture; 264 ids are 259 rounded up to a multiple of 8, which bf16 matrix units want."""
+    hidden, layers = (64, 2) if tiny else (512, 6)
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64 if not tiny else 4, num_key_value_heads=2, head_dim=64 if not tiny else 16,
+        rope_parameters={"rope_type": "default", "rope_theta": 50000.0}, max_position_embeddings=LENGTH,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=EOS, pad_token_id=0, use_cache=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def train(model: LlamaForCausalLM, batches: Batches, args: argparse.Namespace, device: torch.device) -> dict:
+    """AdamW with a cosine that ends at the time limit (or the last step); returns steps, speed and a loss curve."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda",
+    )  # fmt: skip
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+    compute = torch.compile(loss_of) if device.type == "cuda" else loss_of
+    model.train()
+    compute(batches.next()).backward()  # compiles, outside the time limit
+    optimizer.zero_grad()
+    limit = float(args.steps) if args.steps else 60.0 * args.minutes
+    check = 1 if args.tiny else 10
+    curve, losses, steps, done = [], [], 0, 0.0
+    began = time.perf_counter()
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+    with tqdm(total=limit, desc="training", bar_format=layout, mininterval=5) as bar:
+        while done < limit:
+            share = done / limit
+            warm = min(1.0, share / 0.02 + 0.01)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * warm * (0.5 + 0.5 * math.cos(math.pi * share))
+            loss = compute(batches.next())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            steps += 1
+            if steps % check == 0:
+                bits = torch.stack(losses).mean().item() / math.log(2)  # waits for the device: the clock is true
+                losses = []
+                bar.set_postfix(loss=f"{bits:.3f} bits", steps=steps)
+                if not curve or share - curve[-1]["done"] >= 0.025:
+                    curve.append({"done": round(share, 3), "step": steps, "bits_per_byte": round(bits, 4)})
+            now = float(steps) if args.steps else time.perf_counter() - began
+            bar.update(min(now, limit) - done)
+            done = min(now, limit)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    tokens = steps * batches.batch * LENGTH
+    return {
+        "steps": steps, "seconds": round(seconds, 1), "million_tokens": round(tokens / 1e6, 1),
+        "tokens_per_second": round(tokens / seconds), "epochs_begun": batches.epochs, "batch": batches.batch,
+        "learning_rate": args.lr, "seed": args.seed, "loss_curve": curve,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def evaluate(model: LlamaForCausalLM, heldout: list[tuple[str, str]], count: int, device: torch.device) -> dict:
+    """Bits per byte on held-out windows, by position and group of files, and the share of names copied in full."""
+    groups = dict(heldout_groups(DEMO / "heldout_files.txt"))
+    bits: dict[str, torch.Tensor] = {}
+    size = 8 if device.type == "cuda" else 2
+    for group in ("calibration", "unseen"):
+        texts = [(name, text) for name, text in heldout if groups[name] == group]
+        found, rows = windows(texts, LENGTH, count, seed=1), []
+        for begin in range(0, count, size):
+            ids = to_ids(found[begin : begin + size], device)
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+            rows.append(torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").cpu())
+        bits[group] = torch.cat(rows) / math.log(2)
+    tests, right = copy_tests(heldout, count, distance=3000, length=LENGTH, seed=1), 0
+    for begin in range(0, count, size):
+        some = tests[begin : begin + size]
+        ids = to_ids([test.prompt + test.answer for test in some], device)
+        guesses = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1)
+        right += sum(
+            torch.equal(guess[-len(test.answer) :], row[-len(test.answer) :])
+            for guess, row, test in zip(guesses, ids, some, strict=True)
+        )
+    both = torch.cat(list(bits.values()))
+    return {
+        "windows": len(both),
+        "length": LENGTH,
+        "bits_per_byte": round(both.mean().item(), 4),
+        "bits_per_byte_by_group": {group: round(values.mean().item(), 4) for group, values in bits.items()},
+        "bits_per_byte_by_position": {
+            f"{low}-{high}": round(both[:, low - 1 : high - 1].mean().item(), 4) for low, high in BANDS
+        },
+        "copy_tests": count,
+        "copy_accuracy_at_3000_bytes": right / count,
+    }
+
+
+def to_ids(texts: list[bytes], device: torch.device) -> torch.Tensor:
+    """Ids `[len(texts), bytes]` of texts of one length."""
+    return torch.tensor([list(text) for text in texts], device=device) + BYTE_OFFSET
+
+
+def sample(out: Path, device: torch.device, new_tokens: int) -> str:
+    """Code drawn at temperature 0.6 after a short beginning, loaded as a user would load it."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).to(device)
+    prompt = 'import json\nimport os\n\n\ndef read_config(path, encoding="utf-8"):\n    """'
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(device)
+    return tokenizer.decode(model.generate(**inputs, max_new_tokens=new_tokens, do_sample=True, temperature=0.6)[0])
+
+
+def save(model: LlamaForCausalLM, out: Path) -> None:
+    """Weights in bf16, config, greedy generation settings, and a tokenizer that needs no vocabulary file."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    GenerationConfig(eos_token_id=EOS, pad_token_id=0, do_sample=False, max_new_tokens=256).save_pretrained(out)
+    ByT5Tokenizer(extra_ids=0, model_max_length=LENGTH).save_pretrained(out)
+
+
+def main() -> None:
+    """Train, save, reload what was saved, evaluate it, and write `training.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and training.json")
+    limits = parser.add_mutually_exclusive_group()
+    limits.add_argument("--minutes", type=float, default=8.0, help="training time; the learning rate ends with it")
+    limits.add_argument("--steps", type=int, help="train this many steps instead")
+    parser.add_argument("--finish", type=Path, help="second stage: go on from this folder, on the closest packages")
+    parser.add_argument("--batch", type=int, default=16, help="windows of 4096 bytes per step")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the windows and the made-up names")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--tiny", action="store_true", help="smoke test: a tiny model, 200 files, 4 steps, 8 windows")
+    args = parser.parse_args()
+    if args.tiny:
+        args.steps, args.batch = args.steps or 4, 8
+    device = torch.device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+
+    heldout = heldout_texts(args.out)
+    files, data = training_files(heldout, CLOSE if args.finish else PACKAGES, args.tiny)
+    batches = Batches(files, args.batch, device, args.seed)
+    data["million_tokens_per_epoch"] = round(len(batches.ids) / 1e6, 1)
+    print(f"{data['million_tokens_per_epoch']} MB of training data; files dropped: {data['dropped_files']}")
+    stages = []
+    if args.finish:
+        stages = json.loads((args.finish / "training.json").read_text(encoding="utf-8"))["stages"]
+        model = LlamaForCausalLM.from_pretrained(args.finish, dtype=torch.float32).to(device)
+    else:
+        model = make_model(args.tiny).to(device)
+    training = train(model, batches, args, device)
+    save(model, args.out)
+
+    shipped = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16).to(device).eval()
+    results = {
+        "date": date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "parameters": sum(parameter.numel() for parameter in shipped.parameters()),
+        "heldout": {"files": len(heldout), "bytes": sum(len(text.encode()) for _, text in heldout)},
+        "evaluation": evaluate(shipped, heldout, 8 if args.tiny else 200, device),
+        "sample": sample(args.out, device, 16 if args.tiny else 400),
+        "stages": [*stages, {"data": data, "training": training}],
+    }
+    (args.out / "training.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps({key: results[key] for key in ("parameters", "evaluation")}, indent=2))
+    print(f"{training['tokens_per_second']:,} tokens/s, {training['steps']} steps\n{results['sample']}")
+
+
+if __name__ == "__main__":
+    main()
