@@ -1,0 +1,45 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.10 or later; a second run reuses .venv.
+#
+#   make demo                         tune, save, load and compare the demo model
+#   make test                         the whole test suite (PYTEST_ARGS="-m 'not slow'" and the like are passed on)
+#   make lint                         ruff and mypy alone
+#   make clean                        remove .venv and caches
+#   make test PYTHON=python3.12       with another interpreter (after `make clean`)
+
+PYTHON ?= python3
+VENV   ?= .venv
+PYTEST_ARGS ?= -n 2
+PY      = $(VENV)/bin/python
+STAMP   = $(VENV)/.installed
+PIP     = $(PY) -m pip install --disable-pip-version-check
+
+.PHONY: demo test lint install clean
+
+demo: $(STAMP)
+	$(PY) evaluate/demo.py
+
+test: $(STAMP)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+install: $(STAMP)
+
+$(STAMP): requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, %s is %s; try make PYTHON=python3.11" % (sys.executable, sys.version.split()[0]) or 0)'
+	@echo "== 1/4  virtual environment $(VENV)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "== 2/4  torch, in a call of its own (the CUDA build is about 3 GB)"
+	$(PIP) "$$(grep '^torch==' requirements.txt)"
+	@echo "== 3/4  everything else in requirements.txt"
+	$(PIP) -r requirements.txt
+	@echo "== 4/4  this package, in editable mode"
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist spas_attn.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

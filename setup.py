@@ -1,0 +1,58 @@
+"""Packaging of spas-attn: everything installs as plain Python, the kernels are Triton."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+PACKAGES = ["spas_attn", "autotune", "modify_model"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.11"]
+
+
+def version() -> str:
+    """The version that spas_attn/__init__.py states (read, not imported: torch need not be there yet)."""
+    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "spas_attn" / "__init__.py").read_text("utf-8"), re.MULTILINE)
+    if found is None:
+        raise RuntimeError("spas_attn/__init__.py has no line __version__ = ...")
+    return found[1]
+
+
+def description() -> str:
+    """The README, where there is one."""
+    readme = ROOT / "README.md"
+    return readme.read_text("utf-8") if readme.exists() else ""
+
+
+setup(
+    name="spas-attn",
+    version=version(),
+    description="Training-free block-sparse attention with thresholds calibrated per head",
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    author="The spas-attn authors",
+    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    # Stated, so that an editable install is one line in a .pth file. Setuptools' other way, an import hook, comes after
+    # sys.path, where a script in tests/ would find the folder tests/spas_attn instead of the package.
+    package_dir={"": "."},
+    package_data={name: ["py.typed"] for name in PACKAGES},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.5",
+        "transformers>=4.56",
+        "triton>=3.1; sys_platform == 'linux'",  # no upper end: CUDA builds of torch bring their own exact version
+        "safetensors>=0.4.3",
+        "tqdm>=4.60",
+        "scipy>=1.10",
+        "numpy>=1.26",
+        "matplotlib>=3.7",
+    ],
+    extras_require={
+        "diffusers": ["diffusers>=0.33", "accelerate>=1.0"],
+        "sage": ["sageattention>=1.0.6"],
+        "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],  # pre-releases only: pip install --pre
+        "test": TEST,
+    },
+)
