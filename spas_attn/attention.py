@@ -1,0 +1,313 @@
+"""The two calls of the library: check the arguments, select the blocks, choose a backend, compute.
+
+    sparse_attention        selects the blocks itself (a selector decides)
+    block_sparse_attention  computes a given BlockMask
+    explain                 says which backend would run, and why
+
+A backend that cannot serve a call declines it with a reason. Then ``strict=True`` raises; otherwise one warning names
+the reason, the exact dense backend does the call, and ``fallback_counts()`` counts it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import Call
+from .block_mask import BlockMask
+from .checks import check_arguments
+from .selectors import Dense, Selector
+from .selectors.base import spans
+
+Layout = Literal["HND", "NHD"]
+Precision = Literal["bf16", "int8_bf16"]
+
+_AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # by device type, best first; exact dense `sdpa` comes last
+_fallbacks: Counter[str] = Counter()
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """What one call did.
+
+    Attributes:
+        density: float32 ``[B, Hq]``, kept blocks over the blocks of dense (causal) attention; 1 - sparsity.
+        backend: name of the backend that ran.
+        mask: the blocks that were computed, None for a dense call.
+    """
+
+    density: Tensor
+    backend: str
+    mask: BlockMask | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a call, why, and why the others do not."""
+
+    backend: str
+    reason: str
+    declined: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.backend}: {self.reason}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.declined.items()])
+
+
+# fmt: off
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, selector: Selector, *, is_causal: bool = ..., scale: float | None = ...,
+    attn_mask: Tensor | None = ..., window: int | None = ..., layout: Layout = ..., cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ..., pv_threshold: float | Tensor | None = ..., precision: Precision = ...,
+    backend: str = ..., expected_density: float | None = ..., strict: bool = ..., return_stats: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, selector: Selector, *, is_causal: bool = ..., scale: float | None = ...,
+    attn_mask: Tensor | None = ..., window: int | None = ..., layout: Layout = ..., cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ..., pv_threshold: float | Tensor | None = ..., precision: Precision = ...,
+    backend: str = ..., expected_density: float | None = ..., strict: bool = ..., return_stats: Literal[True],
+) -> tuple[Tensor, AttentionStats]: ...
+# fmt: on
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selector: Selector,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window: int | None = None,
+    layout: Layout = "HND",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    pv_threshold: float | Tensor | None = None,
+    precision: Precision = "bf16",
+    backend: str = "auto",
+    expected_density: float | None = None,
+    strict: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """Attention over the blocks that ``selector`` keeps; the softmax runs over the tokens of the kept blocks.
+
+    Args:
+        q: ``[B, Hq, Lq, D]`` (layout "HND") or ``[B, Lq, Hq, D]`` ("NHD"); float16, bfloat16 or float32, any strides.
+        k, v: the same with Hkv heads and Lk tokens; Hq is a multiple of Hkv. D is 16 to 256.
+        selector: which blocks to keep.
+        is_causal: query i sees keys up to i + Lk - Lq (needs Lq <= Lk).
+        scale: factor on q·k, in selection too; ``D ** -0.5`` by default.
+        attn_mask: bool, True = attend: key padding ``[B, Lk]`` or ``[B, 1, 1, Lk]``; a full ``[B, 1 or Hq, Lq, Lk]``
+            mask runs dense and exact instead (counted; ``strict`` raises).
+        window: with causality, a query sees its last ``window`` keys.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]``, packed sequences in a batch of 1; read on the host.
+        pv_threshold: PV skip, a float or ``[Hq]``, in log2 of probability ratios; None or 50 is off.
+        precision: "bf16" computes in the inputs' own 16 (or 32) bits, "int8_bf16" with Q and K in 8 bits.
+        backend: a name, or "auto".
+        expected_density: share of blocks expected to be kept, for the choice of the backend; the selector's own
+            estimate by default.
+        strict: raise instead of falling back to dense attention.
+        return_stats: also return :class:`AttentionStats`.
+
+    Returns:
+        The output in q's shape, dtype, layout and device; a query with no visible key gives 0.
+
+    Raises:
+        ValueError, TypeError: on bad arguments, naming the argument, what came and what is allowed.
+        RuntimeError: with ``strict``, when the call cannot be served as asked.
+    """
+    if not isinstance(selector, Selector):
+        raise TypeError(f"selector must be a Selector, got {type(selector).__name__}")
+    density = selector.expected_density if expected_density is None else expected_density
+    call, cu_seqlens = check_arguments(
+        q,
+        k,
+        v,
+        is_causal,
+        scale,
+        attn_mask,
+        window,
+        layout,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        pv_threshold,
+        precision,
+        density,
+    )
+    if cu_seqlens is not None:
+        parts = [_select_and_run(part, selector, backend, strict) for part in _unpack(call, cu_seqlens)]
+        masks = [stats.mask for _, stats in parts]
+        mask = None if None in masks else BlockMask.pack([m for m in masks if m is not None], *cu_seqlens)
+        out = torch.cat([o for o, _ in parts], dim=2)
+        stats = AttentionStats(_density(mask, call), parts[0][1].backend, mask)
+    else:
+        out, stats = _select_and_run(call, selector, backend, strict)
+    out = out.transpose(1, 2) if layout == "NHD" else out
+    return (out, stats) if return_stats else out
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window: int | None = None,
+    layout: Layout = "HND",
+    pv_threshold: float | Tensor | None = None,
+    precision: Precision = "bf16",
+    backend: str = "auto",
+    expected_density: float | None = None,
+    strict: bool = False,
+) -> Tensor:
+    """Attention over the blocks of a given mask; arguments, result and errors as in :func:`sparse_attention`.
+
+    A packed mask brings its own ``cu_seqlens``. An output never depends on later tokens under ``is_causal``.
+    """
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
+    density = 0.5 if expected_density is None else expected_density
+    call, cu_seqlens = check_arguments(
+        q,
+        k,
+        v,
+        is_causal,
+        scale,
+        attn_mask,
+        window,
+        layout,
+        mask.cu_seqlens_q,
+        mask.cu_seqlens_k,
+        pv_threshold,
+        precision,
+        density,
+        mask,
+    )
+    if cu_seqlens is not None:
+        calls = [c.replace(mask=m) for c, m in zip(_unpack(call, cu_seqlens), mask.split(), strict=True)]
+        out = torch.cat([_run(part, backend, strict)[0] for part in calls], dim=2)
+    else:
+        out, _ = _run(call.replace(mask=mask), backend, strict)
+    return out.transpose(1, 2) if layout == "NHD" else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selector: Selector | None = None,
+    *,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    window: int | None = None,
+    layout: Layout = "HND",
+    pv_threshold: float | Tensor | None = None,
+    precision: Precision = "bf16",
+    backend: str = "auto",
+    expected_density: float | None = None,
+) -> Explanation:
+    """Which backend :func:`sparse_attention` would use for such a call, and why; computes nothing."""
+    density = expected_density if expected_density is not None else selector.expected_density if selector else 1.0
+    call, _ = check_arguments(
+        q, k, v, is_causal, None, attn_mask, window, layout, None, None, pv_threshold, precision, density
+    )
+    return _choose(call, backend, sparse=selector is not None and not isinstance(selector, Dense))
+
+
+def fallback_counts() -> dict[str, int]:
+    """How many calls ran on exact dense attention instead of what was asked, by reason, since the process began."""
+    return dict(_fallbacks)
+
+
+def count_fallback(reason: str) -> None:
+    """Count one call that runs dense instead of as asked; the first of each reason also warns."""
+    _fallbacks[reason] += 1
+    if _fallbacks[reason] == 1:
+        warnings.warn(f"spas_attn: running exact dense attention instead: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def _select_and_run(call: Call, selector: Selector, backend: str, strict: bool) -> tuple[Tensor, AttentionStats]:
+    mask = None
+    if (call.attn_mask is None or call.attn_mask.dim() == 2) and not isinstance(selector, Dense) and not _grad(call):
+        mask = selector.select(
+            call.q, call.k, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask, window=call.window
+        )
+    out, used = _run(call.replace(mask=mask), backend, strict, sparse=not isinstance(selector, Dense))
+    return out, AttentionStats(_density(mask, call), used, mask)
+
+
+def _run(call: Call, backend: str, strict: bool, sparse: bool = True) -> tuple[Tensor, str]:
+    """Run the call on the chosen backend; returns the output and the backend's name."""
+    choice = _choose(call, backend, sparse)
+    asked = choice.declined.get(backend if backend != "auto" else "sparse")
+    if asked is not None:
+        if strict:
+            raise RuntimeError(f"strict=True, and the call cannot be served as asked: {asked}")
+        count_fallback(asked)
+    return backends.get(choice.backend).run(call), choice.backend
+
+
+def _choose(call: Call, backend: str, sparse: bool) -> Explanation:
+    """The backend for a call. ``declined["sparse"]`` says why a call that should be sparse has to run dense."""
+    declined: dict[str, str] = {}
+    dense_reason = _needs_dense(call) if sparse or call.mask is not None else None
+    if backend != "auto":
+        chosen = backends.get(backend)
+        # The exact backends honour a given mask whatever else is asked; without one the call would be silently dense.
+        why = None if call.mask is not None and backend in ("sdpa", "reference") else dense_reason
+        why = why or chosen.missing() or chosen.declines(call)
+        if why is None:
+            return Explanation(backend, "asked for by name" + _pv_note(call, chosen), declined)
+        return Explanation("sdpa", "the exact dense backend serves every call", {backend: why})
+    if dense_reason is not None:
+        return Explanation("sdpa", "exact and differentiable", {"sparse": dense_reason})
+    if not sparse and call.mask is None:
+        return Explanation("sdpa", "a dense call", declined)
+    for name in _AUTO.get(call.q.device.type, ()):
+        candidate = backends.get(name)
+        why = candidate.missing() or candidate.declines(call)
+        if why is None:
+            return Explanation(name, f"first choice on {call.q.device.type}" + _pv_note(call, candidate), declined)
+        declined[name] = why
+    why = "; ".join(f"{name}: {reason}" for name, reason in declined.items()) or f"no backend for {call.q.device.type}"
+    return Explanation("sdpa", "the exact dense backend serves every call", {**declined, "sparse": why})
+
+
+def _needs_dense(call: Call) -> str | None:
+    """Why a call cannot be sparse on any backend."""
+    if _grad(call):
+        return "gradients are asked for, and only the exact dense path is differentiable"
+    if call.attn_mask is not None and call.attn_mask.dim() == 4:
+        return "attn_mask is a full 4-D mask, which only exact dense backends honour"
+    return None
+
+
+def _grad(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
+
+
+def _pv_note(call: Call, backend: backends.Backend) -> str:
+    ignored = call.pv_threshold is not None and not backend.skips_pv
+    return "; leaves PV skip out (the error only falls)" if ignored else ""
+
+
+def _density(mask: BlockMask | None, call: Call) -> Tensor:
+    if mask is None:
+        return torch.ones(call.q.shape[:2], device=call.q.device)
+    return mask.density(call.is_causal, call.window)
+
+
+def _unpack(call: Call, cu_seqlens: tuple[Tensor, Tensor]) -> list[Call]:
+    """One call per packed sequence; views, nothing is copied."""
+    pairs = zip(spans(cu_seqlens[0]), spans(cu_seqlens[1]), strict=True)
+    return [call.replace(q=call.q[:, :, a:b], k=call.k[:, :, c:d], v=call.v[:, :, c:d]) for (a, b), (c, d) in pairs]

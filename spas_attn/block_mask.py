@@ -1,0 +1,221 @@
+"""BlockMask: which key blocks each query block attends to, as compact index lists."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZES = (64, 128)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b."""
+    return -(-a // b)
+
+
+def visible_blocks(
+    q_len: int,
+    k_len: int,
+    block_q: int,
+    block_k: int,
+    *,
+    is_causal: bool,
+    window: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Blocks that hold at least one visible (query, key) pair.
+
+    Causality aligns to the lower right: query i sees keys up to i + (k_len - q_len); with ``window=n`` only the
+    last n of them.
+
+    Returns:
+        bool ``[nq, nk]``.
+    """
+    starts_q = torch.arange(0, q_len, block_q, device=device)
+    starts_k = torch.arange(0, k_len, block_k, device=device)
+    if not is_causal:
+        return torch.ones(len(starts_q), len(starts_k), dtype=torch.bool, device=device)
+    offset = k_len - q_len
+    last_q = (starts_q + block_q).clamp(max=q_len) - 1 + offset
+    seen = starts_k[None, :] <= last_q[:, None]
+    if window is not None:
+        last_k = (starts_k + block_k).clamp(max=k_len) - 1
+        seen &= last_k[None, :] > starts_q[:, None] + offset - window
+    return seen
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Kept key blocks per query block.
+
+    Block i covers rows ``i * block`` onwards, from row 0, whatever the lengths are; last blocks may be ragged.
+    With ``cu_seqlens`` (packed sequences, batch 1) the grids restart at each sequence: query blocks of all sequences
+    stand one after the other, and indices count from the first key block of their own sequence.
+
+    Attributes:
+        counts: int32 ``[B, Hq, nq]``, number of kept key blocks.
+        indices: int32 ``[B, Hq, nq, nk]``, kept key blocks first, in ascending order; the rest of a row is filler.
+        block_q, block_k: block sizes in tokens, 64 or 128.
+        q_len, k_len: sequence lengths in tokens (packed: total lengths).
+        cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]`` for packed sequences, else None.
+    """
+
+    counts: Tensor
+    indices: Tensor
+    block_q: int
+    block_k: int
+    q_len: int
+    k_len: int
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_k"):
+            if getattr(self, name) not in BLOCK_SIZES:
+                raise ValueError(f"{name} must be one of {BLOCK_SIZES}, got {getattr(self, name)}")
+        if self.counts.dim() != 3 or self.indices.dim() != 4 or self.indices.shape[:3] != self.counts.shape:
+            raise ValueError(
+                "counts must be [B, H, nq] and indices [B, H, nq, nk], got "
+                f"{tuple(self.counts.shape)} and {tuple(self.indices.shape)}"
+            )
+        if self.counts.dtype != torch.int32 or self.indices.dtype != torch.int32:
+            raise TypeError(f"counts and indices must be int32, got {self.counts.dtype} and {self.indices.dtype}")
+        if (self.cu_seqlens_q is None) != (self.cu_seqlens_k is None):
+            raise ValueError("cu_seqlens_q and cu_seqlens_k go together, got only one of them")
+        if self.cu_seqlens_q is None:
+            grid = (cdiv(self.q_len, self.block_q), cdiv(self.k_len, self.block_k))
+            if tuple(self.indices.shape[2:]) != grid:
+                raise ValueError(
+                    f"lengths {self.q_len} x {self.k_len} in blocks of {self.block_q} x {self.block_k} make a grid of "
+                    f"{grid}, but indices have {tuple(self.indices.shape[2:])}"
+                )
+
+    @classmethod
+    def from_dense(cls, kept: Tensor, q_len: int, k_len: int, block_q: int = 128, block_k: int = 128) -> BlockMask:
+        """From a boolean grid.
+
+        Args:
+            kept: bool ``[B, Hq, nq, nk]``, True = kept.
+            q_len, k_len: lengths in tokens.
+            block_q, block_k: block sizes in tokens.
+        """
+        if kept.dtype != torch.bool or kept.dim() != 4:
+            raise TypeError(f"kept must be a boolean [B, H, nq, nk] tensor, got {kept.dtype} {tuple(kept.shape)}")
+        counts = kept.sum(-1, dtype=torch.int32)
+        # A stable sort of "dropped" puts the kept blocks first and leaves them in ascending order.
+        indices = torch.sort((~kept).to(torch.int8), dim=-1, stable=True).indices.to(torch.int32)
+        return cls(counts, indices, block_q, block_k, q_len, k_len)
+
+    def to_dense(self) -> Tensor:
+        """bool ``[B, Hq, nq, nk]``, True = kept."""
+        nk = self.indices.shape[-1]
+        listed = torch.arange(nk, device=self.counts.device) < self.counts[..., None]
+        # Filler, whatever it is, goes into a column of its own that is cut off.
+        target = self.indices.long().masked_fill(~listed, nk)
+        kept = torch.zeros(*target.shape[:-1], nk + 1, dtype=torch.bool, device=self.counts.device)
+        return kept.scatter_(-1, target, True)[..., :nk]
+
+    def density(self, is_causal: bool = False, window: int | None = None) -> Tensor:
+        """Kept blocks over the blocks that dense (causal) attention would compute; sparsity is 1 - density.
+
+        Returns:
+            float32 ``[B, Hq]``, without a host synchronisation (packed sequences excepted).
+        """
+        if self.cu_seqlens_q is not None:
+            parts = self.split()
+            kept = sum(part._visible_counts(is_causal, window)[0] for part in parts)
+            possible = sum(part._visible_counts(is_causal, window)[1] for part in parts)
+        else:
+            kept, possible = self._visible_counts(is_causal, window)
+        return torch.as_tensor(kept).float() / torch.as_tensor(possible).clamp(min=1)
+
+    def _visible_counts(self, is_causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+        visible = visible_blocks(
+            self.q_len,
+            self.k_len,
+            self.block_q,
+            self.block_k,
+            is_causal=is_causal,
+            window=window,
+            device=self.counts.device,
+        )
+        kept = self.counts.sum(-1) if not is_causal else (self.to_dense() & visible).sum((-1, -2))
+        return kept, visible.sum()
+
+    def token_mask(self, rows: slice | None = None) -> Tensor:
+        """Expand query rows ``rows`` (all by default) to a boolean token mask ``[B, Hq, rows, k_len]``."""
+        if self.cu_seqlens_q is not None:
+            raise ValueError("token_mask is defined for one sequence; call split() on a packed mask first")
+        start, stop, _ = (rows or slice(None)).indices(self.q_len)
+        blocks = torch.arange(start, max(start, stop), device=self.counts.device) // self.block_q
+        columns = torch.arange(self.k_len, device=self.counts.device) // self.block_k
+        return self.to_dense()[:, :, blocks][..., columns]
+
+    def to_flex(self, is_causal: bool = False) -> Any:
+        """The same mask for ``torch.nn.attention.flex_attention`` (a ``flex_attention.BlockMask``).
+
+        It carries a matching ``mask_mod``: without one, FlexAttention silently computes dense attention when it runs
+        eagerly.
+        """
+        from torch.nn.attention.flex_attention import BlockMask as FlexMask
+
+        if self.cu_seqlens_q is not None:
+            raise ValueError("a packed mask has no FlexAttention form; call split() first")
+        return FlexMask.from_kv_blocks(
+            self.counts,
+            self.indices,
+            BLOCK_SIZE=(self.block_q, self.block_k),
+            mask_mod=self._mask_mod(is_causal),
+            seq_lengths=(self.q_len, self.k_len),
+        )
+
+    def _mask_mod(self, is_causal: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        kept, offset = self.to_dense(), self.k_len - self.q_len
+
+        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            inside = kept[b, h, i // self.block_q, j // self.block_k]
+            return inside & (j <= i + offset) if is_causal else inside
+
+        return mask_mod
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask on another device."""
+        move = functools.partial(torch.Tensor.to, device=device)
+        cu = [None if c is None else move(c) for c in (self.cu_seqlens_q, self.cu_seqlens_k)]
+        return BlockMask(
+            move(self.counts), move(self.indices), self.block_q, self.block_k, self.q_len, self.k_len, cu[0], cu[1]
+        )
+
+    @classmethod
+    def pack(cls, masks: list[BlockMask], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> BlockMask:
+        """Join the masks of single sequences (batch 1 each) into one packed mask."""
+        nk = max(mask.indices.shape[-1] for mask in masks)
+        padded = [torch.nn.functional.pad(mask.indices, (0, nk - mask.indices.shape[-1])) for mask in masks]
+        first = masks[0]
+        return cls(
+            torch.cat([mask.counts for mask in masks], dim=2),
+            torch.cat(padded, dim=2),
+            first.block_q,
+            first.block_k,
+            sum(mask.q_len for mask in masks),
+            sum(mask.k_len for mask in masks),
+            cu_seqlens_q,
+            cu_seqlens_k,
+        )
+
+    def split(self) -> list[BlockMask]:
+        """The masks of the single sequences of a packed mask (reads ``cu_seqlens`` on the host)."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            return [self]
+        q_lens, k_lens = self.cu_seqlens_q.diff().tolist(), self.cu_seqlens_k.diff().tolist()
+        rows = [cdiv(n, self.block_q) for n in q_lens]
+        counts, indices = self.counts.split(rows, dim=2), self.indices.split(rows, dim=2)
+        return [
+            BlockMask(c, i[..., : cdiv(nk, self.block_k)], self.block_q, self.block_k, nq, nk)
+            for c, i, nq, nk in zip(counts, indices, q_lens, k_lens, strict=True)
+        ]

@@ -1,0 +1,36 @@
+"""PeakMass: keeps the blocks on which any few queries put much of their mass, however little the others do."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import Inputs
+from .mean_similarity import MeanSimilarity
+from .pooled import Pooled, pool
+
+
+@dataclass
+class PeakMass(MeanSimilarity):
+    """Keeps a key block when some row of sub-block scores gives it at least ``1 - cdf_threshold`` of its mass.
+
+    A sum over the whole query block, as in MeanSimilarity, hides a block that a few queries depend on; its largest
+    row shows it. Sub-blocks are scored to second order (see :func:`spas_attn.selectors.pooled.pool`), which costs
+    twice as much as means alone. Pays with small blocks: measured in docs/benchmarks/notes.md.
+
+    Attributes:
+        cdf_threshold: a float or a tensor ``[Hq]``; 1 keeps everything.
+        pool: length of the sub-blocks in tokens. Default: 8.
+    """
+
+    pool: int = 8
+    block_q: int = dataclasses.field(default=64, kw_only=True)
+    block_k: int = dataclasses.field(default=64, kw_only=True)
+
+    def pooled(self, inputs: Inputs) -> Pooled:
+        return pool(self, inputs, self.pool, variance=True)
+
+    def levels(self, pooled: Pooled, sim_threshold: Tensor) -> Tensor:
+        return pooled.levels(sim_threshold, by="peak")

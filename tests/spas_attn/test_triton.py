@@ -1,0 +1,286 @@
+"""Triton kernels against the reference: on a GPU where there is one, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import BF16, CASES, F32, HALF, Case
+from torch import Tensor
+
+from spas_attn.backends import Call, reference
+from spas_attn.backends import triton as backend
+from spas_attn.block_mask import BlockMask
+from spas_attn.metrics import relative_l1
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT = {HALF: 0.003, BF16: 0.003, F32: 1e-5}  # relative L1 to the reference on the same inputs
+INT8 = 0.015  # for scores of standard deviation 1; the error grows with them
+
+
+def limit(call: Call) -> float:
+    if call.precision == "bf16":
+        return EXACT[call.q.dtype]
+    return INT8 * max(1.0, call.scale * call.q.shape[-1] ** 0.5)
+
+
+def assert_close(out: Tensor, call: Call, expected: Tensor | None = None, strength: float = 1.0) -> None:
+    expected = reference.run(call) if expected is None else expected
+    assert out.shape == expected.shape
+    assert out.dtype == expected.dtype
+    assert out.isfinite().all()
+    empty = (expected == 0).all(-1)
+    assert (out[empty] == 0).all()
+    if not empty.all():
+        error, allowed = relative_l1(out, expected).item(), limit(call) * strength
+        assert error <= allowed, f"relative L1 {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case: Case, precision: str) -> None:
+    call = case.call(device=DEVICE, precision=precision)
+    # Every row is written, whatever was there before.
+    out = torch.full_like(call.q, 1e4)
+    out[..., ::2, :] = float("nan")
+    assert backend.run(call, out=out) is out
+    assert_close(out, call)
+
+
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+@pytest.mark.parametrize("case", [CASES[7], CASES[5], CASES[16]], ids=str)
+def test_same_bits_twice(case: Case, precision: str) -> None:
+    call = case.call(device=DEVICE, precision=precision)
+    assert torch.equal(backend.run(call), backend.run(call))
+
+
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+def test_inputs_stay_untouched(precision: str) -> None:
+    case = Case(129, 200, batch=2, padding="holes", layout="NHD", is_causal=True, dtype=BF16)
+    call = case.call(device=DEVICE, precision=precision, pv_threshold=torch.tensor([3.0, 50.0], device=DEVICE))
+    assert call.mask is not None
+    assert call.attn_mask is not None
+    tensors = [call.q, call.k, call.v, call.attn_mask, call.mask.counts, call.mask.indices, call.pv_threshold]
+    before = [x.clone() for x in tensors if x is not None]
+    backend.run(call)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True) if b is not None)
+
+
+CAUSAL = [
+    Case(300, 300, is_causal=True, heads=4, k_heads=1, dtype=HALF),
+    Case(200, 500, is_causal=True, dtype=F32, block_q=64, block_k=64),
+    Case(300, 300, is_causal=True, window=100, dtype=BF16, layout="NHD"),
+    Case(257, 257, is_causal=True, density=None, dtype=HALF, padding="left"),
+]
+
+
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+@pytest.mark.parametrize("case", CAUSAL, ids=str)
+def test_later_tokens_do_not_matter(case: Case, precision: str) -> None:
+    call = case.call(device=DEVICE, precision=precision)
+    keys = 140  # the boundary lies inside a diagonal block
+    rows = max(0, keys - (case.k_len - case.q_len))
+    other = case.call(seed=1, device=DEVICE)
+    factor = 100 if precision == "bf16" else 1
+    changed = [x.clone() for x in (call.q, call.k, call.v)]
+    for x, y, first in zip(changed, (other.q, other.k, other.v), (rows, keys, keys), strict=True):
+        x[:, :, first:] = y[:, :, first:] * factor
+    before = backend.run(call)[:, :, :rows]
+    after = backend.run(call.replace(q=changed[0], k=changed[1], v=changed[2]))[:, :, :rows]
+    if precision == "bf16":
+        assert torch.equal(before, after)
+    elif rows:
+        assert relative_l1(after, before) <= 2 * INT8
+
+
+STRENGTH = 1.5  # of the strong keys below
+SKIPPING = [
+    Case(300, 300, heads=4, k_heads=2, dtype=HALF, density=0.9),
+    Case(300, 400, is_causal=True, dtype=HALF, dim=128, block_q=64, density=0.9),
+    Case(200, 500, is_causal=True, dtype=F32, block_k=64, density=0.9, padding="holes"),
+    Case(300, 300, dtype=BF16, block_q=64, block_k=64, dim=80, density=0.9),
+    Case(300, 300, is_causal=True, window=150, dtype=HALF, density=1.0, block_q=64, block_k=64),
+]
+
+
+def peaked(case: Case, precision: str) -> Call:
+    """A call in which blocks of strong and of weak keys alternate, so that a threshold near 1 skips weak ones."""
+    call = case.call(device=DEVICE, precision=precision)
+    weak = torch.arange(case.k_len, device=DEVICE) // 128 % 2 > 0
+    return call.replace(k=torch.where(weak[:, None], call.k * 0.05, call.k * STRENGTH))
+
+
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+@pytest.mark.parametrize("case", SKIPPING, ids=str)
+def test_pv_skip(case: Case, precision: str) -> None:
+    call = peaked(case, precision)
+    threshold = torch.linspace(1.0, 1.6, case.heads, device=DEVICE)
+    skipping = call.replace(pv_threshold=threshold)
+    expected, exact = reference.run(skipping), reference.run(call)
+    assert relative_l1(expected, exact) > 4 * STRENGTH * limit(call), "these thresholds skip nothing"
+    assert backend.pv_skip_left_out(skipping) is None
+    assert_close(backend.run(skipping), call, expected, STRENGTH)
+    assert_close(backend.run(call.replace(pv_threshold=torch.full_like(threshold, 50.0))), call, exact, STRENGTH)
+
+
+def test_pv_skip_is_per_head_and_may_skip_everything() -> None:
+    call = peaked(SKIPPING[0], "bf16").replace(pv_threshold=torch.tensor([0.0, 50.0, 0.0, 50.0], device=DEVICE))
+    out = backend.run(call)
+    assert (out[:, ::2] == 0).all()
+    assert_close(out[:, 1::2], call, reference.run(call.replace(pv_threshold=None))[:, 1::2])
+
+
+def test_pv_skip_is_left_out_where_whole_blocks_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spas_attn.kernels import config
+
+    monkeypatch.setattr(config, "shared_memory_limit", lambda device: 101_376)
+    call = Case(129, 200, dim=256, dtype=HALF).call(device=DEVICE)
+    asked = call.replace(pv_threshold=torch.tensor([0.0, 0.0], device=DEVICE))
+    reason = backend.pv_skip_left_out(asked)
+    assert reason is not None
+    assert "128 x 128" in reason
+    assert "256" in reason
+    assert torch.equal(backend.run(asked), backend.run(call))
+
+
+def test_pv_threshold_without_a_mask_skips_nothing() -> None:
+    call = Case(129, 200, density=None).call(device=DEVICE)
+    asked = call.replace(pv_threshold=torch.zeros(2, device=DEVICE))
+    assert backend.pv_skip_left_out(asked) == "there is no block mask"
+    assert_close(backend.run(asked), asked)
+
+
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+@pytest.mark.parametrize("padding", [None, "right"])
+def test_outlier_key_channels(padding: str | None, precision: str) -> None:
+    """Channels of K around 50: what smoothing is for. Padded keys hold garbage, which must not enter the mean."""
+    call = Case(200, 300, dim=128, dtype=HALF, padding=padding).call(device=DEVICE, precision=precision)
+    k = call.k.clone()
+    k[..., [3, 70]] += torch.tensor([50.0, -50.0], dtype=HALF, device=DEVICE)
+    if call.attn_mask is not None:
+        k[(~call.attn_mask)[:, None].expand(k.shape[:3])] = 6e4
+    call = call.replace(k=k)
+    assert_close(backend.run(call), call)
+
+
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+@pytest.mark.parametrize("dtype", [HALF, BF16, F32], ids=str)
+def test_constant_rows(dtype: torch.dtype, precision: str) -> None:
+    call = Case(130, 140, dim=32, dtype=dtype, is_causal=True).call(device=DEVICE, precision=precision)
+    call = call.replace(q=torch.ones_like(call.q), k=torch.full_like(call.k, 3.0))
+    assert_close(backend.run(call), call)
+    zeros = call.replace(q=torch.zeros_like(call.q), k=torch.zeros_like(call.k))
+    assert_close(backend.run(zeros), zeros)
+
+
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+def test_values_near_the_end_of_fp16(precision: str) -> None:
+    call = Case(150, 200, dim=64, dtype=HALF, density=None).call(device=DEVICE, precision=precision)
+    big = torch.finfo(HALF).max
+    same = call.replace(v=torch.full_like(call.v, big))
+    assert (backend.run(same) == big).all()
+    for q, k in ((call.q.sign() * big, call.k.sign() * big), (call.q, call.k.sign() * big)):
+        out = backend.run(call.replace(q=q, k=k, v=call.v.sign() * big))
+        assert out.isfinite().all()
+
+
+def test_zero_stride_and_transposed_inputs() -> None:
+    case = Case(130, 200, heads=4, k_heads=2, dtype=HALF)
+    call = case.call(device=DEVICE)
+    assert call.mask is not None
+    shared = BlockMask(call.mask.counts[:, :1], call.mask.indices[:, :1], 128, 128, 130, 200)
+    call = call.replace(
+        k=call.k[:, :1].expand(-1, 2, -1, -1), v=call.v.transpose(2, 3).contiguous().transpose(2, 3), mask=shared
+    )
+    expanded = BlockMask(shared.counts.expand(-1, 4, -1), shared.indices.expand(-1, 4, -1, -1), 128, 128, 130, 200)
+    assert_close(backend.run(call), call, reference.run(call.replace(mask=expanded)))
+
+
+def test_kept_blocks_that_nobody_sees() -> None:
+    """Rows whose kept blocks are all in the future or empty give 0."""
+    case = Case(300, 300, is_causal=True, density=0.0, dtype=HALF)
+    call = case.call(device=DEVICE)
+    kept = torch.zeros(1, 2, 3, 3, dtype=torch.bool)
+    kept[:, 0, 0, 2] = True  # the future
+    kept[:, 0, 2, 1] = True
+    call = call.replace(mask=BlockMask.from_dense(kept, 300, 300).to(DEVICE))
+    out = backend.run(call)
+    assert (out[:, 0, :256] == 0).all()
+    assert (out[:, 1] == 0).all()
+    assert_close(out, call)
+
+
+@pytest.mark.parametrize("valid", [False, True])
+def test_quantise(valid: bool) -> None:
+    from spas_attn.kernels.quantise import mean_over_valid, quantise
+
+    x = torch.randn(2, 3, 700, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 5
+    keep = (torch.arange(700, device=DEVICE) % 3 > 0).to(torch.uint8).expand(2, -1) if valid else None
+    mean = mean_over_valid(x, keep, 64)
+    chosen = x if keep is None else x[:, :, keep[0] > 0]
+    assert torch.allclose(mean[..., :40], chosen.mean(2), atol=1e-5)
+    assert (mean[..., 40:] == 0).all()
+    quantised, scale = quantise(x, 128, 64, factor=2.0, mean=mean, valid=keep)
+    assert quantised.shape == (2, 3, 700, 64)
+    assert scale.shape == (2, 3, 6)
+    step = scale.repeat_interleave(128, -1)[..., :700, None] / 2
+    error = (quantised[..., :40] * step - (x - mean[..., None, :40])).abs()
+    assert (error if keep is None else error[:, :, keep[0] > 0]).sub(0.501 * step.max()).max() <= 0
+    assert (quantised[..., 40:] == 0).all()
+    assert quantised.abs().max() == 127
+
+
+@pytest.mark.parametrize("shared_memory", [101_376, 166_912, 232_448], ids=["RTX 4090", "A100", "H200"])
+@pytest.mark.parametrize("kind", ["half", "int8", "float"])
+def test_configurations_fit(kind: str, shared_memory: int) -> None:
+    from spas_attn.kernels import config
+
+    for dim in (16, 32, 64, 128, 256):
+        for blocks in ((128, 128), (64, 128), (128, 64), (64, 64), None):
+            chosen = config.choose(kind, dim, shared_memory, blocks)
+            assert chosen.shared_memory(kind, dim) < shared_memory
+            if blocks is not None:
+                assert blocks[0] % chosen.block_m == 0
+                assert blocks[1] % chosen.block_n == 0
+                whole = config.choose_whole_blocks(kind, dim, shared_memory, blocks)
+                assert whole is None or (whole.block_m, whole.block_n) == blocks
+    assert config.choose_whole_blocks("half", 128, shared_memory, (128, 128)) is not None
+
+
+DECLINED = [
+    ({"attn_mask": torch.ones(1, 1, 129, 200, dtype=torch.bool)}, "4-D"),
+    ({"scale": 0.0}, "positive"),
+    ({"scale": -1.0}, "positive"),
+    ({"precision": "fp8"}, "fp8"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), DECLINED, ids=lambda x: x if isinstance(x, str) else "")
+def test_declines(changes: dict[str, object], reason: str) -> None:
+    declined = backend._declines(Case(129, 200).call(device=DEVICE, **changes))
+    assert declined is not None
+    assert reason in declined
+
+
+def test_declines_types_dims_and_packed_sequences() -> None:
+    call = Case(129, 200).call(device=DEVICE)
+    assert backend._declines(call) is None
+    assert "float64" in str(backend._declines(call.replace(q=call.q.double())))
+    assert "320" in str(backend._declines(Case(64, 64, dim=320).call(device=DEVICE)))
+    assert call.mask is not None
+    cu = torch.tensor([0, 129], dtype=torch.int32)
+    packed = replace(call.mask, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    assert "one by one" in str(backend._declines(call.replace(mask=packed)))
+
+
+def test_missing_and_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend._missing() is None
+    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "CUDA" in str(backend._missing())
+    assert "cpu" in str(backend._declines(Case(129, 200).call()))
+    monkeypatch.setattr(backend, "_installed", lambda: False)
+    assert "not installed" in str(backend._missing())
