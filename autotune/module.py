@@ -1,0 +1,288 @@
+"""SparseAttention: the tunable attention that adapters install in a model, one per attention layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spas_attn import count_fallback, sparse_attention
+from spas_attn.attention import Precision
+from spas_attn.selectors import MeanSimilarity
+
+Mode = Literal["dense", "tune", "sparse"]
+BUFFERS = ("is_sparse", "cdfthreshd", "simthreshd1", "pvthreshd")
+PV_OFF = 50.0  # log2 of a probability ratio; far below float32 resolution, so nothing is skipped
+DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL = 0.06, 0.07, 0.5
+
+
+class Observer(Protocol):
+    """What a calibration hands to the modules it watches."""
+
+    def __call__(
+        self,
+        module: SparseAttention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+        attn_mask: Tensor | None,
+        window: int | None,
+    ) -> None:
+        """See one call of one layer; shapes as in :meth:`SparseAttention.forward`."""
+
+
+def check_bounds(l1: float, pv_l1: float, tail: float | None) -> None:
+    """Refuse bounds that cannot be meant: 0 < l1 < pv_l1, and tail > 0 or None."""
+    if not 0 < l1:
+        raise ValueError(f"l1 must be above 0 (a relative error), got {l1}")
+    if not l1 < pv_l1:
+        raise ValueError(
+            f"pv_l1 bounds selection, PV skip and quantisation together: it must exceed l1={l1}, got {pv_l1}"
+        )
+    if tail is not None and not 0 < tail:
+        raise ValueError(f"tail must be above 0 (a relative error of one query) or None for off, got {tail}")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Tuned values of one layer, one per head: ``is_sparse`` bool, the others float32, all ``[heads]``."""
+
+    is_sparse: Tensor
+    cdfthreshd: Tensor
+    simthreshd1: Tensor
+    pvthreshd: Tensor
+
+
+class SparseAttention(nn.Module):
+    """Attention of one layer: dense until it is tuned, watched while tuning, block-sparse afterwards.
+
+    Thresholds are non-persistent buffers, so a patched model has the state_dict of the unpatched one; they keep
+    their float32 when the model is cast, and follow q's device at call time.
+
+    Args:
+        l1: bound of the mean relative L1 error of selection alone, per head.
+        pv_l1: bound of the mean error of everything (selection, PV skip, quantisation); above ``l1``.
+        tail: bound of the 99.5th percentile of one query's relative error; None = off.
+        selector: the rule whose thresholds are tuned; its block sizes and pool belong to the tuned file.
+        backend, precision: as in :func:`spas_attn.sparse_attention`.
+
+    Attributes:
+        mode: "dense" (not tuned yet), "tune" or "sparse".
+        dense_now: run this call dense whatever the mode (dense steps of a denoising schedule).
+    """
+
+    is_sparse: Tensor | None
+    cdfthreshd: Tensor | None
+    simthreshd1: Tensor | None
+    pvthreshd: Tensor | None
+
+    def __init__(
+        self,
+        l1: float = DEFAULT_L1,
+        pv_l1: float = DEFAULT_PV_L1,
+        tail: float | None = DEFAULT_TAIL,
+        *,
+        selector: MeanSimilarity | None = None,
+        backend: str = "auto",
+        precision: Precision = "bf16",
+    ) -> None:
+        super().__init__()
+        check_bounds(l1, pv_l1, tail)
+        self.l1, self.pv_l1, self.tail = l1, pv_l1, tail
+        self.selector = selector or MeanSimilarity()
+        self.backend, self.precision = backend, precision
+        self.mode: Mode = "dense"
+        self.dense_now = False
+        self.observer: Observer | None = None
+        self.lengths: tuple[int, int] | None = None  # shortest and longest calibrated number of keys
+        self.expected_density = 1.0
+        self.last_density: Tensor | None = None  # of the last sparse call, [B, Hq], when record_density is set
+        self.record_density = False
+        self._all_dense = False
+        self._warned_length = False
+        for name in BUFFERS:
+            self.register_buffer(name, None, persistent=False)
+
+    @property
+    def heads(self) -> int | None:
+        """Number of query heads, known once thresholds exist."""
+        return None if self.is_sparse is None else int(self.is_sparse.shape[0])
+
+    def set_heads(self, heads: int) -> None:
+        """Create thresholds that keep everything for ``heads`` query heads; the mode stays as it is."""
+        values = Thresholds(
+            torch.zeros(heads, dtype=torch.bool),
+            torch.ones(heads),
+            torch.full((heads,), -1.0),
+            torch.full((heads,), PV_OFF),
+        )
+        self._store(values)
+
+    def set_thresholds(
+        self, values: Thresholds, *, expected_density: float = 1.0, lengths: tuple[int, int] | None = None
+    ) -> None:
+        """Install tuned values and switch to mode "sparse".
+
+        Args:
+            values: one value per query head.
+            expected_density: mean share of kept blocks, for the choice of the backend.
+            lengths: shortest and longest calibrated number of keys; serving far outside them warns once.
+
+        Raises:
+            ValueError: when a tensor is not ``[heads]`` or not finite.
+        """
+        heads = values.is_sparse.shape[0]
+        for name in BUFFERS:
+            tensor = getattr(values, name)
+            if tuple(tensor.shape) != (heads,):
+                raise ValueError(f"{name} must have shape [{heads}], got {list(tensor.shape)}")
+            if not bool(torch.isfinite(tensor.float()).all()):
+                raise ValueError(f"{name} must be finite, got {tensor.tolist()}")
+        self._store(values)
+        self.expected_density, self.lengths, self._warned_length = expected_density, lengths, False
+        self.mode = "sparse"
+
+    def thresholds(self) -> Thresholds:
+        """The values in force; a RuntimeError when there are none yet."""
+        if self.is_sparse is None:
+            raise RuntimeError("this layer has no thresholds yet: tune it or load a tuned file first")
+        return Thresholds(*(getattr(self, name) for name in BUFFERS))
+
+    def _store(self, values: Thresholds) -> None:
+        device = torch.device("cpu") if self.is_sparse is None else self.is_sparse.device
+        for name in BUFFERS:
+            tensor = getattr(values, name).detach().to(device, torch.bool if name == "is_sparse" else torch.float32)
+            setattr(self, name, tensor.clone())
+        self._all_dense = not bool(values.is_sparse.any())
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dense: Callable[[], Tensor],
+        is_causal: bool,
+        scale: float,
+        attn_mask: Tensor | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Attention of one call.
+
+        Args:
+            q: ``[B, Hq, Lq, D]``.
+            k, v: ``[B, Hkv, Lk, D]``.
+            dense: runs the model's original attention and returns ``[B, Hq, Lq, D]``.
+            is_causal, scale, window: as in :func:`spas_attn.sparse_attention`.
+            attn_mask: bool key padding ``[B, Lk]`` or None; a 4-D mask runs dense, counted.
+
+        Returns:
+            ``[B, Hq, Lq, D]``; in the modes "dense" and "tune", and for fewer queries than a block (decode), exactly
+            what ``dense`` returns.
+        """
+        if self.mode == "dense" or self.dense_now or q.shape[2] < self.selector.block_q:
+            return dense()
+        if attn_mask is not None and attn_mask.dim() == 4:
+            count_fallback("the model passed a full 4-D attention mask, which sparse attention does not represent")
+            return dense()
+        if self.mode == "tune":
+            out = dense()
+            if self.observer is not None:
+                with torch.no_grad():
+                    self.observer(self, q, k, v, is_causal=is_causal, scale=scale, attn_mask=attn_mask, window=window)
+            return out
+        if self._all_dense:
+            return dense()
+        self._check_length(k.shape[2])
+        selector, pv_threshold = self.tuned(q.device)
+        out, stats = sparse_attention(
+            q,
+            k,
+            v,
+            selector,
+            is_causal=is_causal,
+            scale=scale,
+            attn_mask=attn_mask,
+            window=window,
+            pv_threshold=pv_threshold,
+            precision=self.precision,
+            backend=self.backend,
+            expected_density=self.expected_density,
+            return_stats=True,
+        )
+        if self.record_density:
+            self.last_density = stats.density
+        return out
+
+    def tuned(self, device: torch.device) -> tuple[MeanSimilarity, Tensor]:
+        """The selector with this layer's thresholds, and the PV thresholds ``[Hq]``, on ``device``.
+
+        Heads with ``is_sparse == False`` keep everything.
+        """
+        values = self.thresholds()
+        sparse = values.is_sparse.to(device)
+        cdf = torch.where(sparse, values.cdfthreshd.to(device), 1.0)
+        sim = torch.where(sparse, values.simthreshd1.to(device), -1.0)
+        pv = torch.where(sparse, values.pvthreshd.to(device), PV_OFF)
+        return replace(self.selector, cdf_threshold=cdf, sim_threshold=sim), pv
+
+    def _check_length(self, k_len: int) -> None:
+        """Warn once when the keys are more than twice as many, or fewer than half, as in the calibration."""
+        if self.lengths is None or self._warned_length or torch.compiler.is_compiling():
+            return
+        shortest, longest = self.lengths
+        if k_len > 2 * longest or 2 * k_len < shortest:
+            self._warned_length = True
+            warnings.warn(
+                f"this layer was calibrated with {shortest} to {longest} keys and now gets {k_len}: its error bounds "
+                "were not measured there; calibrate at the lengths you serve",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseAttention:
+        """Move with the model, but never change dtype: bfloat16 cannot hold a threshold of 0.98 to three digits."""
+        saved = {name: getattr(self, name) for name in BUFFERS}
+        super()._apply(fn, recurse)
+        for name, tensor in saved.items():
+            if tensor is not None:
+                device = getattr(self, name).device
+                # Offloading parks weights on `meta`, where values are lost; these few numbers stay where they are.
+                setattr(self, name, tensor if device.type == "meta" else tensor.to(device))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A calibration in progress belongs to this process; a copied or pickled model is not part of it.
+        state = dict(self.__dict__)
+        state["observer"], state["last_density"] = None, None
+        return state
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode}, heads={self.heads}, l1={self.l1}, pv_l1={self.pv_l1}, tail={self.tail}"
+
+
+def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
+    """All SparseAttention modules of a model by path, `_orig_mod.` and PEFT prefixes stripped.
+
+    Raises:
+        ValueError: when there are none (the model is not patched).
+    """
+    found = {clean_path(name): module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no SparseAttention layers: patch it first (modify_model.patch(model))"
+        )
+    return found
+
+
+def clean_path(path: str) -> str:
+    """A module's path without what torch.compile and PEFT put into it."""
+    parts = [part for part in path.split(".") if part != "_orig_mod"]
+    return ".".join(parts).removeprefix("base_model.model.")

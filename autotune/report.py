@@ -1,0 +1,82 @@
+"""Statistics of a calibration: the JSON beside a tuned file, and the table people read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .search import mean_error, tail_error
+
+if TYPE_CHECKING:
+    from .calibration import Layer
+
+Statistics = list[dict[str, Any]]
+
+
+def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
+    """Everything recorded of one layer.
+
+    Errors are those of the check with the real kernel on the prompts kept aside: ``l1`` the mean relative L1 error,
+    ``tail`` the 99.5th percentile over queries; of selection alone and of everything ("total"). Dense heads have
+    error 0.
+    """
+    assert layer.check is not None
+    values = layer.module.thresholds()
+    sparse = values.is_sparse.cpu()
+    sparsity = torch.where(sparse, 1 - layer.check.density()[:, 1], 0.0)
+    mean, tail = mean_error(layer.check), tail_error(layer.check)
+    heads = []
+    for h in range(len(sparse)):
+        on = bool(sparse[h])
+        heads.append(
+            {
+                "head": h,
+                "is_sparse": on,
+                "sparsity": round(float(sparsity[h]), 4),
+                "cdfthreshd": round(float(values.cdfthreshd[h]), 6),
+                "simthreshd1": round(float(values.simthreshd1[h]), 6),
+                "pvthreshd": round(float(values.pvthreshd[h]), 6),
+                "l1_selection": round(float(mean[h, 0]), 6) if on else 0.0,
+                "l1_total": round(float(mean[h, 1]), 6) if on else 0.0,
+                "tail_selection": round(float(tail[h, 0]), 6) if on else 0.0,
+                "tail_total": round(float(tail[h, 1]), 6) if on else 0.0,
+                "runs_dense_because": None if on else layer.reasons[h],
+            }
+        )
+    return {
+        "layer_idx": layer.index,
+        "path": layer.path,
+        "mean_sparsity": round(float(sparsity.mean()), 4),
+        "l1": layer.module.l1,
+        "pv_l1": layer.module.pv_l1,
+        "tail": layer.module.tail,
+        "lengths": list(layer.lengths) if layer.lengths else None,
+        "check_backend": layer.check_backend,
+        **facts,
+        "heads": heads,
+    }
+
+
+def write_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
+    """Write the statistics as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(statistics, indent=1) + "\n")
+
+
+def table(statistics: Statistics) -> str:
+    """One line per layer: sparsity, sparse heads, largest achieved errors."""
+    lines = [f"{'layer':>5}  {'sparsity':>8}  {'sparse heads':>12}  {'worst mean error':>16}  {'worst tail error':>16}"]
+    for entry in statistics:
+        heads = entry["heads"]
+        count = f"{sum(head['is_sparse'] for head in heads)}/{len(heads)}"
+        worst = [max(head[name] for head in heads) for name in ("l1_total", "tail_total")]
+        lines.append(
+            f"{entry['layer_idx']:>5}  {entry['mean_sparsity']:>8.1%}  {count:>12}  {worst[0]:>16.4f}  {worst[1]:>16.3f}"
+        )
+    mean = sum(entry["mean_sparsity"] for entry in statistics) / len(statistics)
+    lines.append(f"{'all':>5}  {mean:>8.1%}")
+    return "\n".join(lines)

@@ -1,0 +1,232 @@
+"""The tuned file: extract, save and load thresholds, with strict validation.
+
+A file is a flat dict ``"<path of the module>.<buffer>": tensor`` plus ``"_metadata"``, read with
+``torch.load(weights_only=True)`` and matched by exact path. Files of the original SpargeAttn (the same buffer names
+plus an unused ``simthreshd2``, no metadata) load as 128 × 64 blocks scored by block means.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spas_attn.selectors import MeanSimilarity, PeakMass
+
+from .module import BUFFERS, SparseAttention, Thresholds, sparse_modules
+
+FORMAT = 1
+SELECTORS: dict[str, type[MeanSimilarity]] = {kind.__name__: kind for kind in (MeanSimilarity, PeakMass)}
+_UNUSED = "simthreshd2"  # a buffer of the original's files that nothing reads
+_SUFFIX = ".inner_attention"
+_PACKAGES = ("spas-attn", "torch", "transformers", "diffusers", "triton")
+State = dict[str, Any]
+
+
+def extract_sparse_attention_state_dict(model: nn.Module, *, verbose: bool = False) -> State:
+    """The thresholds of a tuned model, with ``"_metadata"``.
+
+    Raises:
+        ValueError: when the model is not patched, or a layer has no thresholds yet.
+    """
+    state: State = {}
+    modules = sparse_modules(model)
+    for path, module in modules.items():
+        if module.is_sparse is None or module.mode != "sparse":
+            raise ValueError(f"layer {path!r} is not tuned yet: calibrate the model or load a tuned file first")
+        for name in BUFFERS:
+            state[f"{path}.{name}"] = getattr(module, name).detach().cpu().clone()
+        if verbose:
+            print(f"{path}: {int(module.is_sparse.sum())} of {module.heads} heads sparse")
+    state["_metadata"] = _metadata(model, next(iter(modules.values())))
+    return state
+
+
+def _metadata(model: nn.Module, module: SparseAttention) -> dict[str, Any]:
+    selector = module.selector
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = packages.version(name)
+        except packages.PackageNotFoundError:
+            continue
+    modules = sparse_modules(model).values()
+    return {
+        "format": FORMAT,
+        "model_class": type(getattr(model, "_orig_mod", model)).__name__,
+        "selector": type(selector).__name__,
+        "block_q": selector.block_q,
+        "block_k": selector.block_k,
+        "pool": selector.pool,
+        "sink": selector.sink,
+        "local": selector.local,
+        "precision": module.precision,
+        "l1": module.l1,
+        "pv_l1": module.pv_l1,
+        "tail": module.tail,
+        "lengths": list(module.lengths) if module.lengths else None,
+        "mean_density": sum(m.expected_density for m in modules) / len(modules),
+        "layer_density": {path: m.expected_density for path, m in sparse_modules(model).items()},
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def save(state: State, path: str | os.PathLike[str]) -> None:
+    """Write a state dict; the file appears whole or not at all."""
+    write_atomically(state, path)
+
+
+def write_atomically(content: Any, path: str | os.PathLike[str]) -> None:
+    """``torch.save`` to a temporary name beside ``path``, then move into place."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> State:
+    """Read a tuned file.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is truncated, or no tuned file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no tuned file at {str(path)!r}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{str(path)!r} is truncated or not a tuned file: {reason}") from error
+    if not isinstance(state, dict) or not any(str(key).endswith(".is_sparse") for key in state):
+        raise ValueError(f"{str(path)!r} is not a tuned file: it holds no '<layer>.is_sparse' entries")
+    return state
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of an interrupted calibration; a ValueError when it is damaged."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: delete it or run without resume ({error})") from error
+    if not isinstance(content, dict) or not {"fingerprint", "layers"} <= content.keys():
+        raise ValueError(f"{str(path)!r} is not a checkpoint of a calibration")
+    return content
+
+
+def load_sparse_attention_state_dict(
+    model: nn.Module,
+    state: State | str | os.PathLike[str],
+    *,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    verbose: bool = False,
+) -> nn.Module:
+    """Install tuned thresholds in a patched model and switch its layers to mode "sparse".
+
+    Args:
+        model: a patched model.
+        state: a tuned file's path or its content.
+        block_q, block_k: override the block sizes of a file of the original SpargeAttn (128 × 64 by default).
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: when a layer is missing, left over, has another number of heads, or a value is not finite; the
+            message names the layer. Nothing is installed then.
+    """
+    state = load(state) if isinstance(state, (str, os.PathLike)) else state
+    modules = sparse_modules(model)
+    info = state.get("_metadata")
+    selector = _selector(info, block_q, block_k)
+    layers = _layers(state)
+    missing, extra = sorted(modules.keys() - layers.keys()), sorted(layers.keys() - modules.keys())
+    if missing or extra:
+        raise ValueError(_mismatch(model, info, missing, extra))
+    values = {path: _thresholds(path, module, layers[path]) for path, module in modules.items()}
+    for path, module in modules.items():
+        module.selector = selector
+        if info:
+            module.l1, module.pv_l1, module.tail = info["l1"], info["pv_l1"], info["tail"]
+            module.precision = info.get("precision", module.precision)
+        lengths = tuple(info["lengths"]) if info and info.get("lengths") else None
+        density = (info or {}).get("layer_density", {}).get(path, 0.5)
+        module.set_thresholds(values[path], expected_density=density, lengths=lengths)
+        if verbose:
+            print(f"{path}: {int(values[path].is_sparse.sum())} of {module.heads} heads sparse")
+    return model
+
+
+def is_verified(state: State) -> bool:
+    """Whether the bounds of a file were checked by this library (files of the original SpargeAttn never were)."""
+    return "_metadata" in state
+
+
+def _selector(info: dict[str, Any] | None, block_q: int | None, block_k: int | None) -> MeanSimilarity:
+    if info is None:  # a file of the original: thresholds belong to its 128 x 64 blocks and block means
+        q, k = block_q or 128, block_k or 64
+        return MeanSimilarity(pool=min(q, k), block_q=q, block_k=k, local=0)
+    if info.get("format") != FORMAT:
+        raise ValueError(f"the tuned file has format {info.get('format')!r}, this version reads format {FORMAT}")
+    if info["selector"] not in SELECTORS:
+        raise ValueError(f"the tuned file was made for selector {info['selector']!r}, known here: {sorted(SELECTORS)}")
+    if block_q is not None or block_k is not None:
+        raise ValueError(
+            f"this file records its own block sizes ({info['block_q']} x {info['block_k']}); block_q and block_k "
+            "override those of the original SpargeAttn's files only"
+        )
+    fields = ("pool", "block_q", "block_k", "sink", "local")
+    return SELECTORS[info["selector"]](**{name: info[name] for name in fields})
+
+
+def _layers(state: State) -> dict[str, dict[str, Tensor]]:
+    """The entries of a file by layer; refuses what it does not know."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key == "_metadata":
+            continue
+        path, _, name = key.rpartition(".")
+        if name not in (*BUFFERS, _UNUSED) or not path.endswith(_SUFFIX):
+            raise ValueError(f"unknown entry {key!r} in the tuned file: expected '<path>{_SUFFIX}.<one of {BUFFERS}>'")
+        layers.setdefault(path, {})[name] = value
+    return layers
+
+
+def _thresholds(path: str, module: SparseAttention, entry: dict[str, Tensor]) -> Thresholds:
+    absent = [name for name in BUFFERS if name not in entry]
+    if absent:
+        raise ValueError(f"layer {path!r} of the tuned file lacks {absent}")
+    heads = module.heads
+    for name in BUFFERS:
+        value = entry[name]
+        if not isinstance(value, Tensor) or value.dim() > 1:
+            raise ValueError(f"layer {path!r}: {name} must be a tensor [heads], got {value!r}")
+        if heads is not None and value.numel() not in (1, heads):
+            raise ValueError(f"layer {path!r}: {name} has {value.numel()} values, the model has {heads} heads")
+        if not bool(torch.isfinite(value.float()).all()):
+            raise ValueError(f"layer {path!r}: {name} holds values that are not finite: {value.tolist()}")
+    count = heads or max(entry[name].numel() for name in BUFFERS)
+    full = {name: entry[name].reshape(-1).expand(count) for name in BUFFERS}
+    return Thresholds(**full)
+
+
+def _mismatch(model: nn.Module, info: dict[str, Any] | None, missing: list[str], extra: list[str]) -> str:
+    made_for = f" (made for {info['model_class']})" if info else ""
+    parts = [f"the tuned file{made_for} does not fit {type(model).__name__}:"]
+    if missing:
+        parts.append(f"{len(missing)} layers of the model are not in the file, first {missing[0]!r};")
+    if extra:
+        parts.append(f"{len(extra)} layers of the file are not in the model, first {extra[0]!r};")
+    return " ".join(parts).rstrip(";")
