@@ -11,11 +11,10 @@ Passes over the prompts: curves (all but the prompts kept aside), PV curves, the
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
 import os
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -27,39 +26,16 @@ from torch import Tensor, nn
 from spas_attn.backends import Call
 
 from . import observe, report
-from .curves import PromptTally, Tally
-from .module import PV_OFF, SparseAttention, Thresholds, check_bounds, sparse_modules
-from .observe import Grid, Reservoir, Sampler
-from .search import choose, mean_error, tail_error, within_bounds
-from .state_dict import extract_sparse_attention_state_dict, load_checkpoint, save, write_atomically
+from .checkpoint import Checkpoint, digest
+from .curves import PromptTally
+from .layer import Layer, merge_ranks
+from .module import SparseAttention, check_bounds, sparse_modules
+from .observe import Grid, Sampler
+from .state_dict import extract_sparse_attention_state_dict, save
 
 Item = TypeVar("Item")
 RESERVOIR_BYTES = 2 << 30  # for all layers together
 QUERY_BLOCKS = 16  # looked at per call, of however many there are
-MARGIN = 0.9  # a head that misses its bound aims this far below it the next time
-_open: weakref.WeakKeyDictionary[nn.Module, Calibration] = weakref.WeakKeyDictionary()
-
-
-class Layer:
-    """What the calibration knows of one layer."""
-
-    def __init__(self, index: int, path: str, module: SparseAttention, budget: int, seed: int) -> None:
-        self.index, self.path, self.module = index, path, module
-        self.curves: Tally | None = None
-        self.pv: Tally | None = None
-        self.check: Tally | None = None
-        self.open: PromptTally | None = None  # of the prompt in progress
-        self.calls = 0  # in the prompt in progress
-        self.reservoir = Reservoir(budget, seed + index)
-        self.lengths: tuple[int, int] | None = None
-        self.check_backend = ""
-        self.reasons: list[str] = []
-        self.tighter: Tensor | None = None  # [H], factor on the bounds of heads that missed them
-
-    def saw(self, k_len: int) -> None:
-        """Remember the number of keys."""
-        shortest, longest = self.lengths or (k_len, k_len)
-        self.lengths = (min(shortest, k_len), max(longest, k_len))
 
 
 class Calibration:
@@ -75,7 +51,7 @@ class Calibration:
         *,
         l1: float | None,
         pv_l1: float | None,
-        tail: float | None | str,
+        tail: float | str | None,
         grid: Grid,
         query_blocks: int | None,
         kept_aside: float,
@@ -84,32 +60,57 @@ class Calibration:
         checkpoint: str | os.PathLike[str] | None,
         resume: bool,
     ) -> None:
-        self.model, self.modules = model, sparse_modules(model)
-        for module in self.modules.values():
-            module.l1 = module.l1 if l1 is None else l1
-            module.pv_l1 = module.pv_l1 if pv_l1 is None else pv_l1
-            module.tail = module.tail if isinstance(tail, str) else tail
-            check_bounds(module.l1, module.pv_l1, module.tail)
+        if resume and checkpoint is None:
+            raise ValueError("resume=True needs checkpoint=<path>, got None")
+        modules = sparse_modules(model)
+        self.model = model
+        self.bounds = [
+            (
+                module.l1 if l1 is None else l1,
+                module.pv_l1 if pv_l1 is None else pv_l1,
+                module.tail if isinstance(tail, str) else tail,
+            )
+            for module in modules.values()
+        ]
+        for bounds in self.bounds:
+            check_bounds(*bounds)
         self.grid, self.sampler = grid, Sampler(query_blocks, seed)
-        self.kept_aside, self.rounds, self.seed = kept_aside, rounds, seed
-        self.checkpoint, self.resume = None if checkpoint is None else Path(checkpoint), resume
-        budget = RESERVOIR_BYTES // len(self.modules)
-        self.layers = [Layer(i, p, m, budget, seed) for i, (p, m) in enumerate(self.modules.items())]
+        self.kept_aside, self.rounds = kept_aside, rounds
+        self.checkpoint, self.resume = checkpoint, resume
+        budget = RESERVOIR_BYTES // len(modules)
+        self.layers = [Layer(i, path, module, budget, seed) for i, (path, module) in enumerate(modules.items())]
         self.statistics: list[dict[str, Any]] = []
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.world = dist.get_world_size() if self.distributed else 1
         self._phase = "free"  # "free": calls without prompts() around them; "curves", "pv", "check", "finished"
-        self._prompt = 0
-        self._fitted = self._checked = 0
+        self._passes = ("curves", "pv", *["check"] * rounds)
+        self._round = self._prompt = 0
         self._same_calls = False
+        self._expected = 0
+        self._files: Checkpoint | None = None
 
-    # -- context ----------------------------------------------------------------------------------------------------
+    @property
+    def phase(self) -> str:
+        """The pass in progress: "free" (no loop over prompts), "curves", "pv", "check" or "finished"."""
+        return self._phase
+
+    @property
+    def expected_passes(self) -> int:
+        """Prompts that this process runs in all, when no head misses its bounds in the first check."""
+        return self._expected
+
+    # -- context ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Calibration:
-        self._modes = [layer.module.mode for layer in self.layers]
         for layer in self.layers:
-            layer.module.mode, layer.module.observer = "tune", functools.partial(self._observe, layer)
+            if layer.module.observer is not None:
+                raise RuntimeError(f"layer {layer.path!r} is being calibrated already")
+        for layer, bounds in zip(self.layers, self.bounds, strict=True):
+            module = layer.module
+            layer.remember_module()
+            module.l1, module.pv_l1, module.tail = bounds
+            module.mode, module.observer = "tune", functools.partial(self._observe, layer)
         return self
 
     def __exit__(
@@ -124,16 +125,20 @@ class Calibration:
                     "were set; let it run to its end (finished prompts are kept in the checkpoint, if one was named)"
                 )
         finally:
-            for layer, mode in zip(self.layers, self._modes, strict=True):
+            for layer in self.layers:
                 layer.module.observer = None
-                layer.module.mode = "sparse" if self._phase == "finished" else mode
+                if self._phase == "finished":
+                    layer.module.mode = "sparse"
+                else:
+                    layer.restore_module()
 
-    # -- the loop ---------------------------------------------------------------------------------------------------
+    # -- the loop -----------------------------------------------------------------------------------------------------
 
     def prompts(self, prompts: Sequence[Item]) -> Iterator[Item]:
         """Yield prompts to run, first all but those kept aside, then those kept aside for PV pass and check.
 
-        Prompts are shared out over ranks by index. Finished ones of an interrupted run are skipped on resume.
+        Prompts are shared out over ranks by index. Finished ones of an interrupted run are skipped on resume. What
+        the model saw before the loop does not count.
         """
         items = list(prompts)
         if not items:
@@ -143,228 +148,143 @@ class Calibration:
         aside = min(len(items) - 1, max(1, round(len(items) * self.kept_aside)))
         fitted = list(range(len(items) - aside))
         checked = list(range(len(items) - aside, len(items))) or fitted  # a single prompt serves for both
-        self._same_calls, self._fitted, self._checked = checked == fitted, len(fitted), len(checked)
-        done = self._load_checkpoint(items)
-        self._phase = "curves"
-        for i in fitted:
-            if i not in done and i % self.world == self.rank:
+        self._same_calls = checked == fitted
+        for layer in self.layers:
+            layer.forget()
+        done = self._open_checkpoint(items, len(fitted))
+        mine = [i for i in (*(i for i in fitted if i not in done), *checked, *checked) if i % self.world == self.rank]
+        self._expected = len(mine)
+        for phase in self._passes:
+            self._phase = phase
+            for i in fitted if phase == "curves" else checked:
+                if i % self.world != self.rank or (phase == "curves" and i in done):
+                    continue
                 self._begin(i)
                 yield items[i]
-                self._end(i, "curves")
-                self._save_checkpoint(items)
-        self._merge("curves")
-        self._choose()
-        for phase in ("pv", *["check"] * self.rounds):
-            self._phase = phase
-            for i in checked:
-                if i % self.world == self.rank:
-                    self._begin(i)
-                    yield items[i]
-                    self._end(i, phase)
-            self._merge(phase)
-            if phase == "pv":
-                self._choose_pv()
-            elif not self._back_off():
-                break
-        self._finish()
+                self._end(i)
+                if phase == "curves":
+                    self._save_checkpoint()
+            if self._conclude():
+                return
 
     def _begin(self, prompt: int) -> None:
         self._prompt = prompt
         for layer in self.layers:
             layer.open, layer.calls = None, 0
 
-    def _end(self, prompt: int, phase: str) -> None:
+    def _end(self, prompt: int) -> None:
         for layer in self.layers:
             if layer.open is None:
                 raise RuntimeError(
                     f"layer {layer.path!r} saw no call of at least {layer.module.selector.block_q} queries in prompt "
                     f"{prompt}: run the model inside the loop, with prompts longer than a block"
                 )
-            self._add(layer, phase, layer.open.close(prompt))
-            layer.open = None
+        for layer in self.layers:
+            layer.close(self._phase, prompt)
 
-    @staticmethod
-    def _add(layer: Layer, phase: str, tally: Tally) -> None:
-        known = getattr(layer, phase)
-        if known is None:
-            setattr(layer, phase, tally)
-        else:
-            known.merge(tally)
+    def _conclude(self) -> bool:
+        """Use what a pass has seen; says whether the calibration is finished."""
+        if self.distributed:
+            merge_ranks(self.layers, self._phase, self.world)
+        for layer in self.layers:
+            if self._phase == "curves":
+                layer.choose_first(self.grid)
+            elif self._phase == "pv":
+                layer.choose_pv(self.grid)
+        if self._phase != "check" or self._back_off():
+            return False
+        self._finish()
+        return True
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def _observe(self, layer: Layer, module: SparseAttention, q: Tensor, k: Tensor, v: Tensor, **flags: Any) -> None:
-        call = Call(q, k, v, precision=module.precision, **flags)
+        if self._phase == "finished":
+            return
+        with _float32(q.device.type):
+            self._see(layer, Call(q, k, v, precision=module.precision, **flags))
+
+    def _see(self, layer: Layer, call: Call) -> None:
+        module, heads = layer.module, call.q.shape[1]
         if module.is_sparse is None:
-            module.set_heads(q.shape[1])
-        layer.saw(k.shape[2])
-        blocks = self.sampler.blocks(
-            observe.block_count(call, module.selector.block_q), layer.index, self._prompt, layer.calls
-        )
+            module.set_heads(heads)
+        layer.saw(call.k.shape[2])
+        count = observe.block_count(call, module.selector.block_q)
+        blocks = self.sampler.blocks(count, layer.index, self._prompt, layer.calls)
         layer.calls += 1
         if self._phase == "free":  # every call is a sample of its own
             number = layer.reservoir.seen * self.world + self.rank
-            tally = PromptTally(q.shape[1], len(self.grid), q.device)
+            tally = PromptTally(heads, len(self.grid), call.q.device)
             observe.add_curves(tally, module, call, self.grid, blocks)
-            self._add(layer, "curves", tally.close(number))
-            layer.reservoir.offer(number, call, module.selector.block_q, blocks)
+            layer.add("curves", tally.close(number))
+            layer.reservoir.offer(number, call, module.selector, blocks)
         else:
-            self._watch(layer, self._phase, [call], blocks)
+            self._watch(layer, call, blocks)
 
-    def _watch(self, layer: Layer, phase: str, calls: list[Call], blocks: list[int] | None) -> None:
-        """Add calls to the prompt in progress, for one phase."""
-        heads, device = calls[0].q.shape[1], calls[0].q.device
-        sizes = {"curves": len(self.grid), "pv": len(self.grid.pv), "check": 2}
+    def _watch(self, layer: Layer, call: Call, blocks: list[int]) -> None:
+        """Add a call to the prompt in progress."""
         if layer.open is None:
-            layer.open = PromptTally(heads, sizes[phase], device)
-        for call in calls:
-            if phase == "check":
-                layer.check_backend = observe.add_check(layer.open, layer.module, call)
-            else:
-                add = observe.add_curves if phase == "curves" else observe.add_pv_curves
-                add(layer.open, layer.module, call, self.grid, [0] if blocks is None else blocks)
+            candidates = {"curves": len(self.grid), "pv": len(self.grid.pv), "check": 2}[self._phase]
+            layer.open = PromptTally(call.q.shape[1], candidates, call.q.device)
+        if self._phase == "check":
+            layer.check_backend = observe.add_check(layer.open, layer.module, call)
+        else:
+            add = observe.add_curves if self._phase == "curves" else observe.add_pv_curves
+            add(layer.open, layer.module, call, self.grid, blocks)
 
     def _finish_from_reservoir(self) -> None:
         """Without a loop over prompts: PV pass and check on the calls held in the reservoir."""
-        if any(layer.curves is None for layer in self.layers):
-            empty = next(layer.path for layer in self.layers if layer.curves is None)
-            raise RuntimeError(f"layer {empty!r} saw no call long enough to calibrate on: run the model in tune mode")
-        self._fitted = max(layer.reservoir.seen for layer in self.layers)
-        self._checked = min(len(layer.reservoir.calls) for layer in self.layers)
+        for layer in self.layers:
+            if layer.curves is None:
+                raise RuntimeError(
+                    f"layer {layer.path!r} saw no call of at least {layer.module.selector.block_q} queries: run the "
+                    "model in tune mode, with prompts longer than a block"
+                )
         self._same_calls = True
-        self._merge("curves")
-        self._choose()
-        for phase in ("pv", *["check"] * self.rounds):
-            for layer in self.layers:
-                for number, calls in layer.reservoir.calls:
-                    self._watch(layer, phase, calls, None)
-                    assert layer.open is not None
-                    self._add(layer, phase, layer.open.close(number))
-                    layer.open = None
-            self._merge(phase)
-            if phase == "pv":
-                self._choose_pv()
-            elif not self._back_off():
-                break
-        self._finish()
+        for phase in self._passes:
+            self._phase = phase
+            for layer in self.layers if phase != "curves" else []:
+                for number, parts in layer.reservoir.calls:
+                    for call, blocks in parts:
+                        with _float32(call.q.device.type):
+                            self._watch(layer, call, blocks)
+                    layer.close(phase, number)
+            if self._conclude():
+                return
 
-    # -- several processes ----------------------------------------------------------------------------------------------
-
-    def _merge(self, phase: str) -> None:
-        """Add up what all ranks saw; every rank holds the sum afterwards."""
-        if not self.distributed:
-            return
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, [(getattr(layer, phase), layer.lengths) for layer in self.layers])
-        for layer, parts in zip(self.layers, zip(*gathered, strict=True), strict=True):
-            setattr(layer, phase, None)
-            for tally, lengths in parts:
-                if tally is not None:
-                    self._add(layer, phase, tally)
-                for length in lengths or ():
-                    layer.saw(length)
-            tally = getattr(layer, phase)
-            if tally is None:
-                raise RuntimeError(f"layer {layer.path!r} saw no prompt in the {phase} pass")
-            if layer.module.is_sparse is None:
-                layer.module.set_heads(tally.heads)
-
-    # -- choosing ---------------------------------------------------------------------------------------------------------
-
-    def _choose(self) -> None:
-        for layer in self.layers:
-            assert layer.curves is not None
-            layer.tighter = torch.ones(layer.curves.heads, dtype=torch.float64)
-            layer.reasons = [""] * layer.curves.heads
-            self._choose_layer(layer, torch.full((layer.curves.heads,), PV_OFF))
-
-    def _choose_layer(self, layer: Layer, pv: Tensor) -> None:
-        """Thresholds of least density within the (possibly tightened) bounds."""
-        curves, module = layer.curves, layer.module
-        assert curves is not None and layer.tighter is not None
-        tail = None if module.tail is None else module.tail * layer.tighter
-        choice = choose(curves, module.l1 * layer.tighter, tail)
-        pairs = torch.tensor([self.grid.pair(int(i)) for i in choice.index], dtype=torch.float64)
-        sparse = choice.found & (layer.tighter > 0)
-        for head in (~sparse).nonzero()[:, 0].tolist():
-            layer.reasons[head] = layer.reasons[head] or "no candidate threshold holds the bounds"
-        density = torch.where(sparse, curves.density().gather(1, choice.index[:, None])[:, 0], 1.0)
-        values = Thresholds(
-            sparse,
-            torch.where(sparse, pairs[:, 1], 1.0).float(),
-            torch.where(sparse, pairs[:, 0], -1.0).float(),
-            torch.where(sparse, pv.double(), PV_OFF).float(),
-        )
-        module.set_thresholds(values, expected_density=float(density.mean()), lengths=layer.lengths)
-        module.mode = "tune"
-
-    def _choose_pv(self) -> None:
-        """The PV threshold that skips most within ``pv_l1`` and ``tail``."""
-        for layer in self.layers:
-            module, tally = layer.module, layer.pv
-            assert tally is not None
-            mean = torch.full((tally.heads,), module.pv_l1, dtype=torch.float64)
-            tail = None if module.tail is None else torch.full_like(mean, module.tail)
-            good = within_bounds(tally, mean, tail)
-            order = torch.tensor(self.grid.pv)
-            lowest = torch.where(good, order, PV_OFF).amin(1)
-            self._choose_layer(layer, lowest)
+    # -- choosing -----------------------------------------------------------------------------------------------------
 
     def _back_off(self) -> bool:
-        """Tighten the bounds of sparse heads that missed one in the check; says whether there were any.
+        """Tighten the bounds of heads that missed one in the check; says whether to check again.
 
         In the last round such heads become dense instead.
         """
-        self._round = getattr(self, "_round", 0) + 1
-        missed = False
+        self._round += 1
+        last = self._round >= self.rounds
+        missed = [layer.back_off(self.grid, self.rounds if last else None) for layer in self.layers]
+        if last or not any(missed):
+            return False
         for layer in self.layers:
-            module, tally = layer.module, layer.check
-            assert tally is not None and layer.tighter is not None
-            values = module.thresholds()
-            excess = mean_error(tally)[:, 1] / module.pv_l1
-            if module.tail is not None:
-                excess = torch.maximum(excess, tail_error(tally)[:, 1] / module.tail)
-            wrong = (excess > 1) & values.is_sparse.cpu()
-            if not bool(wrong.any()):
-                continue
-            missed = True
-            last = self._round >= self.rounds
-            factor = torch.zeros_like(excess) if last else MARGIN / excess
-            layer.tighter = torch.where(wrong, layer.tighter * factor, layer.tighter)
-            if last:
-                for head in wrong.nonzero()[:, 0].tolist():
-                    layer.reasons[head] = f"missed a bound {self.rounds} times in the check with the real kernel"
-            self._choose_layer(layer, torch.where(wrong, PV_OFF, values.pvthreshd.cpu()))
-            if not last:
-                layer.check = None
-        if missed and self._round < self.rounds:
-            for layer in self.layers:
-                layer.check = None  # all are checked again: what they record belongs to the final thresholds
-        return missed and self._round < self.rounds
+            layer.check = None  # all are checked again: what they record belongs to the final thresholds
+        return True
 
     def _finish(self) -> None:
         self._phase = "finished"
+        self.statistics = []
         for layer in self.layers:
-            self._record_density(layer)
-        facts = {
-            "query_blocks_per_call": self.sampler.limit,
-            "prompts_fitted": self._fitted,
-            "prompts_checked": self._checked,
-            "checked_on_the_fitted_calls": self._same_calls,
-        }
-        self.statistics = [report.layer_statistics(layer, facts) for layer in self.layers]
-        if self.checkpoint is not None and self.rank == 0:
-            for path in self.checkpoint.parent.glob(self.checkpoint.name + ".rank*"):
-                path.unlink(missing_ok=True)
+            layer.record_density()
+            assert layer.curves is not None and layer.check is not None
+            facts = {
+                "query_blocks_per_call": self.sampler.limit,
+                "prompts_fitted": len(layer.curves.sums),
+                "prompts_checked": len(layer.check.sums),
+                "checked_on_the_fitted_calls": self._same_calls,
+            }
+            self.statistics.append(report.layer_statistics(layer, facts))
+        if self._files is not None and self.rank == 0:
+            self._files.remove()
 
-    @staticmethod
-    def _record_density(layer: Layer) -> None:
-        assert layer.check is not None
-        sparse = layer.module.thresholds().is_sparse.cpu()
-        density = torch.where(sparse, layer.check.density()[:, 1], 1.0)
-        layer.module.expected_density = float(density.mean())
-
-    # -- results --------------------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the tuned file, and the statistics beside it as ``<name>.json`` (rank 0 only).
@@ -377,86 +297,57 @@ class Calibration:
         statistics = Path(path).with_suffix(".json")
         if self.rank == 0:
             state = extract_sparse_attention_state_dict(self.model)
-            state["_metadata"] |= {"prompts": self._fitted + (0 if self._same_calls else self._checked)}
+            first = self.statistics[0]
+            seen = first["prompts_fitted"] + (0 if self._same_calls else first["prompts_checked"])
+            state["_metadata"] |= {"prompts": seen}
             save(state, path)
             report.write_statistics(self.statistics, statistics)
         return statistics
 
-    # -- interruptions ----------------------------------------------------------------------------------------------------
+    # -- interruptions ------------------------------------------------------------------------------------------------
 
-    def _fingerprint(self, items: Sequence[Any]) -> str:
-        """Of everything the curves depend on: a checkpoint of another calibration must not be resumed."""
-        selectors = [(layer.path, repr(layer.module.selector)) for layer in self.layers]
-        facts = (selectors, self.grid, self.sampler, len(items), [_digest(item) for item in items])
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-    def _save_checkpoint(self, items: Sequence[Any]) -> None:
-        if self.checkpoint is None:
-            return
-        content = {
-            "fingerprint": self._fingerprint(items),
-            "layers": [(_plain(layer.curves), layer.lengths) for layer in self.layers],
-        }
-        write_atomically(content, self.checkpoint.with_name(f"{self.checkpoint.name}.rank{self.rank}"))
-
-    def _load_checkpoint(self, items: Sequence[Any]) -> set[int]:
+    def _open_checkpoint(self, items: Sequence[Any], fitted: int) -> set[int]:
         """Take over the finished prompts of an interrupted run; returns their numbers."""
-        if not self.resume:
-            return set()
         if self.checkpoint is None:
-            raise ValueError("resume=True needs checkpoint=<path>, got None")
+            return set()
+        selectors = [(layer.path, repr(layer.module.selector)) for layer in self.layers]
+        prompts = [digest(item) for item in items]
+        self._files = Checkpoint(
+            self.checkpoint, (type(self.model).__name__, selectors, self.grid, self.sampler, fitted, prompts)
+        )
         done: set[int] = set()
-        for path in sorted(self.checkpoint.parent.glob(self.checkpoint.name + ".rank*")):
-            content = load_checkpoint(path)
-            if content["fingerprint"] != self._fingerprint(items):
-                raise ValueError(
-                    f"checkpoint {str(path)!r} belongs to another calibration (other prompts, selector, grid or "
-                    "seed): delete it or run without resume"
-                )
-            for layer, (plain, lengths) in zip(self.layers, content["layers"], strict=True):
-                if plain is None:
-                    continue
-                done |= set(plain["sums"])
-                for length in lengths or ():
-                    layer.saw(length)
-                if layer.module.is_sparse is None:
-                    layer.module.set_heads(plain["heads"])
-                if self.rank == 0:  # the sum over ranks must count them once
-                    self._add(layer, "curves", _tally(plain))
+        for saved in self._files.load() if self.resume else []:
+            for layer, (tally, lengths) in zip(self.layers, saved, strict=True):
+                if tally is not None:
+                    done |= tally.sums.keys()
+                    layer.resume(tally, lengths, counts=self.rank == 0)  # the sum over ranks has each prompt once
+        if self.distributed:
+            dist.barrier()  # all have read
+        if self.rank == 0:
+            if done:
+                self._save_checkpoint()
+            self._files.remove(but=self._files.file(0) if done else None)
         if self.distributed:
             dist.barrier()
         return done
 
-
-def _plain(tally: Tally | None) -> dict[str, Any] | None:
-    """A tally as plain values, for ``torch.load(weights_only=True)``."""
-    return None if tally is None else dict(vars(tally))
-
-
-def _tally(plain: dict[str, Any]) -> Tally:
-    tally = Tally(plain["heads"], plain["candidates"])
-    for name, value in plain.items():
-        setattr(tally, name, value)
-    return tally
+    def _save_checkpoint(self) -> None:
+        if self._files is not None:
+            self._files.save(self.rank, [(layer.curves, layer.lengths) for layer in self.layers])
 
 
-def _digest(item: Any) -> str:
-    """A short name for a prompt's content."""
-    if isinstance(item, Tensor):
-        data = item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return hashlib.sha256(data).hexdigest()
-    if isinstance(item, dict):
-        return repr([(key, _digest(value)) for key, value in item.items()])
-    if isinstance(item, (list, tuple)):
-        return repr([_digest(value) for value in item])
-    return repr(item) if isinstance(item, (str, bytes, int, float, type(None))) else type(item).__name__
+@contextlib.contextmanager
+def _float32(device: str) -> Iterator[None]:
+    """For sums that are to be exact, and to outlive the inference mode that a model may run in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
 
 
 def calibrate(
     model: nn.Module,
     l1: float | None = None,
     pv_l1: float | None = None,
-    tail: float | None | str = "module",
+    tail: float | str | None = "module",
     *,
     grid: Grid | None = None,
     query_blocks: int | None = QUERY_BLOCKS,
@@ -506,27 +397,3 @@ def calibrate(
         checkpoint=checkpoint,
         resume=resume,
     )
-
-
-def enable_tune_mode(
-    model: nn.Module, enabled: bool = True, *, verbose: bool = False, printer: Callable[[str], None] = print
-) -> Calibration:
-    """Tune without a loop over prompts: switch on, run the model as usual, switch off.
-
-    Switching off chooses and checks the thresholds, on a bounded sample of the calls seen (2 GiB of host memory).
-
-    Returns:
-        The calibration; after switching off it has its statistics and can be saved.
-    """
-    if enabled:
-        if model in _open:
-            raise RuntimeError("tune mode is already on for this model")
-        _open[model] = calibrate(model).__enter__()
-        return _open[model]
-    if model not in _open:
-        raise RuntimeError("tune mode is not on for this model: enable_tune_mode(model, True) first")
-    calibration = _open.pop(model)
-    calibration.__exit__(None, None, None)
-    if verbose:
-        printer(report.table(calibration.statistics))
-    return calibration

@@ -245,8 +245,8 @@ class PromptTally:
 
 
 def _bin(relative: Tensor) -> Tensor:
-    """Index of the logarithmic bin of each error."""
-    position = (relative.clamp(min=1e-30).log10() + 4.0) * (BINS / 5.0)
+    """Index of the logarithmic bin of each error; what is not a number is as bad as can be."""
+    position = (relative.nan_to_num(nan=HIGHEST).clamp(min=1e-30).log10() + 4.0) * (BINS / 5.0)
     return position.floor().clamp(0, BINS - 1).long()
 
 

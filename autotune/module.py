@@ -40,13 +40,13 @@ class Observer(Protocol):
 
 def check_bounds(l1: float, pv_l1: float, tail: float | None) -> None:
     """Refuse bounds that cannot be meant: 0 < l1 < pv_l1, and tail > 0 or None."""
-    if not 0 < l1:
+    if not l1 > 0:
         raise ValueError(f"l1 must be above 0 (a relative error), got {l1}")
-    if not l1 < pv_l1:
+    if not pv_l1 > l1:
         raise ValueError(
             f"pv_l1 bounds selection, PV skip and quantisation together: it must exceed l1={l1}, got {pv_l1}"
         )
-    if tail is not None and not 0 < tail:
+    if tail is not None and not tail > 0:
         raise ValueError(f"tail must be above 0 (a relative error of one query) or None for off, got {tail}")
 
 

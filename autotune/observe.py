@@ -12,7 +12,7 @@ from spas_attn import backends, block_sparse_attention
 from spas_attn.attention import explain, sparse_attention
 from spas_attn.backends import Call
 from spas_attn.block_mask import cdiv
-from spas_attn.selectors import Inputs
+from spas_attn.selectors import Inputs, MeanSimilarity
 from spas_attn.selectors.mean_similarity import within
 
 from .curves import PromptTally, query_blocks, query_mask
@@ -127,8 +127,7 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
         The name of the backend that computed everything.
     """
     selector, pv = module.tuned(call.q.device)
-    exact = backends.get("reference").run(call.replace(q=call.q.float()))
-    flags = {"is_causal": call.is_causal, "scale": call.scale, "attn_mask": call.attn_mask, "window": call.window}
+    exact = backends.get("sdpa").run(call.replace(q=call.q.float(), k=call.k.float(), v=call.v.float()))
     backend = module.backend
     uses_pv = bool((pv < PV_OFF).any())
     choice = explain(
@@ -139,11 +138,15 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
         backend = "reference"
     total, stats = sparse_attention(
         call.q, call.k, call.v, selector, pv_threshold=pv, backend=backend, return_stats=True,
-        precision=module.precision, expected_density=module.expected_density, **flags,
+        precision=module.precision, expected_density=module.expected_density, is_causal=call.is_causal,
+        scale=call.scale, attn_mask=call.attn_mask, window=call.window,
     )  # fmt: skip
     selection = total
     if stats.mask is not None and (uses_pv or module.precision != "bf16"):
-        selection = block_sparse_attention(call.q, call.k, call.v, stats.mask, **flags)
+        selection = block_sparse_attention(
+            call.q, call.k, call.v, stats.mask, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask,
+            window=call.window,
+        )  # fmt: skip
     norm = exact.abs().sum(-1)
     valid = norm > 0
     queries = query_mask(call)
@@ -163,54 +166,71 @@ class Reservoir:
 
     Attributes:
         budget: bytes; at least one call is always held.
-        calls: (number of the call, its query blocks as calls of their own).
+        calls: (number of the call, its parts: calls of their own and which query blocks to look at in each).
+        used: bytes of each.
+        seen: calls offered so far.
     """
 
     budget: int
     seed: int
-    calls: list[tuple[int, list[Call]]] = field(default_factory=list)
+    calls: list[tuple[int, list[tuple[Call, list[int]]]]] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     seen: int = 0
 
-    def offer(self, number: int, call: Call, block_q: int, blocks: list[int]) -> None:
+    def offer(self, number: int, call: Call, selector: MeanSimilarity, blocks: list[int]) -> None:
         """Keep the call with the probability that makes the sample uniform."""
         self.seen += 1
-        size = (call.k.numel() + call.v.numel() + len(blocks) * block_q * call.q[:, :, 0].numel()) * call.q.itemsize
-        room = not self.calls or sum(self.used) + size <= self.budget
-        if room:
-            self.calls.append((number, []))
-            self.used.append(size)
-            slot = len(self.calls) - 1
-        else:
+        rows = min(len(blocks) * selector.block_q, call.q.shape[2]) if _separable(call, selector) else call.q.shape[2]
+        size = (call.k.numel() + call.v.numel() + rows * call.q[:, :, 0].numel()) * call.q.itemsize
+        if self.calls and sum(self.used) + size > self.budget:
             seed = (self.seed * 1_000_003 + number) % (1 << 62)
             slot = int(torch.randint(self.seen, (1,), generator=torch.Generator().manual_seed(seed)))
             if slot >= len(self.calls):
                 return
-            self.used[slot] = size
-        self.calls[slot] = (number, list(single_blocks(_to_host(call), block_q, blocks)))
+            self._drop(slot)
+            while self.calls and sum(self.used) + size > self.budget:  # a long call may take the place of several
+                self._drop(0)
+        self.calls.append((number, parts(_to_host(call), selector, blocks)))
+        self.used.append(size)
+
+    def _drop(self, slot: int) -> None:
+        del self.calls[slot], self.used[slot]
 
 
 def _to_host(call: Call) -> Call:
     move = {name: getattr(call, name).detach().cpu().clone() for name in ("q", "k", "v")}
-    mask = None if call.attn_mask is None else call.attn_mask.cpu()
+    mask = None if call.attn_mask is None else call.attn_mask.cpu().clone()
     return call.replace(**move, attn_mask=mask)
 
 
-def single_blocks(call: Call, block_q: int, blocks: list[int]) -> list[Call]:
-    """Query blocks of a call as calls of their own.
+def _separable(call: Call, selector: MeanSimilarity) -> bool:
+    """Whether a query block alone, with its keys, is treated exactly as inside the whole call.
 
-    Under causality a block at the end of its keys is a lower-right aligned call, so it selects and computes exactly
-    what it did inside the whole call.
+    Under causality a query block at the end of its keys is a lower-right aligned call, but only whole key blocks keep
+    their means. Without it, the padding among the queries would be forgotten.
     """
-    q_len, k_len = call.q.shape[2], call.k.shape[2]
-    parts = []
+    if not call.is_causal:
+        return query_mask(call) is None
+    return (call.k.shape[2] - call.q.shape[2]) % selector.block_k == 0 and selector.block_q % selector.block_k == 0
+
+
+def parts(call: Call, selector: MeanSimilarity, blocks: list[int]) -> list[tuple[Call, list[int]]]:
+    """Query blocks of a call as calls of their own where that changes nothing, else the whole call.
+
+    Returns:
+        Calls, and which query blocks to look at in each.
+    """
+    if not _separable(call, selector):
+        return [(call, blocks)]
+    block_q, q_len, k_len = selector.block_q, call.q.shape[2], call.k.shape[2]
+    found = []
     for i in blocks:
         stop = min((i + 1) * block_q, q_len)
         end = stop + k_len - q_len if call.is_causal else k_len
         mask = None if call.attn_mask is None else call.attn_mask[:, :end]
         q = call.q[:, :, i * block_q : stop].clone()
-        parts.append(call.replace(q=q, k=call.k[:, :, :end], v=call.v[:, :, :end], attn_mask=mask))
-    return parts
+        found.append((call.replace(q=q, k=call.k[:, :, :end], v=call.v[:, :, :end], attn_mask=mask), [0]))
+    return found
 
 
 def block_count(call: Call, block_q: int) -> int:

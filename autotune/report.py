@@ -12,7 +12,7 @@ import torch
 from .search import mean_error, tail_error
 
 if TYPE_CHECKING:
-    from .calibration import Layer
+    from .layer import Layer
 
 Statistics = list[dict[str, Any]]
 
@@ -61,10 +61,20 @@ def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def statistics_text(statistics: Statistics) -> str:
+    """The statistics as JSON that people can read: a line per head."""
+    layers = []
+    for entry in statistics:
+        facts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items() if key != "heads"]
+        heads = ",\n".join("    " + json.dumps(head) for head in entry["heads"])
+        layers.append(" {\n" + ",\n".join([*facts, f'  "heads": [\n{heads}\n  ]']) + "\n }")
+    return "[\n" + ",\n".join(layers) + "\n]"
+
+
 def write_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
     """Write the statistics as JSON."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(statistics, indent=1) + "\n")
+    Path(path).write_text(statistics_text(statistics) + "\n")
 
 
 def table(statistics: Statistics) -> str:
@@ -74,9 +84,8 @@ def table(statistics: Statistics) -> str:
         heads = entry["heads"]
         count = f"{sum(head['is_sparse'] for head in heads)}/{len(heads)}"
         worst = [max(head[name] for head in heads) for name in ("l1_total", "tail_total")]
-        lines.append(
-            f"{entry['layer_idx']:>5}  {entry['mean_sparsity']:>8.1%}  {count:>12}  {worst[0]:>16.4f}  {worst[1]:>16.3f}"
-        )
+        figures = f"{entry['mean_sparsity']:>8.1%}  {count:>12}  {worst[0]:>16.4f}  {worst[1]:>16.3f}"
+        lines.append(f"{entry['layer_idx']:>5}  {figures}")
     mean = sum(entry["mean_sparsity"] for entry in statistics) / len(statistics)
     lines.append(f"{'all':>5}  {mean:>8.1%}")
     return "\n".join(lines)

@@ -56,7 +56,11 @@ def tail_error(tally: Tally, quantile: float = TAIL_QUANTILE) -> Tensor:
 
 
 def tail_share_limit(tally: Tally, tail: Tensor) -> Tensor:
-    """Upper confidence limit of the share of queries whose error exceeds ``tail [H]``; float64 ``[H, candidates]``."""
+    """Upper confidence limit of the share of queries whose error exceeds ``tail [H]``; float64 ``[H, candidates]``.
+
+    The limit is that of the logarithm of the share, with one query more than was seen: rare events scatter by factors,
+    and a limit made of share and variance alone holds in 77-87% of cases only, where prompts differ by 30%.
+    """
     position = torch.tensor([bin_position(float(value)) for value in tail], dtype=torch.float64)
     queries, squared = float(tally.queries[0]), float(tally.queries[1])
     above = _at(_above(tally.histogram), position)
@@ -67,7 +71,8 @@ def tail_share_limit(tally: Tally, tail: Tensor) -> Tensor:
     squares, products = _at(_padded(tally.squares), position), _at(_padded(tally.products), position)
     residual = (squares - 2 * share * products + share.square() * squared).clamp(min=0)
     variance = residual * (prompts / (prompts - 1)) / queries**2
-    return share + _t_value(prompts) * variance.sqrt()
+    share = share + 1 / queries
+    return (share * torch.exp(_t_value(prompts) * variance.sqrt() / share)).clamp(max=1.0)
 
 
 def _t_value(prompts: int) -> float:

@@ -19,13 +19,18 @@ from torch import Tensor, nn
 
 from spas_attn.selectors import MeanSimilarity, PeakMass
 
-from .module import BUFFERS, SparseAttention, Thresholds, sparse_modules
+from .module import BUFFERS, SparseAttention, Thresholds, clean_path, sparse_modules
 
 FORMAT = 1
 SELECTORS: dict[str, type[MeanSimilarity]] = {kind.__name__: kind for kind in (MeanSimilarity, PeakMass)}
 _UNUSED = "simthreshd2"  # a buffer of the original's files that nothing reads
 _SUFFIX = ".inner_attention"
 _PACKAGES = ("spas-attn", "torch", "transformers", "diffusers", "triton")
+# What torch.load raises on damaged and foreign files.
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError,
+)  # fmt: skip
+_REQUIRED = ("model_class", "selector", "block_q", "block_k", "pool", "l1", "pv_l1", "tail")
 State = dict[str, Any]
 
 
@@ -104,25 +109,19 @@ def load(path: str | os.PathLike[str]) -> State:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no tuned file at {str(path)!r}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"{str(path)!r} is truncated or not a tuned file: {reason}") from error
+    state = read(Path(path))
     if not isinstance(state, dict) or not any(str(key).endswith(".is_sparse") for key in state):
         raise ValueError(f"{str(path)!r} is not a tuned file: it holds no '<layer>.is_sparse' entries")
     return state
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of an interrupted calibration; a ValueError when it is damaged."""
+def read(path: Path) -> Any:
+    """``torch.load`` of tensors and plain values only; a ValueError when that fails."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} is damaged: delete it or run without resume ({error})") from error
-    if not isinstance(content, dict) or not {"fingerprint", "layers"} <= content.keys():
-        raise ValueError(f"{str(path)!r} is not a checkpoint of a calibration")
-    return content
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{str(path)!r} is truncated or not a tuned file: {reason}") from error
 
 
 def load_sparse_attention_state_dict(
@@ -149,7 +148,7 @@ def load_sparse_attention_state_dict(
     """
     state = load(state) if isinstance(state, (str, os.PathLike)) else state
     modules = sparse_modules(model)
-    info = state.get("_metadata")
+    info = _info(state)
     selector = _selector(info, block_q, block_k)
     layers = _layers(state)
     missing, extra = sorted(modules.keys() - layers.keys()), sorted(layers.keys() - modules.keys())
@@ -172,6 +171,21 @@ def load_sparse_attention_state_dict(
 def is_verified(state: State) -> bool:
     """Whether the bounds of a file were checked by this library (files of the original SpargeAttn never were)."""
     return "_metadata" in state
+
+
+def _info(state: State) -> dict[str, Any] | None:
+    """The metadata of a file, None for a file of the original SpargeAttn; refuses what this version cannot read."""
+    info = state.get("_metadata")
+    if info is None:
+        return None
+    if not isinstance(info, dict):
+        raise ValueError(f"_metadata of the tuned file must be a dict, got {type(info).__name__}")
+    if info.get("format") != FORMAT:
+        raise ValueError(f"the tuned file has format {info.get('format')!r}, this version reads format {FORMAT}")
+    absent = [name for name in _REQUIRED if name not in info]
+    if absent:
+        raise ValueError(f"_metadata of the tuned file lacks {absent}")
+    return info
 
 
 def _selector(info: dict[str, Any] | None, block_q: int | None, block_k: int | None) -> MeanSimilarity:
@@ -197,10 +211,14 @@ def _layers(state: State) -> dict[str, dict[str, Tensor]]:
     for key, value in state.items():
         if key == "_metadata":
             continue
-        path, _, name = key.rpartition(".")
+        path, _, name = str(key).rpartition(".")
+        path = clean_path(path)
         if name not in (*BUFFERS, _UNUSED) or not path.endswith(_SUFFIX):
             raise ValueError(f"unknown entry {key!r} in the tuned file: expected '<path>{_SUFFIX}.<one of {BUFFERS}>'")
-        layers.setdefault(path, {})[name] = value
+        entry = layers.setdefault(path, {})
+        if name in entry:
+            raise ValueError(f"the tuned file holds {name} of layer {path!r} twice, the second time as {key!r}")
+        entry[name] = value
     return layers
 
 
@@ -213,12 +231,15 @@ def _thresholds(path: str, module: SparseAttention, entry: dict[str, Tensor]) ->
         value = entry[name]
         if not isinstance(value, Tensor) or value.dim() > 1:
             raise ValueError(f"layer {path!r}: {name} must be a tensor [heads], got {value!r}")
-        if heads is not None and value.numel() not in (1, heads):
+        if heads is not None and value.dim() == 1 and value.numel() != heads:
             raise ValueError(f"layer {path!r}: {name} has {value.numel()} values, the model has {heads} heads")
         if not bool(torch.isfinite(value.float()).all()):
             raise ValueError(f"layer {path!r}: {name} holds values that are not finite: {value.tolist()}")
-    count = heads or max(entry[name].numel() for name in BUFFERS)
-    full = {name: entry[name].reshape(-1).expand(count) for name in BUFFERS}
+    sizes = {entry[name].numel() for name in BUFFERS if entry[name].dim() == 1} or {1}
+    if len(sizes) > 1:
+        raise ValueError(f"layer {path!r}: its tensors have {sorted(sizes)} values, one per head is expected")
+    count = heads or max(sizes)
+    full = {name: entry[name].expand(count) for name in BUFFERS}
     return Thresholds(**full)
 
 

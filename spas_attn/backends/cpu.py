@@ -31,10 +31,33 @@ def declines(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Block-sparse attention on a processor; PV skip is left out."""
+    """Block-sparse attention on a processor; PV skip is carried out, though it saves no time here."""
     mask = call.mask
     if mask is None:
         return sdpa.run(call)
+    return _attend(
+        call.q, call.k, call.v, mask.counts, mask.indices, mask.block_q, mask.block_k, call.is_causal, call.scale,
+        call.attn_mask, call.window, call.pv_threshold,
+    )  # fmt: skip
+
+
+# An operator of its own, because the loop over counts reads them on the host, which torch.compile cannot trace.
+@torch.library.custom_op("spas_attn::cpu_attention", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, block_q: int, block_k: int, is_causal: bool,
+    scale: float, attn_mask: Tensor | None, window: int | None, pv_threshold: Tensor | None,
+) -> Tensor:  # fmt: skip
+    mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2])
+    call = Call(q, k, v, mask, is_causal, scale, attn_mask, window, pv_threshold)
+    return _gather_and_attend(call, mask)
+
+
+@_attend.register_fake
+def _(q: Tensor, *_args: object) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _gather_and_attend(call: Call, mask: BlockMask) -> Tensor:
     q, k, v = call.q, call.k, call.v
     batch, heads, q_len, dim = q.shape
     k_len, block_q, block_k = k.shape[2], mask.block_q, mask.block_k
@@ -66,10 +89,14 @@ def run(call: Call) -> Tensor:
             scores, probs = (x[: shape[0] * block_q * shape[1]].view(shape[0], block_q, shape[1]) for x in buffers)
             torch.bmm(q[rows], keys.view(*shape, dim).transpose(1, 2), out=scores)
             empty = _hide(call, mask, scores, rows, kept)
+            if call.pv_threshold is not None:
+                valid = (rows % nq * block_q)[:, None] + torch.arange(block_q) < q_len
+                _skip_pv(scores, call.pv_threshold[rows // nq % heads], valid, block_k)
+                empty = scores.amax(-1, keepdim=True) == float("-inf")  # a threshold of 0 or less skips everything
             torch.softmax(scores, -1, out=probs)
             result = torch.bmm(probs, values.view(*shape, dim))
             out[rows] = result if empty is None else result.masked_fill_(empty, 0.0)
-    return out.view(batch, heads, nq * block_q, dim)[:, :, :q_len].to(call.q.dtype)
+    return out.view(batch, heads, nq * block_q, dim)[:, :, :q_len].to(call.q.dtype).contiguous()
 
 
 def _hide(call: Call, mask: BlockMask, scores: Tensor, rows: Tensor, kept: Tensor) -> Tensor | None:
@@ -108,4 +135,21 @@ def _hide(call: Call, mask: BlockMask, scores: Tensor, rows: Tensor, kept: Tenso
     return None if first > 0 else ~seen.any(-1, keepdim=True)
 
 
-register(Backend("cpu", lambda: None, declines, run))
+def _skip_pv(scores: Tensor, threshold: Tensor, valid: Tensor, block_k: int) -> None:
+    """Leave out the blocks that PV skip drops, in place; the rule is that of ``reference``.
+
+    Args:
+        scores: ``[n, block_q, tokens]``.
+        threshold: ``[n]``.
+        valid: bool ``[n, block_q]``, rows that are queries (a ragged last block is padded).
+    """
+    blocks = scores.unflatten(-1, (-1, block_k))
+    peak = blocks.amax(-1)
+    behind = (peak - peak.cummax(-1).values).nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
+    reach = behind.masked_fill_(~valid[..., None], float("-inf")).amax(1)
+    skipped = reach * 1.4426950408889634 + threshold[:, None] <= 0  # [n, blocks]
+    if bool(skipped.any()):
+        blocks.masked_fill_(skipped[:, None, :, None], float("-inf"))
+
+
+register(Backend("cpu", lambda: None, declines, run, skips_pv=True))

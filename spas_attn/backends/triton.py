@@ -1,7 +1,7 @@
 """Backend `triton`: block-sparse attention kernels for GPUs, also run by Triton's interpreter on CPU tensors.
 
 Precision "bf16" computes both products in the inputs' own type (fp32 in IEEE arithmetic), "int8_bf16" quantises Q and
-K. PV skip is judged per block of the mask and needs tiles of that size; where they do not fit into shared memory
+K. PV skip is judged per block of the mask and needs tiles of that size; where they do not fit on the GPU
 (``pv_skip_left_out``) it is left out, which only lowers the error.
 """
 
@@ -69,7 +69,7 @@ def pv_skip_left_out(call: Call) -> str | None:
 
     if whole_block_config(call.q, call.mask, call.precision == "int8_bf16") is None:
         shape = f"{call.mask.block_q} x {call.mask.block_k}"
-        return f"tiles of {shape} at head dim {call.q.shape[-1]} do not fit into this GPU's shared memory"
+        return f"tiles of {shape} at head dim {call.q.shape[-1]} do not fit on this GPU"
     return None
 
 

@@ -22,8 +22,9 @@ class Pooled:
     """What one call's selection is made from; thresholds are applied afterwards.
 
     Attributes:
-        rows: float32 ``[B, Hq, nq, rows, nk]``: per row of sub-block scores, the exponentials summed in each key
-            block (relative to the row's maximum; 0 where nothing is visible).
+        rows: float32 ``[B, Hq, nq, rows, nk]``: per row of sub-block scores, the log of the exponentials summed in
+            each key block (-inf where nothing is visible). Logs, because a threshold may leave out the blocks that
+            hold a row's maximum; sums relative to it would be rounded to nothing.
         q_similarity: ``[B, Hq, nq]``, k_similarity: ``[B, Hq, nk]``: mean pairwise cosine of the rows of a block.
         visible, forced: bool, broadcastable to ``[B, Hq, nq, nk]``.
         filterable: bool ``[nq, nk]``: key blocks whose similarity may be judged for this query block (under
@@ -41,9 +42,9 @@ class Pooled:
         """Row probabilities ``[B, Hq, nq, rows, nk]`` under a similarity threshold, forced blocks, dense query rows."""
         threshold = sim_threshold.view(1, -1, 1)
         left_out = (self.k_similarity < threshold)[:, :, None, :] & self.filterable  # not self-similar key blocks
-        mass = self.rows.masked_fill(left_out[:, :, :, None], 0.0)
-        total = mass.sum(-1, keepdim=True)
-        probs = torch.where(total > 0, mass / total.clamp(min=1e-37), 0.0)
+        rows = self.rows.masked_fill(left_out[:, :, :, None], -torch.inf)
+        empty = (rows == -torch.inf).all(-1, keepdim=True)
+        probs = rows.masked_fill_(empty, 0.0).softmax(-1).masked_fill_(empty, 0.0)
         return probs, (self.forced | left_out) & self.visible, (self.q_similarity < threshold)[..., None]
 
     def levels(self, sim_threshold: Tensor, *, by: str = "mass") -> Tensor:
@@ -111,7 +112,7 @@ def pool(selector: Selector, inputs: Inputs, length: int, *, variance: bool = Fa
         fine_k = torch.cat([fine_k, 0.5 * inputs.scale * spread], -1)
         fine_q = torch.cat([fine_q, fine_q.square()], -1)
     per_block = selector.block_q // length_q
-    rows = q.new_zeros(batch, heads, nq * per_block, nk, dtype=torch.float32)
+    rows = q.new_full((batch, heads, nq * per_block, nk), -torch.inf, dtype=torch.float32)
     chunk = max(1, _FINE_SCORES // (batch * heads * fine_k.shape[2]))
     for start in range(0, fine_q.shape[2], chunk):
         part = fine_q[:, :, start : start + chunk]
@@ -121,10 +122,9 @@ def pool(selector: Selector, inputs: Inputs, length: int, *, variance: bool = Fa
         seen = _fine_visible(selector, inputs, length_q, length_k, start, count)
         if filled is not None:
             seen = seen & filled[:, None, None]
-        scores = scores.masked_fill(~seen, -torch.inf)
-        scores = scores - scores.amax(-1, keepdim=True).clamp(min=-3e38)
-        mass = blockwise(scores.exp_(), selector.block_k // length_k).sum(-1)
-        rows[:, :, start : start + count] = mass
+        scores = scores.masked_fill_(~seen, -torch.inf)
+        scores = blockwise(scores, selector.block_k // length_k, value=-torch.inf)
+        rows[:, :, start : start + count] = scores.logsumexp(-1)
     return Pooled(
         rows.unflatten(2, (nq, per_block)),
         _self_similarity(q, selector.block_q, None),

@@ -17,7 +17,7 @@ from spas_attn.backends import Call
 from spas_attn.metrics import relative_l1
 from spas_attn.selectors import Dense, MeanSimilarity, Streaming, TopK
 
-SPARSE = TopK(0.4)
+SPARSE = TopK(0.4, local=0)
 
 
 @pytest.fixture(autouse=True)
@@ -85,10 +85,14 @@ class TestResults:
         assert torch.equal(given, other)
 
     def test_scale_is_used_in_selection_and_softmax(self) -> None:
-        q, k, v = qkv()
-        selector = MeanSimilarity(0.6)
-        out = sparse_attention(q, k, v, selector, scale=0.5)
-        assert relative_l1(out, truth(q, k, v, selector.select(q, k, is_causal=False, scale=0.5), scale=0.5)) < 1e-5
+        q, k, v = qkv(700, 700)
+        selector = MeanSimilarity(0.6, block_q=64, block_k=64)
+        out, stats = sparse_attention(q, k, v, selector, scale=0.5, return_stats=True)
+        mask = selector.select(q, k, is_causal=False, scale=0.5)
+        assert stats.mask is not None
+        assert torch.equal(stats.mask.to_dense(), mask.to_dense())
+        assert not torch.equal(mask.to_dense(), selector.select(q, k, is_causal=False).to_dense())
+        assert relative_l1(out, truth(q, k, v, mask, scale=0.5)) < 1e-5
         assert relative_l1(out, sparse_attention(q * 0.5 * 32**0.5, k, v, selector)) < 1e-5
         assert relative_l1(out, sparse_attention(q, k, v, selector)) > 0.1
 
@@ -358,19 +362,21 @@ class TestExplain:
 
     def test_says_that_pv_skip_is_left_out(self) -> None:
         q, k, v = qkv()
-        assert "leaves PV skip out" in explain(q, k, v, SPARSE, pv_threshold=4.0).reason
-        assert "PV skip" not in explain(q, k, v, SPARSE, pv_threshold=4.0, backend="reference").reason
-        assert "PV skip" not in explain(q, k, v, SPARSE).reason
-        sparse_attention(q, k, v, SPARSE, pv_threshold=4.0, strict=True)  # and it is no fallback
+        assert "leaves PV skip out" in explain(q, k, v, SPARSE, pv_threshold=4.0, backend="sdpa").reason
+        for backend in ("auto", "cpu", "reference"):
+            assert "PV skip" not in explain(q, k, v, SPARSE, pv_threshold=4.0, backend=backend).reason
+        assert "PV skip" not in explain(q, k, v, SPARSE, backend="sdpa").reason
+        sparse_attention(q, k, v, SPARSE, pv_threshold=4.0, backend="sdpa", strict=True)  # and it is no fallback
         assert spas_attn.fallback_counts() == {}
 
-    def test_pv_threshold_reaches_the_backend(self) -> None:
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    def test_pv_threshold_reaches_the_backend(self, backend: str) -> None:
         q, k, v = qkv()
         k = k * torch.linspace(2.0, 0.1, 300)[:, None]  # later keys fall behind
-        off, on = (sparse_attention(q, k, v, TopK(1.0), pv_threshold=t, backend="reference") for t in (50.0, 0.01))
+        off, on = (sparse_attention(q, k, v, TopK(1.0), pv_threshold=t, backend=backend) for t in (50.0, 0.01))
         assert not torch.equal(off, on)
         per_head = torch.tensor([50.0, 0.01, 50.0, 0.01])
-        mixed = sparse_attention(q, k, v, TopK(1.0), pv_threshold=per_head, backend="reference")
+        mixed = sparse_attention(q, k, v, TopK(1.0), pv_threshold=per_head, backend=backend)
         assert torch.equal(mixed[:, ::2], off[:, ::2])
         assert torch.equal(mixed[:, 1::2], on[:, 1::2])
 

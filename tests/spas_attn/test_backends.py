@@ -265,12 +265,31 @@ class TestPVSkip:
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] == 0
 
-    @pytest.mark.parametrize("name", EXACT)
-    def test_backends_that_leave_it_out_are_exact(self, name: str) -> None:
-        assert not backends.get(name).skips_pv
+    def test_sdpa_leaves_it_out_and_is_exact(self) -> None:
+        assert not backends.get("sdpa").skips_pv
         call = Case(300, 300).call()
-        out = run(name, call.replace(pv_threshold=torch.tensor([0.5, 0.5])))
-        assert torch.equal(out, run(name, call))
+        out = run("sdpa", call.replace(pv_threshold=torch.tensor([0.5, 0.5])))
+        assert torch.equal(out, run("sdpa", call))
+
+    @pytest.mark.parametrize(
+        "case", [Case(129, 300), Case(200, 1000, is_causal=True), Case(300, 300, batch=2, padding="left")], ids=str
+    )
+    def test_cpu_skips_what_reference_skips(self, case: Case) -> None:
+        call = case.call()
+        falling = torch.linspace(2.0, 0.2, case.k_len)[:, None]  # later keys matter less and less
+        call = call.replace(q=call.q * 3, k=call.k * falling)
+        skipping = call.replace(pv_threshold=torch.tensor([1.0, 3.0]))
+        exact, expected = run("reference", call), run("reference", skipping)
+        assert relative_l1(exact, expected) > 1e-4  # something was really skipped
+        assert relative_l1(run("cpu", skipping), expected) < 1e-5
+
+    @pytest.mark.parametrize("name", ["cpu", "reference"])
+    @pytest.mark.parametrize("threshold", [0.0, -1.0])
+    def test_a_threshold_that_skips_everything_gives_zero(self, name: str, threshold: float) -> None:
+        call = Case(200, 300, is_causal=True).call(pv_threshold=torch.tensor([threshold, 50.0]))
+        out = run(name, call)
+        assert (out[:, 0] == 0).all()
+        assert relative_l1(out[:, 1], run("sdpa", call)[:, 1]) < 1e-5
 
 
 def test_registry() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -67,6 +67,11 @@ def test_filler_is_never_read(seed: int, filler: int) -> None:
     assert torch.equal(mask.to_dense(), kept)
 
 
+@example(256, 256, 64, 64, True, 65)  # windows that begin where a block ends
+@example(256, 256, 64, 64, True, 66)
+@example(256, 320, 64, 64, True, 1)
+@example(256, 320, 64, 64, True, 2)
+@example(200, 300, 128, 64, True, 101)
 @given(LENGTHS, LENGTHS, SIZES, SIZES, st.booleans(), st.none() | st.integers(1, 700))
 def test_visible_blocks_by_brute_force(
     q_len: int, k_len: int, block_q: int, block_k: int, is_causal: bool, window: int | None

@@ -1,0 +1,250 @@
+"""SparseAttention: what it keeps through casts and copies, and what each mode returns."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from fake_model import DIM, HEADS, FakeModel, Prompt, activations, exact, same, thresholds, tuned_model
+from torch import Tensor, nn
+
+from autotune import SparseAttention, calibrate
+from autotune.module import BUFFERS, Thresholds, clean_path, sparse_modules
+from spas_attn import fallback_counts, sparse_attention
+from spas_attn.backends import Call
+from spas_attn.selectors import MeanSimilarity
+
+
+def run(module: SparseAttention, length: int = 400, q_len: int | None = None, **more: Any) -> tuple[Tensor, Tensor]:
+    """The module's output, and the tensor that the original attention returned to it."""
+    q, k, v = activations(1, q_len or length, length)
+    out = exact(Call(q, k, v, is_causal=True, scale=DIM**-0.5))
+    got = module(q, k, v, dense=lambda: out, **(dict(is_causal=True, scale=DIM**-0.5) | more))
+    return got, out
+
+
+CHANGES = {
+    "bfloat16": lambda m: m.to(torch.bfloat16),
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "bfloat16 and back": lambda m: m.bfloat16().float(),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": lambda m: _saved(m),
+    "meta and back": lambda m: m.to("meta").to_empty(device="cpu"),
+}
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_thresholds_survive(change: str) -> None:
+    model, reference = tuned_model(), tuned_model()
+    changed = CHANGES[change](model)
+    for module, expected in zip(changed.inner, reference.inner, strict=True):
+        assert same(module.thresholds(), expected.thresholds())
+        assert module.mode == "sparse" and module.lengths == (400, 700)
+        assert module.expected_density == expected.expected_density
+        assert torch.equal(run(module)[0], run(expected)[0])
+
+
+def test_a_cast_still_reaches_the_weights_and_meta_moves_nothing_of_value() -> None:
+    model = tuned_model().bfloat16()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model.to("meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert torch.equal(model.inner[0].cdfthreshd, tuned_model().inner[0].cdfthreshd)
+
+
+def test_a_copy_is_not_the_original() -> None:
+    model = tuned_model()
+    other = copy.deepcopy(model)
+    other.inner[0].set_thresholds(thresholds(cdf=0.1))
+    assert same(model.inner[0].thresholds(), tuned_model().inner[0].thresholds())
+
+
+def test_a_copy_made_while_calibrating_is_not_watched() -> None:
+    model = FakeModel()
+    with calibrate(model) as calibration:
+        for prompt in calibration.prompts([Prompt(0, length=200)]):
+            other = copy.deepcopy(model)
+            assert all(module.observer is None for module in other.inner)
+            other(Prompt(1, length=300))
+            model(prompt)
+    assert calibration.statistics[0]["lengths"] == [200, 200]
+
+
+def test_state_dict_is_that_of_the_unpatched_model() -> None:
+    model = tuned_model()
+    keys = {f"layers.{i}.projection.{name}" for i in (0, 1) for name in ("weight", "bias")}
+    assert set(model.state_dict()) == keys
+    assert not list(model.inner[0].parameters())
+    before = [module.thresholds() for module in model.inner]
+    assert not any(model.load_state_dict(FakeModel().state_dict()))  # nothing missing, nothing unexpected
+    assert all(same(a, module.thresholds()) for a, module in zip(before, model.inner, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["dense", "tune"])
+def test_untuned_modes_return_the_original_output_itself(mode: str) -> None:
+    module = tuned_model().inner[0]
+    module.mode = mode
+    seen = []
+    module.observer = lambda *args, **flags: seen.append((args, flags))
+    got, out = run(module)
+    assert got is out
+    assert len(seen) == (mode == "tune")
+    if seen:
+        (watched, q, k, v), flags = seen[0]
+        assert watched is module and (q.shape[1], k.shape[1], v.shape[1]) == (HEADS, 2, 2)
+        assert flags == dict(is_causal=True, scale=DIM**-0.5, attn_mask=None, window=None)
+
+
+def test_sparse_mode_is_sparse_attention_with_the_thresholds() -> None:
+    module = tuned_model().inner[1]
+    module.record_density = True
+    got, out = run(module)
+    q, k, v = activations(1, 400, 400)
+    values = module.thresholds()
+    selector = MeanSimilarity(values.cdfthreshd, values.simthreshd1, pool=16, block_q=64, block_k=64)
+    expected, stats = sparse_attention(q, k, v, selector, is_causal=True, scale=DIM**-0.5, return_stats=True)
+    assert torch.equal(got, expected)
+    assert torch.equal(module.last_density, stats.density)
+    assert stats.density.max() < 1
+    assert (got - out).abs().max() > 1e-3, "dropping blocks must show"
+
+
+def test_decode_dense_now_and_all_dense_return_the_original_output_itself() -> None:
+    module = tuned_model().inner[0]
+    for q_len in (1, 63):
+        got, out = run(module, q_len=q_len)
+        assert got is out
+    got, out = run(module, q_len=64)
+    assert got is not out
+    module.dense_now = True
+    assert (lambda pair: pair[0] is pair[1])(run(module))
+    module.dense_now = False
+    values = module.thresholds()
+    module.set_thresholds(
+        Thresholds(torch.zeros_like(values.is_sparse), values.cdfthreshd, values.simthreshd1, values.pvthreshd)
+    )
+    assert (lambda pair: pair[0] is pair[1])(run(module))
+
+
+def test_dense_heads_are_exact_beside_sparse_ones() -> None:
+    module = tuned_model().inner[0]
+    values = thresholds(cdf=0.3)
+    values.is_sparse[1] = False
+    values.simthreshd1[1], values.pvthreshd[1] = 0.9, 1.0  # what a dense head carries must not matter
+    module.set_thresholds(values)
+    module.record_density = True
+    got, out = run(module)
+    error = (got - out).abs().amax((0, 2, 3))
+    assert error[1] < 1e-5
+    assert (error[[0, 2, 3]] > 1e-2).all()
+    assert module.last_density[0, 1] == 1
+
+
+def test_a_full_mask_runs_dense_and_is_counted() -> None:
+    module = tuned_model().inner[0]
+    before = sum(count for reason, count in fallback_counts().items() if "4-D" in reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got, out = run(module, attn_mask=torch.ones(1, 1, 400, 400, dtype=torch.bool))
+    assert got is out
+    assert sum(count for reason, count in fallback_counts().items() if "4-D" in reason) == before + 1
+
+
+def test_key_padding_is_honoured() -> None:
+    module = tuned_model().inner[0]
+    mask = torch.ones(1, 400, dtype=torch.bool)
+    mask[:, :100] = False
+    q, k, v = activations(1, 400, 400)
+    got, _ = run(module, attn_mask=mask)
+    k, v = k.clone(), v.clone()
+    k[:, :, :100], v[:, :, :100] = 7, 1e6
+    other = module(q, k, v, dense=lambda: q, is_causal=True, scale=DIM**-0.5, attn_mask=mask)
+    torch.testing.assert_close(got[:, :, 100:], other[:, :, 100:])
+
+
+def test_lengths_far_from_the_calibrated_ones_warn_once() -> None:
+    module = SparseAttention(selector=MeanSimilarity(pool=16, block_q=64, block_k=64))
+    module.set_thresholds(thresholds(), lengths=(300, 400))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for length in (150, 400, 800):
+            run(module, length)
+    with pytest.warns(RuntimeWarning, match="calibrated with 300 to 400 keys and now gets 801"):
+        run(module, 801)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(module, 100)
+    module.set_thresholds(thresholds(), lengths=(300, 400))
+    with pytest.warns(RuntimeWarning, match="now gets 149"):
+        run(module, 149)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        (dict(l1=0.0), "l1 must be above 0.*got 0"),
+        (dict(l1=-0.1), "l1 must be above 0"),
+        (dict(l1=NAN), "l1 must be above 0.*nan"),
+        (dict(l1=0.07, pv_l1=0.07), "must exceed l1=0.07, got 0.07"),
+        (dict(l1=0.2), "must exceed l1=0.2, got 0.07"),
+        (dict(pv_l1=NAN), "pv_l1.*nan"),
+        (dict(tail=0.0), "tail must be above 0.*None for off"),
+        (dict(tail=NAN), "tail must be above 0"),
+    ],
+)
+def test_bounds_are_checked(bounds: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseAttention(**bounds)
+    model = FakeModel()
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, **bounds)
+    assert [(m.l1, m.pv_l1, m.tail) for m in model.inner] == [(0.06, 0.07, 0.5)] * 2, "nothing may change"
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_thresholds_are_checked(name: str) -> None:
+    module = SparseAttention()
+    values = dict(vars(thresholds()))
+    with pytest.raises(ValueError, match="must have shape"):
+        module.set_thresholds(Thresholds(**(values | {name: values[name][None]})))
+    if name != "is_sparse":
+        bad = values[name].clone()
+        bad[2] = NAN
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            module.set_thresholds(Thresholds(**(values | {name: bad})))
+    assert module.is_sparse is None and module.mode == "dense"
+
+
+def test_no_thresholds_yet() -> None:
+    module = SparseAttention()
+    assert module.heads is None
+    with pytest.raises(RuntimeError, match="no thresholds yet"):
+        module.thresholds()
+    module.set_heads(3)
+    assert module.heads == 3 and module.mode == "dense"
+    assert "heads=3" in repr(module)
+
+
+def test_paths() -> None:
+    assert clean_path("_orig_mod.layers.0._orig_mod.attn") == "layers.0.attn"
+    assert clean_path("_orig_mod.base_model.model.model.layers.0.attn") == "model.layers.0.attn"
+    assert list(sparse_modules(tuned_model())) == ["layers.0.inner_attention", "layers.1.inner_attention"]
+    with pytest.raises(ValueError, match=r"Linear has no SparseAttention layers: patch it first"):
+        sparse_modules(nn.Linear(1, 1))

@@ -1,0 +1,309 @@
+"""What patch, restore and verify promise, on LLaMA and on a toy family that swaps processors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from autotune import SparseAttention
+from modify_model import patch, patching, restore, verify
+from modify_model.modify_llama import SparseLlamaAttention, set_spas_sage_attn_llama
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning"),
+    pytest.mark.usefixtures("no_grad"),
+]
+
+
+def snapshot(model):
+    """Everything that restore must bring back, by identity where there is one."""
+    return {
+        "modules": {path: id(module) for path, module in model.named_modules()},
+        "keys": list(model.state_dict()),
+        "parameters": {path: id(p) for path, p in model.named_parameters()},
+        "attention": model.config._attn_implementation,
+        "attributes": {path: sorted(vars(module)) for path, module in model.named_modules()},
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_restore_leaves_the_model_as_it_was(make_llama, tokens, set_sparse, attention):
+    model, ids = make_llama(attention), tokens(1, 300)
+    before, logits = snapshot(model), model(ids).logits
+    patch(model)
+    set_sparse(model)
+    assert not torch.equal(model(ids).logits, logits)
+    assert restore(model) is model
+    assert snapshot(model) == before
+    assert torch.equal(model(ids).logits, logits)
+    restore(model)  # an unpatched model is left alone
+    assert snapshot(model) == before
+
+
+def test_patched_model_shares_projections_and_keeps_its_state_dict(make_llama):
+    model = make_llama()
+    keys, parameters = list(model.state_dict()), [id(p) for p in model.parameters()]
+    attention = model.model.layers[0].self_attn
+    assert patch(model) is model
+    new = model.model.layers[0].self_attn
+    assert isinstance(new, SparseLlamaAttention) and isinstance(new.inner_attention, SparseAttention)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "config"):
+        assert getattr(new, name) is getattr(attention, name)
+    for name in ("layer_idx", "head_dim", "scaling", "num_key_value_groups", "attention_dropout", "is_causal"):
+        assert getattr(new, name) == getattr(attention, name)
+    assert list(model.state_dict()) == keys
+    assert [id(p) for p in model.parameters()] == parameters
+    assert not new.training and not new.inner_attention.training
+
+
+def test_patching_twice_keeps_modules_and_updates_named_bounds(make_llama, set_sparse):
+    model = patch(make_llama(), l1=0.05, tail=None)
+    inner = model.model.layers[0].self_attn.inner_attention
+    set_sparse(model)
+    patch(model)
+    assert model.model.layers[0].self_attn.inner_attention is inner
+    assert (inner.l1, inner.pv_l1, inner.tail, inner.mode) == (0.05, 0.07, None, "sparse")
+    patch(model, l1=0.1, pv_l1=0.2, tail=0.3, precision="int8_bf16")
+    assert (inner.l1, inner.pv_l1, inner.tail, inner.precision) == (0.1, 0.2, 0.3, "int8_bf16")
+    patch(model, l1=0.15)  # below the pv_l1 that the layer keeps
+    assert inner.l1 == 0.15
+    restore(model)
+    assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+
+
+def test_layer_range(make_llama, tokens, set_sparse, capsys):
+    model, ids = make_llama(num_hidden_layers=3), tokens(1, 300)
+    logits = model(ids).logits
+    originals = [layer.self_attn for layer in model.model.layers]
+    set_spas_sage_attn_llama(model, layer_range=(1, 2), verbose=True)
+    assert "1/3 attention layers" in capsys.readouterr().out
+    assert [isinstance(layer.self_attn, SparseLlamaAttention) for layer in model.model.layers] == [False, True, False]
+    assert torch.equal(model(ids).logits, logits)
+    result = verify(model)
+    assert result.ok and [layer.status for layer in result.layers] == ["left", "dense", "left"]
+    inner = set_sparse(model)
+    assert not torch.equal(model(ids).logits, logits)
+    assert len(inner) == 1 and float(inner[0].last_density.min()) < 1
+    set_spas_sage_attn_llama(model, layer_range=(0, 1))  # what this call says, no more
+    assert [isinstance(layer.self_attn, SparseLlamaAttention) for layer in model.model.layers] == [True, False, False]
+    assert model.model.layers[1].self_attn is originals[1]
+
+
+@pytest.mark.parametrize("layer_range", [(0, 0), (1, 3), (-1, 1), (2, 1)])
+def test_bad_layer_range(make_llama, layer_range):
+    with pytest.raises(ValueError, match=r"layer_range.*<= 2, got"):
+        patch(make_llama(), layer_range=layer_range)
+
+
+def test_refused_settings_change_nothing(make_llama):
+    model = make_llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="pv_l1"):
+        patch(model, l1=0.2, pv_l1=0.1)
+    with pytest.raises(TypeError):
+        patch(model, no_such_option=1)
+    assert snapshot(model) == before
+
+
+def test_unknown_models_are_named():
+    with pytest.raises(ValueError, match=r"Linear has no adapter; supported are .*LlamaModel"):
+        patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"pipeline with \.transformer, got str"):
+        patch("llama")
+    with pytest.raises(ValueError, match="LlamaAttention"):
+        set_spas_sage_attn_llama(nn.Linear(2, 2))
+    assert not verify(nn.Linear(2, 2)).ok
+    assert not verify("llama").ok
+
+
+def test_verify_prints_a_table_and_finds_what_is_wrong(make_llama, capsys):
+    model = make_llama()
+    assert not verify(model).ok
+    patch(model)
+    capsys.readouterr()
+    result = verify(model)
+    printed = capsys.readouterr().out
+    assert result.ok and result.replaced == 2
+    assert "model.layers.1.self_attn" in printed and "2/2 attention layers replaced" in printed
+    model.set_attn_implementation("eager")
+    result = verify(model)
+    assert not result.ok and "patch it again" in result.problems[0]
+    assert verify(patch(model)).ok
+    model.model.layers[1].self_attn = make_llama().model.layers[1].self_attn
+    result = verify(model)
+    assert not result.ok and [layer.status for layer in result.layers] == ["dense", "MISSING"]
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_whole(make_llama, tokens, set_sparse, copying):
+    model, ids = patch(make_llama()), tokens(1, 300)
+    set_sparse(model)
+    twin = copying(model)
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    assert verify(twin).ok
+    restore(model)
+    attention = twin.model.layers[0].self_attn
+    projection = attention.q_proj
+    assert isinstance(attention, SparseLlamaAttention)
+    restore(twin)
+    assert twin.model.layers[0].self_attn.q_proj is projection
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+def test_save_pretrained_writes_the_same_model(make_llama, tmp_path):
+    model = make_llama()
+    model.save_pretrained(tmp_path / "before")
+    patch(model).save_pretrained(tmp_path / "after")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("before", "after"))
+    assert before == after
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after")]
+    assert weights[0] == weights[1]
+    again = type(model).from_pretrained(tmp_path / "after")
+    assert again.config._attn_implementation == "sdpa"
+
+
+def test_wrapped_and_derived_models(make_llama, tokens):
+    class MyLlama(type(make_llama())):
+        """A user's subclass."""
+
+    model, ids = make_llama(), tokens(1, 300)
+    logits = model(ids).logits
+    model.__class__ = MyLlama
+    wrapped = nn.Module()  # as PEFT nests a model
+    wrapped.base_model = nn.Module()
+    wrapped.base_model.model = torch.compile(model, backend="eager")
+    patch(wrapped)
+    result = verify(wrapped)
+    assert result.ok
+    assert [layer.path for layer in result.layers] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert torch.equal(model(ids).logits, logits)
+    restore(wrapped)
+    assert verify(wrapped).replaced == 0
+
+
+def test_changes_of_a_patched_model_survive_restore(make_llama):
+    model = make_llama()
+    attention = model.model.layers[0].self_attn
+    calls = []
+    attention.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
+    patch(model)
+    model(torch.ones(1, 4, dtype=torch.long))
+    assert calls == ["SparseLlamaAttention"]  # a user's hooks stay on the layer
+    adapter = nn.Linear(128, 128)
+    model.model.layers[0].self_attn.q_proj = adapter  # as PEFT does
+    restore(model.train())
+    assert model.model.layers[0].self_attn is attention
+    assert attention.q_proj is adapter and attention.training
+
+
+def test_models_that_share_a_config(make_llama, tokens, fallbacks, set_sparse):
+    first, ids = make_llama(), tokens(1, 300)
+    second = type(first)(first.config).eval()
+    logits = second(ids).logits
+    patch(first)
+    assert torch.equal(second(ids).logits, logits)  # unpatched, under the name of the patched one
+    patch(second)
+    set_sparse(second)
+    restore(first)  # takes the name away from both: said, not silent
+    assert torch.equal(second(ids).logits, logits)
+    assert any("patch it again" in reason for reason in fallbacks())
+    restore(second)
+    assert second.config._attn_implementation == "sdpa"
+
+
+class ToyAttention(nn.Module):
+    """An attention with a processor, as in diffusers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(8, 8)
+        self.processor = ToyProcessor()
+
+    def forward(self, x):
+        return self.processor(self, x)
+
+
+class ToyProcessor:
+    def __call__(self, attention, x):
+        return attention.to_q(x)
+
+
+class SparseToyProcessor(ToyProcessor):
+    def __call__(self, attention, x):
+        q = attention.to_q(x).view(1, -1, 1, 8).transpose(1, 2)
+        out = attention.inner_attention(q, q, q, dense=lambda: q, is_causal=False, scale=1.0)
+        return out.transpose(1, 2).reshape(x.shape)
+
+
+class ToyTransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([ToyAttention(), ToyAttention()])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def toy_family(monkeypatch):
+    def install(attention, inner):
+        original, attention.processor = attention.processor, SparseToyProcessor()
+        attention.inner_attention = inner
+        return attention, original
+
+    def remove(attention, original):
+        attention.processor = original
+        del attention.inner_attention
+        return attention
+
+    monkeypatch.setattr(patching, "_families", dict(patching._families))
+    return patching.register(
+        patching.Family(
+            name="toy",
+            model_classes=("ToyTransformer",),
+            layers=lambda model: patching.find_modules(model, "ToyAttention"),
+            num_heads=lambda attention: 1,
+            install=install,
+            remove=remove,
+        )
+    )
+
+
+def test_processor_swap_and_pipelines(toy_family):
+    pipeline = types.SimpleNamespace(transformer=ToyTransformer(), transformer_2=ToyTransformer(), vae=nn.Linear(2, 2))
+    x = torch.randn(1, 5, 8)
+    parts = (pipeline.transformer, pipeline.transformer_2)
+    before = [(part(x), sorted(part.state_dict()), [sorted(vars(m)) for m in part.modules()]) for part in parts]
+    processor = pipeline.transformer.blocks[0].processor
+    assert patch(pipeline, l1=0.01) is pipeline
+    for part, (out, keys, _) in zip(parts, before, strict=True):
+        assert torch.equal(part(x), out) and sorted(part.state_dict()) == keys
+    result = verify(pipeline)
+    assert result.ok
+    assert [row.path for row in result.layers] == [
+        "blocks.0",
+        "blocks.1",
+        "transformer_2.blocks.0",
+        "transformer_2.blocks.1",
+    ]
+    assert pipeline.transformer.blocks[0].inner_attention.l1 == 0.01
+    restore(pipeline)
+    assert pipeline.transformer.blocks[0].processor is processor
+    assert [sorted(vars(m)) for m in pipeline.transformer.modules()] == before[0][2]
+    assert not any(isinstance(module, SparseAttention) for part in parts for module in part.modules())
+
+
+def test_family_and_result_are_plain_data(toy_family):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        toy_family.name = "other"
+    assert not patching.Verification().ok
