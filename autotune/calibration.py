@@ -294,7 +294,8 @@ class Calibration:
         """
         if self._phase != "finished":
             raise RuntimeError("nothing to save: the calibration has not finished")
-        statistics = Path(path).with_suffix(".json")
+        target = Path(path)
+        statistics = target.with_suffix(".json") if target.suffix == ".pt" else target.with_name(target.name + ".json")
         if self.rank == 0:
             state = extract_sparse_attention_state_dict(self.model)
             first = self.statistics[0]

@@ -26,13 +26,18 @@ from autotune.curves import PromptTally, Tally, query_blocks
 from autotune.search import mean_error, tail_error
 from spas_attn.backends import Call
 from spas_attn.selectors import Inputs, MeanSimilarity
+from spas_attn.selectors.base import blockwise
 from spas_attn.selectors.mean_similarity import within
 from spas_attn.selectors.pooled import Pooled, _fine_visible, _means
-from spas_attn.selectors.base import blockwise
 
 CDFS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95,
         0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975, 0.999, 0.9995, 0.9999]  # fmt: skip
-BOUNDS = {"mean": [0.01, 0.03, 0.06, 0.1], "tail": [0.3, 0.6, 0.8, 1.0], "tail99": [0.3, 0.5, 0.7], "tail999": [0.8, 1.2]}
+BOUNDS = {
+    "mean": [0.01, 0.03, 0.06, 0.1],
+    "tail": [0.3, 0.6, 0.8, 1.0],
+    "tail99": [0.3, 0.5, 0.7],
+    "tail999": [0.8, 1.2],
+}
 QUANTILES = {"tail": 0.995, "tail99": 0.99, "tail999": 0.999}
 
 
@@ -89,14 +94,14 @@ def levels(selector: MeanSimilarity, x: Inputs, pool: int, kind: str) -> Tensor:
             key, order = rows.sort(-1, descending=True)
             level = torch.empty_like(key).scatter_(-1, order, key.cumsum(-1) - key).amin(3)
         if "mix" in kind:
-            pooled = Pooled(rows, sims, sims, visible, forced, visible[0, 0])
+            pooled = Pooled(rows.clamp(min=1e-38).log(), sims, sims, visible, forced, visible[0, 0])
             level = 0.5 * (level + pooled.levels(ones).clamp(0, 1))
         return level.masked_fill(forced, -1.0).masked_fill(~visible, torch.inf)
     if "power" in kind:  # sharpen towards the rows that need a block most
         p = float(kind.split("power")[1].split("+")[0])
         rows = rows.pow(p).sum(3, keepdim=True).pow(1 / p)
         rows = rows / rows.sum(-1, keepdim=True)
-    pooled = Pooled(rows, sims, sims, visible, forced, visible[0, 0])
+    pooled = Pooled(rows.clamp(min=1e-38).log(), sims, sims, visible, forced, visible[0, 0])
     return pooled.levels(ones)
 
 
@@ -110,7 +115,7 @@ class Attention:
         self.blocks = (128, 128)
         self.represent = False
 
-    def __call__(self, module, q, k, v, mask, **kw):  # noqa: ANN001, ANN003, ANN204
+    def __call__(self, module, q, k, v, mask, **kw):
         scale = kw.get("scaling") or q.shape[-1] ** -0.5
         x = Inputs(q, k, True, scale, None, None)
         if self.watch is not None:
@@ -141,7 +146,7 @@ class Attention:
 
 
 @torch.no_grad()
-def perplexity(model, batches: list[Tensor]) -> tuple[float, float]:  # noqa: ANN001
+def perplexity(model, batches: list[Tensor]) -> tuple[float, float]:
     """Mean negative log-likelihood per byte and its perplexity."""
     losses = [F.cross_entropy(model(x).logits[0, :-1].float(), x[0, 1:]).item() for x in batches]
     nll = sum(losses) / len(losses)
@@ -149,7 +154,7 @@ def perplexity(model, batches: list[Tensor]) -> tuple[float, float]:  # noqa: AN
 
 
 @torch.no_grad()
-def curves(model, attention: Attention, batches: list[Tensor], level: Callable, block: tuple[int, int]):  # noqa
+def curves(model, attention: Attention, batches: list[Tensor], level: Callable, block: tuple[int, int]):
     """One Tally per layer over the batches."""
     tallies: dict[int, Tally] = {}
     cdf = torch.tensor(CDFS, device=batches[0].device)
@@ -207,9 +212,11 @@ def main() -> None:
         block = (int(bq), int(bk))
         attention.blocks, attention.represent = block, bool(rest)
         started = time.time()
-        selector = MeanSimilarity(block_q=block[0], block_k=block[1], pool=min(int(pool), *block) if int(pool) > 1 else 1)
+        selector = MeanSimilarity(
+            block_q=block[0], block_k=block[1], pool=min(int(pool), *block) if int(pool) > 1 else 1
+        )
 
-        def level(x: Inputs, selector=selector, pool=int(pool), kind=kind) -> Tensor:  # noqa: ANN001
+        def level(x: Inputs, selector=selector, pool=int(pool), kind=kind) -> Tensor:
             return levels(selector, x, pool, kind)
 
         tallies = curves(model, attention, calibration, level, block)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Tune a LLaMA model's sparse attention, save the thresholds, load them, generate.
 
-    python evaluate/llama_tune_example.py --tune --model_out_path models_dict/demo_llama.pt
-    python evaluate/llama_tune_example.py --generate --model_out_path models_dict/demo_llama.pt
+python evaluate/llama_tune_example.py --tune --model_out_path models_dict/demo_llama.pt
+python evaluate/llama_tune_example.py --generate --model_out_path models_dict/demo_llama.pt
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from tqdm import tqdm
 import autotune
 from autotune import report
 from autotune.calibration import Calibration
+from autotune.observe import Grid
 from modify_model.modify_llama import set_spas_sage_attn_llama
 from modify_model.patching import patch, verify
 from spas_attn.selectors import MeanSimilarity, PeakMass
 
 SELECTORS = {"mean": MeanSimilarity, "peak": PeakMass}
+# The similarity filter brought nothing on LLaMA (docs/benchmarks/README.md), and every value costs time.
+NO_FILTER = Grid(sim=(-1.0,))
 PROMPT = 'import json\n\n\ndef read_config(path):\n    """Read a JSON file and return it as a dict."""\n'
 
 
@@ -46,8 +49,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--tail", type=_tail, default=0.5, help="bound of the 99.5th percentile of a query's error, or 'none'")
     add("--layer_range", type=_range, help="start,stop: only these layers become sparse")
     add("--selector", choices=sorted(SELECTORS), default="mean", help="how blocks are chosen")
-    add("--block", type=int, choices=(64, 128), help="mask block size, for queries and keys")
-    add("--pool", type=int, help="length of the sub-blocks whose means are scored")
+    add("--block", type=int, choices=(64, 128), default=64, help="mask block size, for queries and keys")
+    add("--pool", type=int, default=8, help="length of the sub-blocks whose means are scored")
     add("--max_length", type=int, default=4096, help="tokens of a calibration sample")
     add("--num_tune_samples", type=int, default=8, help="calibration samples")
     add("--dataset", help="a text file, a folder, or a hub dataset (default: the demo's held-out source files)")
@@ -77,10 +80,9 @@ def _range(text: str) -> tuple[int, int]:
     return start, stop
 
 
-def make_selector(name: str = "mean", block: int | None = None, pool: int | None = None) -> MeanSimilarity:
-    """A selector with some of its defaults replaced."""
-    given: dict[str, Any] = {"block_q": block, "block_k": block, "pool": pool}
-    return SELECTORS[name](**{key: value for key, value in given.items() if value is not None})
+def make_selector(name: str = "mean", block: int = 64, pool: int = 8) -> MeanSimilarity:
+    """The selector of --selector, --block and --pool."""
+    return SELECTORS[name](block_q=block, block_k=block, pool=pool)
 
 
 @torch.no_grad()
@@ -130,6 +132,7 @@ def run_tune(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> None
         model,
         windows,
         show=first,
+        grid=NO_FILTER,
         seed=args.seed,
         checkpoint=args.model_out_path + ".partial",
         resume=args.resume,
@@ -174,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if distributed:
         dist.destroy_process_group()
     elif args.generate:
-        print(verify(model))
+        verify(model)
         runner = torch.compile(model) if args.compile else model
         text, count, seconds = generate(runner, tokenizer, args.prompt, args.max_new_tokens)
         print(f"--- prompt\n{args.prompt}\n--- {count} new tokens in {seconds:.1f} s\n{text}")

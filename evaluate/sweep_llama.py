@@ -2,9 +2,9 @@
 """Sweep the error bounds on the demo LLaMA: what each bound gives in sparsity and costs in quality.
 
 Two sweeps for every selector: the mean bound alone (tail off, the way of the original SpargeAttn), and the tail bound
-with l1 = 0.1 (or 0.2: not binding). Every setting is a real calibration; quality is measured on windows of files that no calibration saw.
-Curves are computed once per selector and taken up again from its checkpoint. Writes a JSON after every setting;
---plot draws the picture and prints the tables from it. Made for a GPU (some ten minutes on an H200).
+with l1 = 0.1 (or 0.2: not binding). Every setting is a real calibration; quality is measured on windows of files that
+no calibration saw. Curves are computed once per selector and taken up again from its checkpoint. Writes a JSON after
+every setting; --plot draws the picture and prints the table from it. Made for a GPU (five minutes on an H200).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from _demo_text import BYTE_OFFSET, copy_tests, load_texts
 from _llama import DEMO, load_model, token_windows
-from llama_tune_example import tune
 from torch import Tensor, nn
 
 import autotune
@@ -111,7 +110,13 @@ def _observe(
 
 
 def setting(
-    model: nn.Module, name: str, l1: float, tail: float | None, samples: list[Tensor], unseen: dict[str, Any], keep: Path
+    model: nn.Module,
+    name: str,
+    l1: float,
+    tail: float | None,
+    samples: list[Tensor],
+    unseen: dict[str, Any],
+    keep: Path,
 ) -> dict[str, Any]:
     """Calibrate with one pair of bounds and measure."""
     selector, grid, _, _ = SELECTORS[name]
@@ -178,7 +183,9 @@ def sweep(args: argparse.Namespace) -> None:
     texts = load_texts(DEMO / "heldout", "unseen")
     tests = [
         (torch.tensor([list(t.prompt + t.answer)], device=device) + BYTE_OFFSET, len(t.answer))
-        for t in copy_tests(texts, args.copies, distance=min(3000, args.max_length * 3 // 4), length=args.max_length, seed=5)
+        for t in copy_tests(
+            texts, args.copies, distance=min(3000, args.max_length * 3 // 4), length=args.max_length, seed=5
+        )
     ]
     unseen: dict[str, Any] = {"windows": windows, "logits": dense, "copy": tests}
     unseen["loss"] = quality(model, windows, dense)["loss"]
@@ -208,17 +215,28 @@ def sweep(args: argparse.Namespace) -> None:
 
 HEADER = (
     "| selector | l1 | tail | sparsity | sparse heads | mean error, kept aside / unseen | "
-    "tail error, kept aside / unseen | heads within bounds, unseen | perplexity | KL | top-1 | copying |\n" + "|---" * 12 + "|"
+    "tail error, kept aside / unseen | heads within bounds, unseen | perplexity | KL | top-1 | copying |\n"
+    + "|---" * 12
+    + "|"
 )
 
 
 def _row(r: dict[str, Any]) -> str:
-    return (
-        f"| {r['selector']} | {r['l1']:g} | {'–' if r['tail'] is None else format(r['tail'], 'g')} | {r['sparsity']:.1%} "
-        f"| {r['sparse_heads']:.0%} | {r['mean_kept_aside']:.3f} / {r['mean_unseen']:.3f} | {r['tail_kept_aside']:.2f} / "
-        f"{r['tail_unseen']:.2f} | {r['within_unseen']:.0%} | {r['perplexity_change']:+.2%} | {r['kl']:.4f} | "
-        f"{r['top1']:.2%} | {r['copy']:.1%} |"
+    cells = (
+        r["selector"],
+        f"{r['l1']:g}",
+        "–" if r["tail"] is None else f"{r['tail']:g}",
+        f"{r['sparsity']:.1%}",
+        f"{r['sparse_heads']:.0%}",
+        f"{r['mean_kept_aside']:.3f} / {r['mean_unseen']:.3f}",
+        f"{r['tail_kept_aside']:.2f} / {r['tail_unseen']:.2f}",
+        f"{r['within_unseen']:.0%}",
+        f"{r['perplexity_change']:+.2%}",
+        f"{r['kl']:.4f}",
+        f"{r['top1']:.2%}",
+        f"{r['copy']:.0%}",
     )
+    return "| " + " | ".join(cells) + " |"
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
@@ -254,7 +272,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     axes[1].legend(fontsize=8, loc="upper left")
     facts = data["facts"]
     figure.suptitle(
-        f"Demo LLaMA, {facts['length']} tokens, {facts['samples']} calibration samples, {facts['unseen']} unseen windows",
+        f"Demo LLaMA, {facts['length']} tokens, {facts['samples']} samples, {facts['unseen']} unseen windows",
         fontsize=10,
     )
     figure.tight_layout()

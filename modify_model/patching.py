@@ -46,6 +46,7 @@ class Family:
             module that stands in the layer's place (the layer itself if only a processor was swapped) and what
             ``remove`` needs.
         remove: takes the module that ``install`` returned and its second value; returns the module that stood there.
+        defaults: options of SparseAttention that suit the family better than the general ones.
         switch: settings of the model as a whole, on after a patch and off after a restore.
         problem: why an installed patch cannot work any more, or None.
     """
@@ -56,6 +57,7 @@ class Family:
     num_heads: Callable[[nn.Module], int]
     install: Callable[[nn.Module, SparseAttention], tuple[nn.Module, Any]]
     remove: Callable[[nn.Module, Any], nn.Module]
+    defaults: Callable[[], dict[str, Any]] = dict
     switch: Callable[[nn.Module, bool], None] = lambda model, on: None
     problem: Callable[[nn.Module], str | None] = lambda model: None
 
@@ -140,7 +142,8 @@ def patch(
             that is already sparse, the bounds that it has. ``tail=None`` switches the tail bound off.
         layer_range: (start, stop), only layers start to stop - 1, in the model's order; all by default.
         verbose: print a line for every layer.
-        options: further arguments of SparseAttention (selector, backend, precision).
+        options: further arguments of SparseAttention (selector, backend, precision); left out, the family's
+            defaults hold.
 
     Returns:
         The same model.
@@ -279,7 +282,7 @@ def _chosen_layers(
         attention = layers[index][1]
         present = attention.inner_attention if _record(attention) else None
         kept = {name: getattr(present, name) for name in ("l1", "pv_l1", "tail")} if present is not None else {}
-        chosen[index] = SparseAttention(**(kept | settings))
+        chosen[index] = SparseAttention(**(family.defaults() | kept | settings))
     return chosen
 
 

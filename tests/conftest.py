@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Under the interpreter numpy multiplies small matrices; its thread pool would fight the other test process for them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

@@ -93,6 +93,11 @@ def pool(selector: Selector, inputs: Inputs, length: int, *, variance: bool = Fa
     With ``variance`` a sub-block's score is log E exp(q·k) to second order, q·mean(k) + ½ Var(q·k), with the variance
     of the keys taken per channel: a mean alone underrates sub-blocks in which one key stands out.
     """
+    with torch.autocast(inputs.q.device.type, enabled=False):  # selection is float32 wherever it runs
+        return _pool(selector, inputs, length, variance)
+
+
+def _pool(selector: Selector, inputs: Inputs, length: int, variance: bool) -> Pooled:
     q, k = inputs.q, inputs.k
     batch, heads = q.shape[:2]
     group = heads // k.shape[1]
