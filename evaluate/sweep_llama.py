@@ -40,16 +40,27 @@ from spas_attn.selectors import MeanSimilarity, PeakMass
 MEAN_BOUNDS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)
 TAIL_BOUNDS = ((0.1, 0.1), (0.1, 0.2), (0.1, 0.3), (0.1, 0.45), (0.1, 0.6), (0.1, 0.8))  # (l1, tail)
 FEW = ((0.2, 0.45), (0.2, 0.7), (0.2, 0.9))
-SELECTORS: dict[str, tuple[MeanSimilarity, Grid, tuple[float, ...], tuple[tuple[float, float], ...]]] = {
-    "block means": (MeanSimilarity(pool=128), Grid(sim=(-1.0,)), MEAN_BOUNDS, TAIL_BOUNDS),
-    "pool 16": (MeanSimilarity(pool=16), Grid(sim=(-1.0,)), MEAN_BOUNDS, (*TAIL_BOUNDS, *FEW)),
-    "pool 8": (MeanSimilarity(pool=8), Grid(sim=(-1.0,)), MEAN_BOUNDS, TAIL_BOUNDS),
-    "block means, no local window": (MeanSimilarity(pool=128, local=0), Grid(sim=(-1.0,)), (0.03, 0.06), FEW),
-    "pool 16, similarity filter": (MeanSimilarity(pool=16), Grid(), (), FEW),
-    "pool 16, 64x64": (MeanSimilarity(pool=16, block_q=64, block_k=64), Grid(sim=(-1.0,)), (0.06,), FEW),
-    "pool 8, 64x64": (MeanSimilarity(pool=8, block_q=64, block_k=64), Grid(sim=(-1.0,)), (), FEW),
-    "peak mass, 64x64": (PeakMass(), Grid(sim=(-1.0,)), (0.06,), FEW),
-    "peak mass, 128x128": (PeakMass(block_q=128, block_k=128), Grid(sim=(-1.0,)), (), FEW),
+NO_FILTER = Grid(sim=(-1.0,))
+Setting = tuple[MeanSimilarity, Grid, tuple[float, ...], tuple[tuple[float, float], ...]]
+
+
+def _mean(pool: int, block: int, **options: Any) -> MeanSimilarity:
+    return MeanSimilarity(pool=pool, block_q=block, block_k=block, **options)
+
+
+# The first one is the default of the LLaMA adapter.
+SELECTORS: dict[str, Setting] = {
+    "64x64, pool 8": (_mean(8, 64), NO_FILTER, MEAN_BOUNDS, (*TAIL_BOUNDS, *FEW)),
+    "64x64, pool 16": (_mean(16, 64), NO_FILTER, MEAN_BOUNDS, TAIL_BOUNDS),
+    "64x64, block means": (_mean(64, 64), NO_FILTER, MEAN_BOUNDS, TAIL_BOUNDS),
+    "128x128, pool 8": (_mean(8, 128), NO_FILTER, MEAN_BOUNDS, (*TAIL_BOUNDS, *FEW)),
+    "128x128, pool 16": (_mean(16, 128), NO_FILTER, MEAN_BOUNDS, TAIL_BOUNDS),
+    "128x128, block means": (_mean(128, 128), NO_FILTER, MEAN_BOUNDS, TAIL_BOUNDS),
+    "64x64, pool 8, no local window": (_mean(8, 64, local=0), NO_FILTER, (0.03, 0.06), FEW),
+    "128x128, block means, no local window": (_mean(128, 128, local=0), NO_FILTER, (0.03, 0.06), FEW),
+    "64x64, pool 8, similarity filter": (_mean(8, 64), Grid(), (), FEW),
+    "64x64, peak mass": (PeakMass(), NO_FILTER, (0.06,), FEW),
+    "128x128, peak mass": (PeakMass(block_q=128, block_k=128), NO_FILTER, (), FEW),
 }
 
 
@@ -252,21 +263,21 @@ def plot(data: dict[str, Any], path: Path) -> None:
     for axis, kind in zip(axes, ("mean bound alone (tail off)", "tail bound"), strict=True):
         for number, name in enumerate(names):
             rows = [r for r in results if r["selector"] == name and (r["tail"] is None) == (kind != "tail bound")]
-            if rows:
-                rows.sort(key=lambda r: r["sparsity"])
-                axis.plot(
-                    [100 * r["sparsity"] for r in rows],
-                    [100 * r["perplexity_change"] for r in rows],
-                    marker="os^vDP*Xh"[number % 9],
-                    markersize=5,
-                    color=plt.get_cmap("tab10")(number),
-                    label=name,
-                )
+            rows.sort(key=lambda r: r["sparsity"])
+            axis.plot(
+                [100 * r["sparsity"] for r in rows],
+                [100 * r["perplexity_change"] for r in rows],
+                marker="os^vDP*Xhd<"[number % 11],
+                markersize=5,
+                color=plt.get_cmap("tab20")(2 * number % 20 + number // 10),
+                linestyle="--" if name.startswith("128") else "-",
+                label=name,
+            )
         axis.axhline(0.3, color="grey", linewidth=0.8, linestyle="--")
         axis.set_title(kind)
         axis.set_xlabel("sparsity of the attention, % of causal blocks")
-        axis.set_xlim(15, 85)
-        axis.set_ylim(-0.1, 1.6)
+        axis.set_xlim(35, 82)
+        axis.set_ylim(-0.05, 1.2)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("perplexity change on unseen files, %")
     axes[1].legend(fontsize=8, loc="upper left")
