@@ -178,6 +178,16 @@ def curves(model, attention: Attention, batches: list[Tensor], level: Callable, 
     return tallies
 
 
+def pick(tallies: dict[int, Tally], kind: str, bound: float, device: str) -> dict[int, Tensor]:
+    """Per layer, every head's threshold of least density whose error (a point estimate) is within the bound."""
+    thresholds = {}
+    for layer, tally in tallies.items():
+        error = mean_error(tally) if kind == "mean" else tail_error(tally, QUANTILES[kind])
+        best, index = tally.density().masked_fill(error > bound, 9.0).min(1)
+        thresholds[layer] = torch.where(best < 9, torch.tensor(CDFS)[index], 1.0).to(device)
+    return thresholds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parent.parent / "models_dict" / "demo_llama"
@@ -223,14 +233,7 @@ def main() -> None:
         row = {"variant": spec}
         for bound_kind, bounds in BOUNDS.items():
             for bound in bounds:
-                thresholds = {}
-                for layer, tally in tallies.items():
-                    error = mean_error(tally) if bound_kind == "mean" else tail_error(tally, QUANTILES[bound_kind])
-                    good = error <= bound
-                    cost = tally.density().masked_fill(~good, 9.0)
-                    best, index = cost.min(1)
-                    chosen = torch.tensor(CDFS)[index]
-                    thresholds[layer] = torch.where(best < 9, chosen, 1.0).to(device)
+                thresholds = pick(tallies, bound_kind, bound, device)
                 attention.density = []
                 attention.keep = lambda layer, x, t=thresholds: within(level(x), t[layer][:, None, None])
                 nll, _ = perplexity(model, unseen)
