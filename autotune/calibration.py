@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from spas_attn.backends import Call
 
 from . import observe, report
-from .checkpoint import Checkpoint, digest
+from .checkpoint import Checkpoint, digest, identity
 from .curves import PromptTally
 from .layer import Layer, merge_ranks
 from .module import SparseAttention, check_bounds, sparse_modules
@@ -97,7 +97,7 @@ class Calibration:
 
     @property
     def expected_passes(self) -> int:
-        """Prompts that this process runs in all, when no head misses its bounds in the first check."""
+        """Prompts that this process runs in all, when no head misses its bounds in the check to come."""
         return self._expected
 
     # -- context ------------------------------------------------------------------------------------------------------
@@ -166,6 +166,7 @@ class Calibration:
                     self._save_checkpoint()
             if self._conclude():
                 return
+            self._expected += (phase == "check") * sum(i % self.world == self.rank for i in checked)  # once more
 
     def _begin(self, prompt: int) -> None:
         self._prompt = prompt
@@ -313,9 +314,8 @@ class Calibration:
             return set()
         selectors = [(layer.path, repr(layer.module.selector)) for layer in self.layers]
         prompts = [digest(item) for item in items]
-        self._files = Checkpoint(
-            self.checkpoint, (type(self.model).__name__, selectors, self.grid, self.sampler, fitted, prompts)
-        )
+        facts = (identity(self.model), selectors, self.grid, self.sampler, fitted, prompts)
+        self._files = Checkpoint(self.checkpoint, facts)
         done: set[int] = set()
         for saved in self._files.load() if self.resume else []:
             for layer, (tally, lengths) in zip(self.layers, saved, strict=True):

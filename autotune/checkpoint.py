@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, uint8
+from torch import Tensor, nn, uint8
 
 from .curves import Tally
 from .state_dict import read, write_atomically
@@ -77,8 +77,8 @@ class Checkpoint:
             raise ValueError(f"{str(path)!r} is not a checkpoint of a calibration")
         if content["fingerprint"] != self.fingerprint:
             raise ValueError(
-                f"checkpoint {str(path)!r} belongs to another calibration (other prompts, selector, grid or seed): "
-                "delete it or run without resume"
+                f"checkpoint {str(path)!r} belongs to another calibration (other model, prompts, selector, grid or "
+                "seed): delete it or run without resume"
             )
         return [(None if plain is None else _tally(plain), lengths) for plain, lengths in content["layers"]]
 
@@ -97,6 +97,13 @@ def _tally(plain: dict[str, Any]) -> Tally:
     for name, value in plain.items():
         setattr(tally, name, value)
     return tally
+
+
+def identity(model: nn.Module) -> str:
+    """Tells one model from another of the same class: the beginning of its first and last parameter."""
+    parameters = [parameter for parameter in model.parameters() if parameter.device.type != "meta"]
+    ends = [parameter.detach().reshape(-1)[:256] for parameter in (*parameters[:1], *parameters[-1:])]
+    return type(model).__name__ + digest(ends)
 
 
 def digest(item: Any) -> str:

@@ -10,8 +10,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from spas_attn import count_fallback, sparse_attention
+from spas_attn import backends, count_fallback, sparse_attention
 from spas_attn.attention import Precision
+from spas_attn.checks import PRECISIONS
 from spas_attn.selectors import MeanSimilarity
 
 Mode = Literal["dense", "tune", "sparse"]
@@ -95,11 +96,16 @@ class SparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_bounds(l1, pv_l1, tail)
+        if backend != "auto":
+            backends.get(backend)  # refuses unknown names
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         self.l1, self.pv_l1, self.tail = l1, pv_l1, tail
         self.selector = selector or MeanSimilarity()
         self.backend, self.precision = backend, precision
         self.mode: Mode = "dense"
         self.dense_now = False
+        self.layer_idx: int | None = None  # the place among the model's attention layers, set by the adapter
         self.observer: Observer | None = None
         self.lengths: tuple[int, int] | None = None  # shortest and longest calibrated number of keys
         self.expected_density = 1.0

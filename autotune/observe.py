@@ -121,7 +121,8 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
     """Errors of the real kernel on all queries: candidate 0 is selection alone, candidate 1 everything.
 
     When the backend leaves PV skip out but the layer uses it, everything is computed by ``reference``, which carries
-    it out, so that the file is checked as other devices will run it.
+    it out, so that the file is checked as other devices will run it. (Not where that would leave out the quantisation
+    which the backend does carry out.)
 
     Returns:
         The name of the backend that computed everything.
@@ -131,18 +132,21 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
     backend = module.backend
     uses_pv = bool((pv < PV_OFF).any())
     choice = explain(
-        call.q, call.k, call.v, selector, is_causal=call.is_causal, attn_mask=call.attn_mask, window=call.window,
-        pv_threshold=pv, precision=module.precision, backend=backend, expected_density=module.expected_density,
+        call.q, call.k, call.v, selector, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask,
+        window=call.window, pv_threshold=pv, precision=module.precision, backend=backend,
+        expected_density=module.expected_density,
     )  # fmt: skip
-    if uses_pv and not backends.get(choice.backend).skips_pv:
-        backend = "reference"
+    precision = module.precision
+    left_out = choice.pv_skip_left_out is not None or not backends.get(choice.backend).skips_pv
+    if uses_pv and left_out and (precision == "bf16" or choice.backend == "sdpa"):
+        backend, precision = "reference", "bf16"
     total, stats = sparse_attention(
         call.q, call.k, call.v, selector, pv_threshold=pv, backend=backend, return_stats=True,
-        precision=module.precision, expected_density=module.expected_density, is_causal=call.is_causal,
+        precision=precision, expected_density=module.expected_density, is_causal=call.is_causal,
         scale=call.scale, attn_mask=call.attn_mask, window=call.window,
     )  # fmt: skip
     selection = total
-    if stats.mask is not None and (uses_pv or module.precision != "bf16"):
+    if stats.mask is not None and (uses_pv or precision != "bf16"):
         selection = block_sparse_attention(
             call.q, call.k, call.v, stats.mask, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask,
             window=call.window,

@@ -48,7 +48,7 @@ def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
             }
         )
     return {
-        "layer_idx": layer.index,
+        "layer_idx": layer.index if layer.module.layer_idx is None else layer.module.layer_idx,
         "path": layer.path,
         "mean_sparsity": round(float(sparsity.mean()), 4),
         "l1": layer.module.l1,

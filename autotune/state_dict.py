@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
+from collections.abc import Iterable
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from spas_attn.selectors import MeanSimilarity, PeakMass
 
-from .module import BUFFERS, SparseAttention, Thresholds, clean_path, sparse_modules
+from .module import BUFFERS, SparseAttention, Thresholds, check_bounds, clean_path, sparse_modules
 
 FORMAT = 1
 SELECTORS: dict[str, type[MeanSimilarity]] = {kind.__name__: kind for kind in (MeanSimilarity, PeakMass)}
@@ -30,7 +31,7 @@ _PACKAGES = ("spas-attn", "torch", "transformers", "diffusers", "triton")
 _UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError,
 )  # fmt: skip
-_REQUIRED = ("model_class", "selector", "block_q", "block_k", "pool", "l1", "pv_l1", "tail")
+_REQUIRED = ("model_class", "selector", "block_q", "block_k", "pool", "sink", "local", "l1", "pv_l1", "tail")
 State = dict[str, Any]
 
 
@@ -119,6 +120,10 @@ def read(path: Path) -> Any:
     """``torch.load`` of tensors and plain values only; a ValueError when that fails."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its message advises to load without weights_only
+        raise ValueError(
+            f"{str(path)!r} is truncated or not a tuned file: it holds other things than tensors and plain values"
+        ) from error
     except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{str(path)!r} is truncated or not a tuned file: {reason}") from error
@@ -155,14 +160,13 @@ def load_sparse_attention_state_dict(
     if missing or extra:
         raise ValueError(_mismatch(model, info, missing, extra))
     values = {path: _thresholds(path, module, layers[path]) for path, module in modules.items()}
+    lengths, densities = _lengths(info), _densities(info, modules)
     for path, module in modules.items():
         module.selector = selector
         if info:
             module.l1, module.pv_l1, module.tail = info["l1"], info["pv_l1"], info["tail"]
             module.precision = info.get("precision", module.precision)
-        lengths = tuple(info["lengths"]) if info and info.get("lengths") else None
-        density = (info or {}).get("layer_density", {}).get(path, 0.5)
-        module.set_thresholds(values[path], expected_density=density, lengths=lengths)
+        module.set_thresholds(values[path], expected_density=densities[path], lengths=lengths)
         if verbose:
             print(f"{path}: {int(values[path].is_sparse.sum())} of {module.heads} heads sparse")
     return model
@@ -185,15 +189,37 @@ def _info(state: State) -> dict[str, Any] | None:
     absent = [name for name in _REQUIRED if name not in info]
     if absent:
         raise ValueError(f"_metadata of the tuned file lacks {absent}")
+    try:
+        check_bounds(info["l1"], info["pv_l1"], info["tail"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"_metadata of the tuned file holds bounds that make no sense: {error}") from error
     return info
+
+
+def _lengths(info: dict[str, Any] | None) -> tuple[int, int] | None:
+    """Shortest and longest calibrated number of keys."""
+    lengths = (info or {}).get("lengths")
+    if lengths is None:
+        return None
+    if not isinstance(lengths, (list, tuple)) or len(lengths) != 2 or not all(isinstance(x, int) for x in lengths):
+        raise ValueError(f"_metadata of the tuned file: lengths must be two numbers of keys, got {lengths!r}")
+    return lengths[0], lengths[1]
+
+
+def _densities(info: dict[str, Any] | None, paths: Iterable[str]) -> dict[str, float]:
+    """Measured density of every layer, one half where the file does not say."""
+    recorded = (info or {}).get("layer_density", {})
+    found = {path: recorded.get(path, 0.5) for path in paths} if isinstance(recorded, dict) else {"all": recorded}
+    for path, density in found.items():
+        if path == "all" or not isinstance(density, (int, float)) or not 0 <= density <= 1:
+            raise ValueError(f"_metadata of the tuned file: layer_density of {path!r} is {density!r}, not in [0, 1]")
+    return found
 
 
 def _selector(info: dict[str, Any] | None, block_q: int | None, block_k: int | None) -> MeanSimilarity:
     if info is None:  # a file of the original: thresholds belong to its 128 x 64 blocks and block means
         q, k = block_q or 128, block_k or 64
         return MeanSimilarity(pool=min(q, k), block_q=q, block_k=k, local=0)
-    if info.get("format") != FORMAT:
-        raise ValueError(f"the tuned file has format {info.get('format')!r}, this version reads format {FORMAT}")
     if info["selector"] not in SELECTORS:
         raise ValueError(f"the tuned file was made for selector {info['selector']!r}, known here: {sorted(SELECTORS)}")
     if block_q is not None or block_k is not None:
@@ -229,12 +255,13 @@ def _thresholds(path: str, module: SparseAttention, entry: dict[str, Tensor]) ->
     heads = module.heads
     for name in BUFFERS:
         value = entry[name]
-        if not isinstance(value, Tensor) or value.dim() > 1:
+        if not isinstance(value, Tensor) or value.dim() > 1 or value.is_complex():
             raise ValueError(f"layer {path!r}: {name} must be a tensor [heads], got {value!r}")
         if heads is not None and value.dim() == 1 and value.numel() != heads:
             raise ValueError(f"layer {path!r}: {name} has {value.numel()} values, the model has {heads} heads")
         if not bool(torch.isfinite(value.float()).all()):
             raise ValueError(f"layer {path!r}: {name} holds values that are not finite: {value.tolist()}")
+    _check_values(path, entry)
     sizes = {entry[name].numel() for name in BUFFERS if entry[name].dim() == 1} or {1}
     if len(sizes) > 1:
         raise ValueError(f"layer {path!r}: its tensors have {sorted(sizes)} values, one per head is expected")
@@ -243,11 +270,23 @@ def _thresholds(path: str, module: SparseAttention, entry: dict[str, Tensor]) ->
     return Thresholds(**full)
 
 
+def _check_values(path: str, entry: dict[str, Tensor]) -> None:
+    """Refuse numbers that cannot be meant."""
+    flags, cdf = entry["is_sparse"], entry["cdfthreshd"].float()
+    if not bool(((flags == 0) | (flags == 1)).all()):
+        raise ValueError(f"layer {path!r}: is_sparse must be true or false (1 or 0), got {flags.tolist()}")
+    if not bool(((cdf >= 0) & (cdf <= 1)).all()):
+        raise ValueError(f"layer {path!r}: cdfthreshd must be in [0, 1], got {cdf.tolist()}")
+
+
 def _mismatch(model: nn.Module, info: dict[str, Any] | None, missing: list[str], extra: list[str]) -> str:
+    modules = sparse_modules(model)
     made_for = f" (made for {info['model_class']})" if info else ""
     parts = [f"the tuned file{made_for} does not fit {type(model).__name__}:"]
     if missing:
         parts.append(f"{len(missing)} layers of the model are not in the file, first {missing[0]!r};")
+        if len(missing) < len(modules) and not extra:
+            parts.append("patch the layers that were tuned only (layer_range);")
     if extra:
         parts.append(f"{len(extra)} layers of the file are not in the model, first {extra[0]!r};")
     return " ".join(parts).rstrip(";")

@@ -91,12 +91,15 @@ def patch_and_load(model: nn.Module, path: str | Path, layers: tuple[int, int] |
         ValueError: when it is damaged, or made for another model.
     """
     state = load(path)
-    if layers is None:
-        paths = [clean_path(path) for path, _ in find_modules(model, "LlamaAttention")]
-        tuned = [index for index, path in enumerate(paths) if f"{path}.inner_attention.is_sparse" in state]
-        layers = (tuned[0], tuned[-1] + 1) if tuned else None
-    set_spas_sage_attn_llama(model, layer_range=layers)
+    set_spas_sage_attn_llama(model, layer_range=layers or tuned_layers(model, state))
     return load_sparse_attention_state_dict(model, state)
+
+
+def tuned_layers(model: nn.Module, state: dict[str, Any]) -> tuple[int, int] | None:
+    """The layer_range that a tuned file was made with; None when no layer of the model is in it."""
+    paths = [clean_path(path) for path, _ in find_modules(model, "LlamaAttention")]
+    tuned = [index for index, path in enumerate(paths) if f"{path}.inner_attention.is_sparse" in state]
+    return (tuned[0], tuned[-1] + 1) if tuned else None
 
 
 def record_density(model: nn.Module) -> None:

@@ -137,7 +137,8 @@ def print_result(
     dense_ppl, sparse_ppl = math.exp(dense_loss), math.exp(sparse_loss)
     print(f"{'':<12}  {'dense':>8}  {'sparse':>8}  {'change':>8}")
     print(f"{'perplexity':<12}  {dense_ppl:>8.4f}  {sparse_ppl:>8.4f}  {sparse_ppl / dense_ppl - 1:>+8.2%}")
-    print(f"{'prefill, s':<12}  {dense_time:>8.2f}  {sparse_time:>8.2f}  {dense_time / sparse_time:>7.2f}x")
+    times = f"{1000 * dense_time:>8.0f}  {1000 * sparse_time:>8.0f}  {dense_time / sparse_time:>7.2f}x"
+    print(f"{'prefill, ms':<12}  {times}")
 
 
 if __name__ == "__main__":

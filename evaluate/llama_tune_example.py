@@ -1,8 +1,12 @@
 #!/usr/bin/env python
-"""Tune a LLaMA model's sparse attention, save the thresholds, load them, generate.
+r"""Tune a LLaMA model's sparse attention, save the thresholds, load them, generate.
 
-python evaluate/llama_tune_example.py --tune --model_out_path models_dict/demo_llama.pt
-python evaluate/llama_tune_example.py --generate --model_out_path models_dict/demo_llama.pt
+    python evaluate/llama_tune_example.py --tune
+    python evaluate/llama_tune_example.py --generate
+    python evaluate/llama_tune_example.py --parallel_tune --generate --model_name meta-llama/Llama-3.1-8B-Instruct \
+        --model_out_path models_dict/llama_8b.pt --layer_range 2,32 --max_length 8192
+
+Exit code 2: an argument, a model or a file cannot be used; 130: interrupted, --resume goes on.
 """
 
 from __future__ import annotations
@@ -13,21 +17,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from _llama import DEMO, encode, load_model, token_windows
+from _llama import DEMO, encode, layer_range, load_model, token_windows, tuned_layers
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import autotune
 from autotune import report
 from autotune.calibration import Calibration
+from autotune.module import check_bounds
 from autotune.observe import Grid
 from modify_model.modify_llama import set_spas_sage_attn_llama
 from modify_model.patching import patch, verify
+from spas_attn import backends, fallback_counts
 from spas_attn.selectors import MeanSimilarity, PeakMass
 
 SELECTORS = {"mean": MeanSimilarity, "peak": PeakMass}
@@ -38,46 +43,62 @@ PROMPT = 'import json\n\n\ndef read_config(path):\n    """Read a JSON file and r
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     add = parser.add_argument
     add("--tune", action="store_true", help="calibrate and save; otherwise thresholds are loaded")
     add("--parallel_tune", action="store_true", help="--tune on all visible GPUs, or in several processes on a CPU")
-    add("--model_name", default=str(DEMO), help="a folder or a name on the hub (default: the demo model)")
-    add("--model_out_path", default="models_dict/demo_llama_tuned.pt", help="the tuned file")
+    add("--model_name", default=str(DEMO), metavar="NAME", help="a folder or a name on the hub")
+    add("--model_out_path", default="models_dict/demo_llama_tuned.pt", metavar="PATH", help="the tuned file")
     add("--l1", type=float, default=0.06, help="bound of the mean error of selection, per head")
     add("--pv_l1", type=float, default=0.07, help="bound of the mean error of everything, per head")
-    add("--tail", type=_tail, default=0.5, help="bound of the 99.5th percentile of a query's error, or 'none'")
-    add("--layer_range", type=_range, help="start,stop: only these layers become sparse")
+    add("--tail", type=_tail, default=0.5, help="bound of the 99.5 percentile of a query's error, or 'none'")
+    add("--layer_range", type=layer_range, metavar="START,STOP", help="only layers START to STOP - 1 become sparse")
     add("--selector", choices=sorted(SELECTORS), default="mean", help="how blocks are chosen")
     add("--block", type=int, choices=(64, 128), default=64, help="mask block size, for queries and keys")
     add("--pool", type=int, default=8, help="length of the sub-blocks whose means are scored")
     add("--max_length", type=int, default=4096, help="tokens of a calibration sample")
-    add("--num_tune_samples", type=int, default=8, help="calibration samples")
-    add("--dataset", help="a text file, a folder, or a hub dataset (default: the demo's held-out source files)")
+    add("--num_tune_samples", type=int, default=8, metavar="N", help="calibration samples")
+    add("--dataset", help="a text file, a folder, or a hub dataset; left out: the demo's held-out source files")
     add("--generate", action="store_true", help="generate from --prompt with the tuned model")
-    add("--prompt", default=PROMPT)
-    add("--max_new_tokens", type=int, default=128)
-    add("--compile", action="store_true", help="torch.compile the model before generating")
-    add("--backend", default="auto", help="attention backend, see spas_attn.explain")
+    add("--prompt", default=PROMPT, help="the text to continue; left out: a few lines of Python")
+    add("--max_new_tokens", type=int, default=128, metavar="N", help="tokens to generate")
+    add("--compile", action="store_true", help="compile the model before generating (takes about a minute)")
+    add("--backend", choices=("auto", *sorted(backends.names())), default="auto", help="what computes the attention")
     add("--resume", action="store_true", help="go on with an interrupted --tune from its last finished sample")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the calibration samples")
     args = parser.parse_args(arguments)
     args.tune = args.tune or args.parallel_tune
     if not (args.tune or args.generate):
         parser.error("nothing to do: give --tune, --generate or both")
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The examples as they are written, and the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        hidden = action.default is None or action.default is False or action.default == PROMPT
+        return action.help if hidden else super()._get_help_string(action)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse, before a model is loaded, what cannot be meant; a ValueError says why."""
+    check_bounds(args.l1, args.pv_l1, args.tail)
+    make_selector(args.selector, args.block, args.pool)
+    for name, least in (("max_length", args.block), ("num_tune_samples", 1), ("max_new_tokens", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+
+
 def _tail(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
-
-
-def _range(text: str) -> tuple[int, int]:
     try:
-        start, stop = (int(part) for part in text.split(","))
+        return None if text.lower() == "none" else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected START,STOP such as 16,32, got {text!r}") from None
-    return start, stop
+        raise argparse.ArgumentTypeError(f"expected a number or 'none', got {text!r}") from None
 
 
 def make_selector(name: str = "mean", block: int = 64, pool: int = 8) -> MeanSimilarity:
@@ -144,43 +165,66 @@ def run_tune(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> None
         print(f"thresholds: {args.model_out_path}\nstatistics: {statistics}")
 
 
+def run_generate(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> None:
+    """--generate: continue the prompt and print it."""
+    verify(model)
+    if args.compile:
+        print("compiling …", flush=True)
+        model.compile()  # in place: torch.compile(model) would leave model.generate with the original's forward
+        generate(model, tokenizer, args.prompt, min(4, args.max_new_tokens))
+    text, count, seconds = generate(model, tokenizer, args.prompt, args.max_new_tokens)
+    print(f"--- prompt\n{args.prompt}\n--- {count} new tokens in {seconds:.1f} s\n{text}")
+    for reason, calls in fallback_counts().items():
+        print(f"--- {calls} calls ran dense: {reason}")
+
+
+def join_ranks() -> str:
+    """Join the other processes that torchrun started; returns this one's device."""
+    gpu = torch.cuda.is_available()
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    return device
+
+
+def work(args: argparse.Namespace, distributed: bool) -> None:
+    """Everything after the arguments, in one process."""
+    model, tokenizer = load_model(args.model_name, device=join_ranks() if distributed else None)
+    state = None if args.tune else autotune.load(args.model_out_path)
+    layers = args.layer_range if state is None else args.layer_range or tuned_layers(model, state)
+    set_spas_sage_attn_llama(model, l1=args.l1, pv_l1=args.pv_l1, tail=args.tail, layer_range=layers)
+    selector = make_selector(args.selector, args.block, args.pool)
+    patch(model, layer_range=layers, backend=args.backend, selector=selector)
+    if state is None:
+        run_tune(args, model, tokenizer)
+    else:
+        autotune.load_sparse_attention_state_dict(model, state, verbose=True)
+    if distributed:
+        dist.destroy_process_group()
+    elif args.generate:
+        run_generate(args, model, tokenizer)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse_arguments(arguments)
     distributed = "RANK" in os.environ
-    if args.parallel_tune and not distributed:
-        code = run_parallel(sys.argv[1:] if arguments is None else arguments)
-        if code or not args.generate:
-            return code
-        args.tune = False
-    device = None
-    if distributed:
-        gpu = torch.cuda.is_available()
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
-        if gpu:
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    model, tokenizer = load_model(args.model_name, device=device)
-    set_spas_sage_attn_llama(model, l1=args.l1, pv_l1=args.pv_l1, tail=args.tail, layer_range=args.layer_range)
-    patch(
-        model,
-        layer_range=args.layer_range,
-        backend=args.backend,
-        selector=make_selector(args.selector, args.block, args.pool),
-    )
-    if args.tune:
-        run_tune(args, model, tokenizer)
-    else:
-        if not Path(args.model_out_path).is_file():
-            raise SystemExit(f"no tuned file at {args.model_out_path!r}: run with --tune first")
-        autotune.load_sparse_attention_state_dict(model, args.model_out_path, verbose=True)
-    if distributed:
-        dist.destroy_process_group()
-    elif args.generate:
-        verify(model)
-        runner = torch.compile(model) if args.compile else model
-        text, count, seconds = generate(runner, tokenizer, args.prompt, args.max_new_tokens)
-        print(f"--- prompt\n{args.prompt}\n--- {count} new tokens in {seconds:.1f} s\n{text}")
+    try:
+        if args.parallel_tune and not distributed:
+            code = run_parallel(sys.argv[1:] if arguments is None else arguments)
+            if code or not args.generate:
+                return code
+            args.tune = False
+        work(args, distributed)
+    except (ValueError, FileNotFoundError) as error:
+        hint = ": run with --tune first" if isinstance(error, FileNotFoundError) else ""
+        print(f"llama_tune_example.py: error: {error}{hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume goes on from the last finished sample" if args.tune else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr)
+        return 130
     return 0
 
 

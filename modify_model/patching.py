@@ -283,6 +283,7 @@ def _chosen_layers(
         present = attention.inner_attention if _record(attention) else None
         kept = {name: getattr(present, name) for name in ("l1", "pv_l1", "tail")} if present is not None else {}
         chosen[index] = SparseAttention(**(family.defaults() | kept | settings))
+        chosen[index].layer_idx = index
     return chosen
 
 

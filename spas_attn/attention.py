@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import Call
-from .block_mask import BlockMask
+from .block_mask import BlockMask, cdiv
 from .checks import check_arguments
 from .selectors import Dense, Selector
 from .selectors.base import spans
@@ -54,9 +54,12 @@ class Explanation:
     backend: str
     reason: str
     declined: dict[str, str]
+    pv_skip_left_out: str | None = None  # why PV skip, if asked for, is not carried out
 
     def __str__(self) -> str:
         lines = [f"backend {self.backend}: {self.reason}"]
+        if self.pv_skip_left_out is not None:
+            lines[0] += f"; leaves PV skip out (the error only falls): {self.pv_skip_left_out}"
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.declined.items()])
 
 
@@ -208,20 +211,45 @@ def explain(
     selector: Selector | None = None,
     *,
     is_causal: bool = False,
+    scale: float | None = None,
     attn_mask: Tensor | None = None,
     window: int | None = None,
     layout: Layout = "HND",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     pv_threshold: float | Tensor | None = None,
     precision: Precision = "bf16",
     backend: str = "auto",
     expected_density: float | None = None,
 ) -> Explanation:
-    """Which backend :func:`sparse_attention` would use for such a call, and why; computes nothing."""
-    density = expected_density if expected_density is not None else selector.expected_density if selector else 1.0
-    call, _ = check_arguments(
-        q, k, v, is_causal, None, attn_mask, window, layout, None, None, pv_threshold, precision, density
+    """Which backend :func:`sparse_attention` would use for such a call, and why; computes nothing.
+
+    Without a selector the call is a dense one; of packed sequences the first one speaks for all.
+    """
+    selector = Dense() if selector is None else selector
+    if not isinstance(selector, Selector):
+        raise TypeError(f"selector must be a Selector or None, got {type(selector).__name__}")
+    density = selector.expected_density if expected_density is None else expected_density
+    call, cu_seqlens = check_arguments(
+        q,
+        k,
+        v,
+        is_causal,
+        scale,
+        attn_mask,
+        window,
+        layout,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        pv_threshold,
+        precision,
+        density,
     )
-    return _choose(call, backend, sparse=selector is not None and not isinstance(selector, Dense))
+    if cu_seqlens is not None:
+        call = _unpack(call, cu_seqlens)[0]
+    if _selects(call, selector):
+        call = call.replace(mask=_stand_in(call, selector))
+    return _choose(call, backend, sparse=not isinstance(selector, Dense))
 
 
 def fallback_counts() -> dict[str, int]:
@@ -238,12 +266,25 @@ def count_fallback(reason: str) -> None:
 
 def _select_and_run(call: Call, selector: Selector, backend: str, strict: bool) -> tuple[Tensor, AttentionStats]:
     mask = None
-    if (call.attn_mask is None or call.attn_mask.dim() == 2) and not isinstance(selector, Dense) and not _grad(call):
+    if _selects(call, selector):
         mask = selector.select(
             call.q, call.k, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask, window=call.window
         )
     out, used = _run(call.replace(mask=mask), backend, strict, sparse=not isinstance(selector, Dense))
     return out, AttentionStats(_density(mask, call), used, mask)
+
+
+def _selects(call: Call, selector: Selector) -> bool:
+    """Whether blocks are selected for a call; otherwise it runs dense."""
+    return not isinstance(selector, Dense) and _needs_dense(call) is None
+
+
+def _stand_in(call: Call, selector: Selector) -> BlockMask:
+    """A mask without content or memory of its own, for what depends on block sizes only."""
+    grid = (cdiv(call.q.shape[2], selector.block_q), cdiv(call.k.shape[2], selector.block_k))
+    zero = torch.zeros((), dtype=torch.int32, device=call.q.device)
+    counts, indices = zero.expand(*call.q.shape[:2], grid[0]), zero.expand(*call.q.shape[:2], *grid)
+    return BlockMask(counts, indices, selector.block_q, selector.block_k, call.q.shape[2], call.k.shape[2])
 
 
 def _run(call: Call, backend: str, strict: bool, sparse: bool = True) -> tuple[Tensor, str]:
@@ -267,17 +308,18 @@ def _choose(call: Call, backend: str, sparse: bool) -> Explanation:
         why = None if call.mask is not None and backend in ("sdpa", "reference") else dense_reason
         why = why or chosen.missing() or chosen.declines(call)
         if why is None:
-            return Explanation(backend, "asked for by name" + _pv_note(call, chosen), declined)
+            return Explanation(backend, "asked for by name", declined, chosen.leaves_pv_skip_out(call))
         return Explanation("sdpa", "the exact dense backend serves every call", {backend: why})
     if dense_reason is not None:
         return Explanation("sdpa", "exact and differentiable", {"sparse": dense_reason})
-    if not sparse and call.mask is None:
+    if not sparse and call.mask is None and call.precision == "bf16":
         return Explanation("sdpa", "a dense call", declined)
     for name in _AUTO.get(call.q.device.type, ()):
         candidate = backends.get(name)
         why = candidate.missing() or candidate.declines(call)
         if why is None:
-            return Explanation(name, f"first choice on {call.q.device.type}" + _pv_note(call, candidate), declined)
+            reason = f"first choice on {call.q.device.type}"
+            return Explanation(name, reason, declined, candidate.leaves_pv_skip_out(call))
         declined[name] = why
     why = "; ".join(f"{name}: {reason}" for name, reason in declined.items()) or f"no backend for {call.q.device.type}"
     return Explanation("sdpa", "the exact dense backend serves every call", {**declined, "sparse": why})
@@ -294,11 +336,6 @@ def _needs_dense(call: Call) -> str | None:
 
 def _grad(call: Call) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-
-
-def _pv_note(call: Call, backend: backends.Backend) -> str:
-    ignored = call.pv_threshold is not None and not backend.skips_pv
-    return "; leaves PV skip out (the error only falls)" if ignored else ""
 
 
 def _density(mask: BlockMask | None, call: Call) -> Tensor:

@@ -151,8 +151,7 @@ class BlockMask:
         """Expand query rows ``rows`` (all by default) to a boolean token mask ``[B, Hq, rows, k_len]``."""
         if self.cu_seqlens_q is not None:
             raise ValueError("token_mask is defined for one sequence; call split() on a packed mask first")
-        start, stop, _ = (rows or slice(None)).indices(self.q_len)
-        blocks = torch.arange(start, max(start, stop), device=self.counts.device) // self.block_q
+        blocks = torch.arange(self.q_len, device=self.counts.device)[rows or slice(None)] // self.block_q
         columns = torch.arange(self.k_len, device=self.counts.device) // self.block_k
         return self.to_dense()[:, :, blocks][..., columns]
 

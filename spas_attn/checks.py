@@ -64,11 +64,29 @@ def check_arguments(
         scale=_check_scale(scale, q.shape[-1]),
         attn_mask=_check_attn_mask(attn_mask, q, k),
         window=window,
-        pv_threshold=None if pv_threshold is None else per_head(pv_threshold, q.shape[1], "pv_threshold", q.device),
+        pv_threshold=_check_pv_threshold(pv_threshold, q),
         precision=precision,
-        expected_density=expected_density,
+        expected_density=_check_density(expected_density),
     )
     return call, packed
+
+
+def _check_pv_threshold(pv_threshold: float | Tensor | None, q: Tensor) -> Tensor | None:
+    if pv_threshold is None:
+        return None
+    if not isinstance(pv_threshold, (int, float, Tensor)):
+        raise TypeError(f"pv_threshold must be a number, a tensor or None, got {type(pv_threshold).__name__}")
+    if not isinstance(pv_threshold, Tensor) and math.isnan(pv_threshold):
+        raise ValueError("pv_threshold must be a number, got nan")
+    return per_head(pv_threshold, q.shape[1], "pv_threshold", q.device)
+
+
+def _check_density(density: float) -> float:
+    if isinstance(density, bool) or not isinstance(density, (int, float)):
+        raise TypeError(f"expected_density must be a number or None, got {type(density).__name__}")
+    if not 0 <= density <= 1:
+        raise ValueError(f"expected_density must be in [0, 1], got {density}")
+    return float(density)
 
 
 def _check_scale(scale: float | None, head_dim: int) -> float:
@@ -118,6 +136,8 @@ def _check_packed(
     if q.shape[0] != 1:
         raise ValueError(f"packed sequences need a batch of 1, got {q.shape[0]}")
     for name, cu, length in (("cu_seqlens_q", cu_seqlens_q, q.shape[2]), ("cu_seqlens_k", cu_seqlens_k, k.shape[2])):
+        if not isinstance(cu, Tensor):
+            raise TypeError(f"{name} must be an int32 tensor [n + 1], got {type(cu).__name__}")
         if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 2:
             raise ValueError(f"{name} must be int32 [n + 1], got {cu.dtype} {tuple(cu.shape)}")
         ends = cu.tolist()
@@ -154,6 +174,8 @@ def _check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor |
     """Key padding as ``[B, Lk]``, a full mask as ``[B, 1 or H, Lq, Lk]``."""
     if attn_mask is None:
         return None
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a boolean tensor or None, got {type(attn_mask).__name__}")
     batch, heads, q_len, k_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     if attn_mask.dtype != torch.bool:
         raise TypeError(f"attn_mask must be boolean (True = attend), got {attn_mask.dtype}")

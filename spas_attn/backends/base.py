@@ -93,6 +93,7 @@ class Backend:
         run: computes the call; returns ``[B, Hq, Lq, D]`` in q's dtype.
         skips_pv: whether PV skip is carried out (if not, the error only falls).
         skips_blocks: whether dropped blocks save time.
+        pv_skip_left_out: why PV skip is left out of a call that asks for it, None when it is carried out.
     """
 
     name: str
@@ -101,6 +102,20 @@ class Backend:
     run: Callable[[Call], Tensor]
     skips_pv: bool = False
     skips_blocks: bool = True
+    pv_skip_left_out: Callable[[Call], str | None] = lambda call: None
+
+    def leaves_pv_skip_out(self, call: Call) -> str | None:
+        """Why this call's PV skip is not carried out; None when it is, or none is asked for."""
+        if call.pv_threshold is None:
+            return None
+        return self.pv_skip_left_out(call) if self.skips_pv else "this backend has none"
+
+
+def declines_int8(call: Call) -> str | None:
+    """For backends that compute exactly: they refuse an 8-bit call rather than ignore its precision."""
+    if call.precision == "bf16":
+        return None
+    return f"precision {call.precision!r} is not available: this backend computes exactly"
 
 
 _REGISTRY: dict[str, Backend] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Backend, Call, register
+from .base import Backend, Call, declines_int8, register
 
 _ROWS = 1024  # query rows at a time, so that the scores of long sequences fit into memory
 
@@ -53,4 +53,4 @@ def _skipped(call: Call, scores: Tensor, start: int) -> Tensor:
     return per_row.repeat_interleave(block_k, -1)[..., :k_len]
 
 
-register(Backend("reference", lambda: None, lambda call: None, run, skips_pv=True, skips_blocks=False))
+register(Backend("reference", lambda: None, declines_int8, run, skips_pv=True, skips_blocks=False))

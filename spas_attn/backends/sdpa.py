@@ -1,4 +1,4 @@
-"""Backend `sdpa`: PyTorch's dense scaled_dot_product_attention; exact, differentiable, serves every call.
+"""Backend `sdpa`: PyTorch's dense scaled_dot_product_attention; exact, differentiable, runs every call.
 
 A block mask is honoured as a token mask: it gives the same numbers and saves no time.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Backend, Call, register
+from .base import Backend, Call, declines_int8, register
 
 _ROWS = 1024  # query rows at a time when a token mask has to be written out
 
@@ -33,4 +33,4 @@ def run(call: Call) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-register(Backend("sdpa", lambda: None, lambda call: None, run, skips_blocks=False))
+register(Backend("sdpa", lambda: None, declines_int8, run, skips_blocks=False))

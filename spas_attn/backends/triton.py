@@ -95,4 +95,4 @@ def run(call: Call, out: Tensor | None = None) -> Tensor:
     )
 
 
-register(Backend("triton", _missing, _declines, run, skips_pv=True))
+register(Backend("triton", _missing, _declines, run, skips_pv=True, pv_skip_left_out=pv_skip_left_out))

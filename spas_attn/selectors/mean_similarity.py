@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,6 +36,10 @@ class MeanSimilarity(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pool(self)
+        if isinstance(self.cdf_threshold, (int, float)) and not 0 <= self.cdf_threshold <= 1:
+            raise ValueError(f"cdf_threshold must be in [0, 1], got {self.cdf_threshold}")
+        if isinstance(self.sim_threshold, (int, float)) and math.isnan(self.sim_threshold):
+            raise ValueError("sim_threshold must be a number, got nan")
 
     def pooled(self, inputs: Inputs) -> Pooled:
         """Scores of one call, before any threshold."""

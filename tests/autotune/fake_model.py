@@ -58,6 +58,8 @@ class FakeAttention(nn.Module):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.projection = nn.Linear(2, 2)
+        nn.init.eye_(self.projection.weight)  # every FakeModel is the same model to a checkpoint
+        nn.init.zeros_(self.projection.bias)
         self.inner_attention = SparseAttention(selector=MeanSimilarity(pool=16, block_q=64, block_k=64), **settings)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

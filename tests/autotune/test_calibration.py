@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import UserDict
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from fake_model import BOUNDS, GRID, HEADS, FakeModel, Prompt, activations, same, tuned_model
+from torch import nn
 
 from autotune import Calibration, calibrate, enable_tune_mode, load, observe, tune_mode
 from autotune import calibration as calibration_module
-from autotune.checkpoint import digest
+from autotune.checkpoint import digest, identity
 from autotune.module import BUFFERS
 from spas_attn.backends import Call
 from spas_attn.selectors import MeanSimilarity
@@ -311,7 +313,7 @@ def test_tune_mode_without_a_loop() -> None:
     assert all(module.mode == "tune" for module in model.inner)
     lines: list[str] = []
     calibration = enable_tune_mode(model, False, verbose=True, printer=lines.append)
-    assert calibration is begun and not tune_mode._open
+    assert calibration is begun and model not in tune_mode._open
     assert all(module.mode == "sparse" and module.observer is None for module in model.inner)
     assert "sparse heads" in lines[0]
     for entry in calibration.statistics:
@@ -439,6 +441,16 @@ OTHERS: dict[str, dict[str, Any]] = {
     "grid": dict(grid=observe.Grid(cdf=(0.5,))),
     "share kept aside": dict(kept_aside=0.5),
 }
+
+
+def test_models_of_one_class_are_told_apart() -> None:
+    models = [nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)) for _ in range(2)]
+    assert identity(models[0]) == identity(copy.deepcopy(models[0])) != identity(models[1])
+    tuned = copy.deepcopy(models[0])
+    with torch.no_grad():
+        tuned[1].bias += 1  # type: ignore[operator]
+    assert identity(tuned) != identity(models[0])
+    assert identity(models[0].half()) != identity(tuned) and identity(models[0].to("meta")) == identity(nn.Sequential())
 
 
 @pytest.mark.parametrize("other", OTHERS)

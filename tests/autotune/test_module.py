@@ -218,6 +218,13 @@ def test_bounds_are_checked(bounds: dict[str, float], message: str) -> None:
     assert [(m.l1, m.pv_l1, m.tail) for m in model.inner] == [(0.06, 0.07, 0.5)] * 2, "nothing may change"
 
 
+def test_backend_and_precision_are_checked() -> None:
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of .*got 'quick'"):
+        SparseAttention(backend="quick")
+    with pytest.raises(ValueError, match="precision must be one of .*got 'fp4'"):
+        SparseAttention(precision="fp4")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", BUFFERS)
 def test_thresholds_are_checked(name: str) -> None:
     module = SparseAttention()

@@ -105,6 +105,35 @@ def test_wrong_number_of_heads(state: dict[str, Any]) -> None:
     refused(state | {f"{SECOND}.pvthreshd": torch.ones(1, 4)}, r"layers\.1.*pvthreshd must be a tensor \[heads\]")
 
 
+def test_values_that_cannot_be_meant(state: dict[str, Any]) -> None:
+    refused(
+        state | {f"{SECOND}.is_sparse": torch.tensor([0.0, 1.0, 0.5, 1.0])}, r"layers\.1.*is_sparse must be true or"
+    )
+    refused(state | {f"{SECOND}.is_sparse": torch.tensor([0, 1, 2, 1])}, r"layers\.1.*is_sparse must be true or false")
+    refused(state | {f"{FIRST}.cdfthreshd": torch.tensor([0.5, 1.01, 1.0, 0.9])}, r"layers\.0.*cdfthreshd must be in")
+    refused(state | {f"{FIRST}.cdfthreshd": torch.tensor([0.5, -0.1, 1.0, 0.9])}, r"layers\.0.*cdfthreshd must be in")
+    refused(state | {f"{FIRST}.cdfthreshd": torch.ones(4, dtype=torch.complex64)}, r"layers\.0.*cdfthreshd must be a")
+    model = with_heads(4)
+    flags = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    load_sparse_attention_state_dict(model, state | {f"{SECOND}.is_sparse": flags})
+    assert torch.equal(model.inner[1].is_sparse, flags.bool())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"l1": 0.5}, "bounds that make no sense.*pv_l1"),
+        ({"tail": "high"}, "bounds that make no sense"),
+        ({"lengths": [400]}, r"lengths must be two .*\[400\]"),
+        ({"lengths": "all"}, "lengths must be two .*all"),
+        ({"layer_density": {FIRST: 2.0}}, r"layer_density of 'layers\.0.*2\.0"),
+        ({"layer_density": 0.5}, r"layer_density of"),
+    ],
+)
+def test_metadata_that_cannot_be_meant(state: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    refused(state | {"_metadata": state["_metadata"] | change}, message)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", BUFFERS[1:])
 def test_values_that_are_not_finite(state: dict[str, Any], name: str, value: float) -> None:

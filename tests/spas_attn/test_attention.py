@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -264,9 +265,13 @@ class TestFallbacks:
         with pytest.warns(RuntimeWarning, match="int8_bf16.*not available on a processor"):
             out, stats = sparse_attention(q, k, v, SPARSE, precision="int8_bf16", return_stats=True)
         assert relative_l1(out, truth(q, k, v, stats.mask)) < 1e-5
-        for backend in ("auto", "cpu"):
-            with pytest.raises(RuntimeError, match=r"strict=True.*int8_bf16"):
-                sparse_attention(q, k, v, SPARSE, precision="int8_bf16", backend=backend, strict=True)
+        for backend in ("auto", "cpu", "sdpa", "reference"):
+            for selector in (SPARSE, Dense()):
+                with pytest.raises(RuntimeError, match=r"strict=True.*int8_bf16"):
+                    sparse_attention(q, k, v, selector, precision="int8_bf16", backend=backend, strict=True)
+        with pytest.warns(RuntimeWarning, match="int8_bf16.*computes exactly"):
+            sparse_attention(q, k, v, Dense(), precision="int8_bf16", backend="sdpa")
+        assert len(spas_attn.fallback_counts()) == 2
 
     def test_a_backend_that_cannot_run_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         q, k, v = qkv()
@@ -362,12 +367,37 @@ class TestExplain:
 
     def test_says_that_pv_skip_is_left_out(self) -> None:
         q, k, v = qkv()
-        assert "leaves PV skip out" in explain(q, k, v, SPARSE, pv_threshold=4.0, backend="sdpa").reason
+        assert "leaves PV skip out" in str(explain(q, k, v, SPARSE, pv_threshold=4.0, backend="sdpa"))
         for backend in ("auto", "cpu", "reference"):
-            assert "PV skip" not in explain(q, k, v, SPARSE, pv_threshold=4.0, backend=backend).reason
-        assert "PV skip" not in explain(q, k, v, SPARSE, backend="sdpa").reason
+            assert "PV skip" not in str(explain(q, k, v, SPARSE, pv_threshold=4.0, backend=backend))
+        assert "PV skip" not in str(explain(q, k, v, SPARSE, backend="sdpa"))
         sparse_attention(q, k, v, SPARSE, pv_threshold=4.0, backend="sdpa", strict=True)  # and it is no fallback
         assert spas_attn.fallback_counts() == {}
+
+    def test_sees_what_the_call_will_bring(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        q, k, v = qkv()
+        seen = []
+
+        def declines(call: Call) -> str | None:
+            seen.append((call.mask is not None and (call.mask.block_q, call.mask.block_k), call.scale))
+            return "it takes no block mask" if call.mask is not None else None
+
+        def left_out(call: Call) -> str:
+            assert call.mask is not None
+            return f"{call.mask.block_q} does not fit"
+
+        picky = dataclasses.replace(backends.get("cpu"), name="picky", declines=declines)
+        tight = dataclasses.replace(backends.get("cpu"), name="tight", pv_skip_left_out=left_out)
+        for backend in (picky, tight):
+            monkeypatch.setitem(backends.base._REGISTRY, backend.name, backend)
+        selector = TopK(0.5, block_q=64, block_k=128)
+        assert explain(q, k, v, selector, backend="picky", scale=0.5).backend == "sdpa"
+        assert explain(q, k, v, backend="picky").backend == "picky"
+        assert seen == [((64, 128), 0.5), (False, 32**-0.5)]
+        assert explain(q, k, v, selector, backend="tight", pv_threshold=4.0).pv_skip_left_out == "64 does not fit"
+        assert explain(q, k, v, selector, backend="tight").pv_skip_left_out is None
+        cu = torch.tensor([0, 100, 300], dtype=torch.int32)
+        assert explain(q[:1], k[:1], v[:1], selector, cu_seqlens_q=cu, cu_seqlens_k=cu).backend == "cpu"
 
     @pytest.mark.parametrize("backend", ["auto", "reference"])
     def test_pv_threshold_reaches_the_backend(self, backend: str) -> None:
@@ -430,6 +460,19 @@ def given(**changes: Any) -> Any:
         (lambda: call(window=2.5, is_causal=True), ValueError, "window must be a positive number .*got 2.5"),
         (lambda: call(window=64), ValueError, "window needs is_causal=True"),
         (lambda: call(pv_threshold=torch.ones(3)), ValueError, r"pv_threshold must be .*\[4\].*\(3,\)"),
+        (lambda: call(pv_threshold="high"), TypeError, "pv_threshold must be a number, a tensor or None, got str"),
+        (lambda: call(pv_threshold=float("nan")), ValueError, "pv_threshold must be a number, got nan"),
+        (lambda: call(expected_density="low"), TypeError, "expected_density must be a number or None, got str"),
+        (lambda: call(expected_density=7.0), ValueError, r"expected_density must be in \[0, 1\], got 7"),
+        (
+            lambda: call(selector=MeanSimilarity(float("nan"))),
+            ValueError,
+            r"cdf_threshold must be in \[0, 1\], got nan",
+        ),
+        (lambda: call(selector=MeanSimilarity(1.5)), ValueError, r"cdf_threshold must be in \[0, 1\], got 1.5"),
+        (lambda: call(attn_mask=[True]), TypeError, "attn_mask must be a boolean tensor or None, got list"),
+        (lambda: packed(cu_seqlens_q=[0, 100]), TypeError, "cu_seqlens_q must be an int32 tensor.*got list"),
+        (lambda: explain(Q, K, V, 0.5), TypeError, "selector must be a Selector or None, got float"),  # type: ignore
         (lambda: call(attn_mask=torch.ones(2, 100)), TypeError, "attn_mask must be boolean.*float32"),
         (lambda: call(attn_mask=torch.ones(2, 99).bool()), ValueError, r"attn_mask must be .*Lk=100, got \(2, 99\)"),
         (lambda: call(attn_mask=torch.ones(2, 3, 100, 100).bool()), ValueError, r"attn_mask.*got \(2, 3, 100, 100\)"),
