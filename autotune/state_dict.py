@@ -62,7 +62,7 @@ def _metadata(model: nn.Module, module: SparseAttention) -> dict[str, Any]:
             versions[name] = packages.version(name)
         except packages.PackageNotFoundError:
             continue
-    modules = sparse_modules(model).values()
+    modules = sparse_modules(model)
     return {
         "format": FORMAT,
         "model_class": type(getattr(model, "_orig_mod", model)).__name__,
@@ -77,8 +77,8 @@ def _metadata(model: nn.Module, module: SparseAttention) -> dict[str, Any]:
         "pv_l1": module.pv_l1,
         "tail": module.tail,
         "lengths": list(module.lengths) if module.lengths else None,
-        "mean_density": sum(m.expected_density for m in modules) / len(modules),
-        "layer_density": {path: m.expected_density for path, m in sparse_modules(model).items()},
+        "mean_density": sum(m.expected_density for m in modules.values()) / len(modules),
+        "layer_density": {path: m.expected_density for path, m in modules.items()},
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }

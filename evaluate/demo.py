@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from _llama import DEMO, load_model, negative_log_likelihood, token_windows
+from _llama import DEMO, load_model, negative_log_likelihood, record_density, token_windows
 from llama_tune_example import NO_FILTER, PROMPT, generate, tune
 from torch import Tensor, nn
 
@@ -60,8 +60,7 @@ def sparsity_on(model: nn.Module, windows: Sequence[Tensor]) -> tuple[float, dic
     modules = sparse_modules(model)
     seen: dict[str, list[float]] = {path: [] for path in modules}
     total = 0.0
-    for module in modules.values():
-        module.record_density = True
+    record_density(model)
     for window in windows:
         total += negative_log_likelihood(model, [window])
         for path, module in modules.items():

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _llama import DEMO, encode, layer_range, load_model, token_windows, tuned_layers
+from _llama import DEMO, encode, greedy, layer_range, load_model, token_windows, tuned_layers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -128,10 +128,7 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int)
     """Continue a prompt greedily; returns the new text, the number of new tokens and the seconds."""
     ids = encode(tokenizer, prompt, next(model.parameters()).device)
     started = time.perf_counter()
-    out = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
-    )
-    new = out[0, ids.shape[1] :]
+    new = greedy(model, tokenizer, ids, max_new_tokens)  # type: ignore[arg-type]
     return tokenizer.decode(new, skip_special_tokens=True), len(new), time.perf_counter() - started
 
 

@@ -157,8 +157,6 @@ def setting(
     within = mean <= l1 * 1.2
     if tail is not None:
         within &= tails <= tail
-    for module in modules.values():
-        module.record_density = True
     result = quality(model, unseen["windows"], unseen["logits"])
     return {
         "selector": name,

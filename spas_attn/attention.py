@@ -37,14 +37,27 @@ class AttentionStats:
     """What one call did.
 
     Attributes:
-        density: float32 ``[B, Hq]``, kept blocks over the blocks of dense (causal) attention; 1 - sparsity.
         backend: name of the backend that ran.
         mask: the blocks that were computed, None for a dense call.
+        shape: (batch, query heads) of the call; device, is_causal, window: its own.
     """
 
-    density: Tensor
     backend: str
     mask: BlockMask | None
+    shape: tuple[int, int]
+    device: torch.device
+    is_causal: bool
+    window: int | None
+
+    @property
+    def density(self) -> Tensor:
+        """Kept blocks over the blocks of dense (causal) attention, float32 ``[B, Hq]``; 1 - sparsity.
+
+        Computed when it is asked for: it costs a pass over the grid of blocks, which a call need not pay.
+        """
+        if self.mask is None:
+            return torch.ones(self.shape, device=self.device)
+        return self.mask.density(self.is_causal, self.window)
 
 
 @dataclass(frozen=True)
@@ -146,13 +159,14 @@ def sparse_attention(
     )
     if cu_seqlens is not None:
         parts = [_select_and_run(part, selector, backend, strict) for part in _unpack(call, cu_seqlens)]
-        masks = [stats.mask for _, stats in parts]
+        masks = [part_mask for _, _, part_mask in parts]
         mask = None if None in masks else BlockMask.pack([m for m in masks if m is not None], *cu_seqlens)
-        out = torch.cat([o for o, _ in parts], dim=2)
-        stats = AttentionStats(_density(mask, call), parts[0][1].backend, mask)
+        out, used = torch.cat([o for o, _, _ in parts], dim=2), parts[0][1]
     else:
-        out, stats = _select_and_run(call, selector, backend, strict)
+        out, used, mask = _select_and_run(call, selector, backend, strict)
     out = out.transpose(1, 2) if layout == "NHD" else out
+    shape = (call.q.shape[0], call.q.shape[1])
+    stats = AttentionStats(used, mask, shape, call.q.device, call.is_causal, call.window)
     return (out, stats) if return_stats else out
 
 
@@ -264,14 +278,15 @@ def count_fallback(reason: str) -> None:
         warnings.warn(f"spas_attn: running exact dense attention instead: {reason}", RuntimeWarning, stacklevel=3)
 
 
-def _select_and_run(call: Call, selector: Selector, backend: str, strict: bool) -> tuple[Tensor, AttentionStats]:
+def _select_and_run(call: Call, selector: Selector, backend: str, strict: bool) -> tuple[Tensor, str, BlockMask | None]:
+    """The output, the name of the backend, and the selected blocks (None: dense)."""
     mask = None
     if _selects(call, selector):
         mask = selector.select(
             call.q, call.k, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask, window=call.window
         )
     out, used = _run(call.replace(mask=mask), backend, strict, sparse=not isinstance(selector, Dense))
-    return out, AttentionStats(_density(mask, call), used, mask)
+    return out, used, mask
 
 
 def _selects(call: Call, selector: Selector) -> bool:
@@ -336,12 +351,6 @@ def _needs_dense(call: Call) -> str | None:
 
 def _grad(call: Call) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-
-
-def _density(mask: BlockMask | None, call: Call) -> Tensor:
-    if mask is None:
-        return torch.ones(call.q.shape[:2], device=call.q.device)
-    return mask.density(call.is_causal, call.window)
 
 
 def _unpack(call: Call, cu_seqlens: tuple[Tensor, Tensor]) -> list[Call]:
