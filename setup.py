@@ -37,7 +37,7 @@ setup(
     # Stated, so that an editable install is one line in a .pth file. Setuptools' other way, an import hook, comes after
     # sys.path, where a script in tests/ would find the folder tests/spas_attn instead of the package.
     package_dir={"": "."},
-    package_data={name: ["py.typed"] for name in PACKAGES},
+    package_data={name: ["py.typed", "*.json"] for name in PACKAGES},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.5",
@@ -50,7 +50,7 @@ setup(
         "matplotlib>=3.7",
     ],
     extras_require={
-        "diffusers": ["diffusers>=0.33", "accelerate>=1.0"],
+        "diffusers": ["diffusers>=0.33", "accelerate>=1.0", "scikit-image>=0.22"],
         "sage": ["sageattention>=1.0.6"],
         "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],  # pre-releases only: pip install --pre
         "test": TEST,

@@ -5,7 +5,8 @@
     explain                 says which backend would run, and why
 
 A backend that cannot serve a call declines it with a reason. Then ``strict=True`` raises; otherwise one warning names
-the reason, the exact dense backend does the call, and ``fallback_counts()`` counts it.
+the reason, the exact dense backend does the call, and ``fallback_counts()`` counts it. Where exact dense attention is
+measured to be faster (crossover.py), ``backend="auto"`` runs it and selects nothing; that is no fallback.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from . import backends
 from .backends import Call
 from .block_mask import BlockMask, cdiv
 from .checks import check_arguments
-from .selectors import Dense, Selector
+from .dispatch import DEFAULT_BOUND, Explanation, choose, needs_dense, resolve_precision
+from .selectors import Dense, Inputs, Selector, fused
 from .selectors.base import spans
 
 Layout = Literal["HND", "NHD"]
-Precision = Literal["bf16", "int8_bf16"]
+Precision = Literal["bf16", "int8_bf16", "int8_fp8", "auto"]
 
-_AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # by device type, best first; exact dense `sdpa` comes last
 _fallbacks: Counter[str] = Counter()
 
 
@@ -38,7 +39,7 @@ class AttentionStats:
 
     Attributes:
         backend: name of the backend that ran.
-        mask: the blocks that were computed, None for a dense call.
+        mask: the blocks that were computed, None for a dense call (density 1).
         shape: (batch, query heads) of the call; device, is_causal, window: its own.
     """
 
@@ -60,36 +61,22 @@ class AttentionStats:
         return self.mask.density(self.is_causal, self.window)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend runs a call, why, and why the others do not."""
-
-    backend: str
-    reason: str
-    declined: dict[str, str]
-    pv_skip_left_out: str | None = None  # why PV skip, if asked for, is not carried out
-
-    def __str__(self) -> str:
-        lines = [f"backend {self.backend}: {self.reason}"]
-        if self.pv_skip_left_out is not None:
-            lines[0] += f"; leaves PV skip out (the error only falls): {self.pv_skip_left_out}"
-        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.declined.items()])
-
-
 # fmt: off
 @overload
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, selector: Selector, *, is_causal: bool = ..., scale: float | None = ...,
     attn_mask: Tensor | None = ..., window: int | None = ..., layout: Layout = ..., cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ..., pv_threshold: float | Tensor | None = ..., precision: Precision = ...,
-    backend: str = ..., expected_density: float | None = ..., strict: bool = ..., return_stats: Literal[False] = ...,
+    error_bound: float = ..., backend: str = ..., expected_density: float | None = ..., strict: bool = ...,
+    return_stats: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, selector: Selector, *, is_causal: bool = ..., scale: float | None = ...,
     attn_mask: Tensor | None = ..., window: int | None = ..., layout: Layout = ..., cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ..., pv_threshold: float | Tensor | None = ..., precision: Precision = ...,
-    backend: str = ..., expected_density: float | None = ..., strict: bool = ..., return_stats: Literal[True],
+    error_bound: float = ..., backend: str = ..., expected_density: float | None = ..., strict: bool = ...,
+    return_stats: Literal[True],
 ) -> tuple[Tensor, AttentionStats]: ...
 # fmt: on
 def sparse_attention(
@@ -107,6 +94,7 @@ def sparse_attention(
     cu_seqlens_k: Tensor | None = None,
     pv_threshold: float | Tensor | None = None,
     precision: Precision = "bf16",
+    error_bound: float = DEFAULT_BOUND,
     backend: str = "auto",
     expected_density: float | None = None,
     strict: bool = False,
@@ -125,10 +113,13 @@ def sparse_attention(
         window: with causality, a query sees its last ``window`` keys.
         cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]``, packed sequences in a batch of 1; read on the host.
         pv_threshold: PV skip, a float or ``[Hq]``, in log2 of probability ratios; None or 50 is off.
-        precision: "bf16" computes in the inputs' own 16 (or 32) bits, "int8_bf16" with Q and K in 8 bits.
+        precision: "bf16" computes in the inputs' own 16 (or 32) bits, "int8_bf16" with Q and K in 8 bits, "int8_fp8"
+            with P and V in 8 bits too; "auto" takes the fastest whose quantisation error (dispatch.py) is at most half
+            of ``error_bound``: errors of selection and of quantisation are independent and add up as squares do.
+        error_bound: relative L1 that the whole call may have, for ``precision="auto"`` only.
         backend: a name, or "auto".
         expected_density: share of blocks expected to be kept, for the choice of the backend; the selector's own
-            estimate by default.
+            estimate by default. Where that knows none, lengths alone decide whether dense attention is faster.
         strict: raise instead of falling back to dense attention.
         return_stats: also return :class:`AttentionStats`.
 
@@ -157,11 +148,15 @@ def sparse_attention(
         precision,
         density,
     )
+    call = resolve_precision(call, error_bound)
     if cu_seqlens is not None:
-        parts = [_select_and_run(part, selector, backend, strict) for part in _unpack(call, cu_seqlens)]
-        masks = [part_mask for _, _, part_mask in parts]
-        mask = None if None in masks else BlockMask.pack([m for m in masks if m is not None], *cu_seqlens)
-        out, used = torch.cat([o for o, _, _ in parts], dim=2), parts[0][1]
+        calls = _unpack(call, cu_seqlens)
+        parts = [_select_and_run(part, selector, backend, strict) for part in calls]
+        mask = None
+        if any(part[2] is not None for part in parts):  # sequences too short to gain from it ran dense
+            masks = [part[2] or _all_blocks(c, selector) for c, part in zip(calls, parts, strict=True)]
+            mask = BlockMask.pack(masks, *cu_seqlens)
+        out, used = torch.cat([part[0] for part in parts], dim=2), parts[0][1]
     else:
         out, used, mask = _select_and_run(call, selector, backend, strict)
     out = out.transpose(1, 2) if layout == "NHD" else out
@@ -170,6 +165,22 @@ def sparse_attention(
     return (out, stats) if return_stats else out
 
 
+# fmt: off
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, is_causal: bool = ..., scale: float | None = ...,
+    attn_mask: Tensor | None = ..., window: int | None = ..., layout: Layout = ...,
+    pv_threshold: float | Tensor | None = ..., precision: Precision = ..., error_bound: float = ...,
+    backend: str = ..., expected_density: float | None = ..., strict: bool = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, is_causal: bool = ..., scale: float | None = ...,
+    attn_mask: Tensor | None = ..., window: int | None = ..., layout: Layout = ...,
+    pv_threshold: float | Tensor | None = ..., precision: Precision = ..., error_bound: float = ...,
+    backend: str = ..., expected_density: float | None = ..., strict: bool = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+# fmt: on
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -183,17 +194,21 @@ def block_sparse_attention(
     layout: Layout = "HND",
     pv_threshold: float | Tensor | None = None,
     precision: Precision = "bf16",
+    error_bound: float = DEFAULT_BOUND,
     backend: str = "auto",
     expected_density: float | None = None,
     strict: bool = False,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the blocks of a given mask; arguments, result and errors as in :func:`sparse_attention`.
 
     A packed mask brings its own ``cu_seqlens``. An output never depends on later tokens under ``is_causal``.
+    With ``return_lse``, also the natural log of the sum of each query's exponentials, float32 ``[B, Hq, Lq]`` (-inf
+    for a query that sees nothing), with which partial results can be merged; PV skip is then left out. Backends
+    `triton` and `reference` tell it.
     """
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
-    density = 0.5 if expected_density is None else expected_density
     call, cu_seqlens = check_arguments(
         q,
         k,
@@ -207,15 +222,34 @@ def block_sparse_attention(
         mask.cu_seqlens_k,
         pv_threshold,
         precision,
-        density,
+        expected_density,
         mask,
     )
-    if cu_seqlens is not None:
-        calls = [c.replace(mask=m) for c, m in zip(_unpack(call, cu_seqlens), mask.split(), strict=True)]
-        out = torch.cat([_run(part, backend, strict)[0] for part in calls], dim=2)
+    call = resolve_precision(call, error_bound)
+    if cu_seqlens is None:
+        calls = [call.replace(mask=mask)]
     else:
-        out, _ = _run(call.replace(mask=mask), backend, strict)
+        calls = [c.replace(mask=m) for c, m in zip(_unpack(call, cu_seqlens), mask.split(), strict=True)]
+    if return_lse:
+        pairs = [_run_with_lse(part.replace(pv_threshold=None), backend) for part in calls]
+        out, lse = (torch.cat(parts, dim=2) for parts in zip(*pairs, strict=True))
+        return (out.transpose(1, 2) if layout == "NHD" else out), lse
+    if cu_seqlens is not None:
+        out = torch.cat([_run_given(part, backend, strict) for part in calls], dim=2)
+    else:
+        out = _run_given(calls[0], backend, strict)
     return out.transpose(1, 2) if layout == "NHD" else out
+
+
+def _run_with_lse(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    for name in ("triton", "reference") if backend == "auto" else (backend,):
+        chosen = backends.get(name)
+        if chosen.run_with_lse is None:
+            raise ValueError(f"return_lse needs backend 'triton', 'reference' or 'auto', got {name!r}")
+        why = chosen.missing() or chosen.declines(call)
+        if why is None and (name != "triton" or backend != "auto" or call.q.is_cuda):
+            return chosen.run_with_lse(call)
+    raise ValueError(f"return_lse: the call cannot be served as asked: {why}")
 
 
 def explain(
@@ -233,6 +267,7 @@ def explain(
     cu_seqlens_k: Tensor | None = None,
     pv_threshold: float | Tensor | None = None,
     precision: Precision = "bf16",
+    error_bound: float = DEFAULT_BOUND,
     backend: str = "auto",
     expected_density: float | None = None,
 ) -> Explanation:
@@ -259,11 +294,12 @@ def explain(
         precision,
         density,
     )
+    call = resolve_precision(call, error_bound)
     if cu_seqlens is not None:
         call = _unpack(call, cu_seqlens)[0]
     if _selects(call, selector):
         call = call.replace(mask=_stand_in(call, selector))
-    return _choose(call, backend, sparse=not isinstance(selector, Dense))
+    return choose(call, backend, sparse=not isinstance(selector, Dense))
 
 
 def fallback_counts() -> dict[str, int]:
@@ -280,77 +316,57 @@ def count_fallback(reason: str) -> None:
 
 def _select_and_run(call: Call, selector: Selector, backend: str, strict: bool) -> tuple[Tensor, str, BlockMask | None]:
     """The output, the name of the backend, and the selected blocks (None: dense)."""
-    mask = None
-    if _selects(call, selector):
-        mask = selector.select(
-            call.q, call.k, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask, window=call.window
-        )
-    out, used = _run(call.replace(mask=mask), backend, strict, sparse=not isinstance(selector, Dense))
-    return out, used, mask
+    selects = _selects(call, selector)
+    expected = call.replace(mask=_stand_in(call, selector)) if selects else call
+    choice = choose(expected, backend, sparse=not isinstance(selector, Dense))
+    if selects and choice.instead_of is None:
+        call = _select(call, selector, choice.backend)
+    return _run(call, choice, backend, strict), choice.backend, call.mask
+
+
+def _select(call: Call, selector: Selector, backend: str) -> Call:
+    """The call with its blocks; for the 8-bit kernels, the pass over K that scores its blocks quantises it as well."""
+    inputs = Inputs(call.q, call.k, call.is_causal, call.scale, call.key_mask, call.window)
+    if backend == "triton" and call.precision != "bf16" and fused.serves(selector, inputs):
+        mask, keys = fused.select_and_quantise(selector, inputs)
+        return call.replace(mask=mask, keys=keys)
+    mask = selector.select(
+        call.q, call.k, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask, window=call.window
+    )
+    return call.replace(mask=mask)
 
 
 def _selects(call: Call, selector: Selector) -> bool:
     """Whether blocks are selected for a call; otherwise it runs dense."""
-    return not isinstance(selector, Dense) and _needs_dense(call) is None
+    return not isinstance(selector, Dense) and needs_dense(call) is None
 
 
 def _stand_in(call: Call, selector: Selector) -> BlockMask:
     """A mask without content or memory of its own, for what depends on block sizes only."""
     grid = (cdiv(call.q.shape[2], selector.block_q), cdiv(call.k.shape[2], selector.block_k))
-    zero = torch.zeros((), dtype=torch.int32, device=call.q.device)
-    counts, indices = zero.expand(*call.q.shape[:2], grid[0]), zero.expand(*call.q.shape[:2], *grid)
+    number = call.q.new_empty((), dtype=torch.int32)  # never read
+    counts, indices = number.expand(*call.q.shape[:2], grid[0]), number.expand(*call.q.shape[:2], *grid)
     return BlockMask(counts, indices, selector.block_q, selector.block_k, call.q.shape[2], call.k.shape[2])
 
 
-def _run(call: Call, backend: str, strict: bool, sparse: bool = True) -> tuple[Tensor, str]:
-    """Run the call on the chosen backend; returns the output and the backend's name."""
-    choice = _choose(call, backend, sparse)
+def _all_blocks(call: Call, selector: Selector) -> BlockMask:
+    """What a dense call computed, in the blocks of the selector."""
+    everything = Dense(block_q=selector.block_q, block_k=selector.block_k)
+    return everything.select(call.q, call.k, is_causal=call.is_causal, scale=call.scale, window=call.window)
+
+
+def _run_given(call: Call, backend: str, strict: bool) -> Tensor:
+    return _run(call, choose(call, backend, sparse=True, mask_given=True), backend, strict)
+
+
+def _run(call: Call, choice: Explanation, backend: str, strict: bool) -> Tensor:
+    """Run the call on the chosen backend."""
     asked = choice.declined.get(backend if backend != "auto" else "sparse")
     if asked is not None:
         if strict:
             raise RuntimeError(f"strict=True, and the call cannot be served as asked: {asked}")
         count_fallback(asked)
-    return backends.get(choice.backend).run(call), choice.backend
-
-
-def _choose(call: Call, backend: str, sparse: bool) -> Explanation:
-    """The backend for a call. ``declined["sparse"]`` says why a call that should be sparse has to run dense."""
-    declined: dict[str, str] = {}
-    dense_reason = _needs_dense(call) if sparse or call.mask is not None else None
-    if backend != "auto":
-        chosen = backends.get(backend)
-        # The exact backends honour a given mask whatever else is asked; without one the call would be silently dense.
-        why = None if call.mask is not None and backend in ("sdpa", "reference") else dense_reason
-        why = why or chosen.missing() or chosen.declines(call)
-        if why is None:
-            return Explanation(backend, "asked for by name", declined, chosen.leaves_pv_skip_out(call))
-        return Explanation("sdpa", "the exact dense backend serves every call", {backend: why})
-    if dense_reason is not None:
-        return Explanation("sdpa", "exact and differentiable", {"sparse": dense_reason})
-    if not sparse and call.mask is None and call.precision == "bf16":
-        return Explanation("sdpa", "a dense call", declined)
-    for name in _AUTO.get(call.q.device.type, ()):
-        candidate = backends.get(name)
-        why = candidate.missing() or candidate.declines(call)
-        if why is None:
-            reason = f"first choice on {call.q.device.type}"
-            return Explanation(name, reason, declined, candidate.leaves_pv_skip_out(call))
-        declined[name] = why
-    why = "; ".join(f"{name}: {reason}" for name, reason in declined.items()) or f"no backend for {call.q.device.type}"
-    return Explanation("sdpa", "the exact dense backend serves every call", {**declined, "sparse": why})
-
-
-def _needs_dense(call: Call) -> str | None:
-    """Why a call cannot be sparse on any backend."""
-    if _grad(call):
-        return "gradients are asked for, and only the exact dense path is differentiable"
-    if call.attn_mask is not None and call.attn_mask.dim() == 4:
-        return "attn_mask is a full 4-D mask, which only exact dense backends honour"
-    return None
-
-
-def _grad(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
+    return backends.get(choice.backend).run(call)
 
 
 def _unpack(call: Call, cu_seqlens: tuple[Tensor, Tensor]) -> list[Call]:

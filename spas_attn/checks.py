@@ -12,7 +12,7 @@ from .block_mask import BlockMask
 from .selectors.base import per_head
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PRECISIONS = ("bf16", "int8_bf16")
+PRECISIONS = ("bf16", "int8_bf16", "int8_fp8", "auto")
 HEAD_DIMS = (16, 256)
 
 
@@ -29,7 +29,7 @@ def check_arguments(
     cu_seqlens_k: Tensor | None,
     pv_threshold: float | Tensor | None,
     precision: str,
-    expected_density: float,
+    expected_density: float | None,
     mask: BlockMask | None = None,
 ) -> tuple[Call, tuple[Tensor, Tensor] | None]:
     """Check the arguments of a public call.
@@ -81,7 +81,9 @@ def _check_pv_threshold(pv_threshold: float | Tensor | None, q: Tensor) -> Tenso
     return per_head(pv_threshold, q.shape[1], "pv_threshold", q.device)
 
 
-def _check_density(density: float) -> float:
+def _check_density(density: float | None) -> float | None:
+    if density is None:
+        return None
     if isinstance(density, bool) or not isinstance(density, (int, float)):
         raise TypeError(f"expected_density must be a number or None, got {type(density).__name__}")
     if not 0 <= density <= 1:

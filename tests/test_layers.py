@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ["spas_attn", "autotune", "modify_model", "evaluate"]  # upper to lower
 # Inside spas_attn, from the last to be imported to the first; backends and selectors do not know each other.
 INSIDE = {
-    "attention": {"checks", "selectors", "backends", "kernels", "block_mask", "metrics"},
+    "tune_kernels": {"attention", "crossover", "selectors", "backends", "kernels", "block_mask", "metrics"},
+    "attention": {"checks", "dispatch", "selectors", "backends", "kernels", "block_mask", "metrics"},
+    "dispatch": {"crossover", "backends", "block_mask", "metrics"},
+    "crossover": set(),
     "checks": {"selectors", "backends", "block_mask", "metrics"},
     "selectors": {"selectors", "kernels", "block_mask", "metrics"},
     "backends": {"backends", "kernels", "block_mask", "metrics"},

@@ -25,7 +25,9 @@ class Call:
         window: with causality, a query sees its last ``window`` keys, or None.
         pv_threshold: float32 ``[Hq]``, PV skip of SpargeAttn (arXiv 2502.18137) in log2 units, or None for off.
         precision: "bf16" computes in the inputs' own 16 (or 32) bits, "int8_bf16" quantises Q and K to 8 bits.
-        expected_density: share of blocks that the caller expects to keep; never read off this call's mask.
+        expected_density: share of blocks that the caller expects to keep, None when unknown; never read off this call's
+            mask.
+        keys: K in 8 bits, where the pass that selected the blocks has made it (``kernels.launch.Keys``).
     """
 
     q: Tensor
@@ -38,7 +40,8 @@ class Call:
     window: int | None = None
     pv_threshold: Tensor | None = None
     precision: str = "bf16"
-    expected_density: float = 1.0
+    expected_density: float | None = None
+    keys: tuple[Tensor, ...] | None = None
 
     @property
     def key_mask(self) -> Tensor | None:
@@ -93,6 +96,8 @@ class Backend:
         run: computes the call; returns ``[B, Hq, Lq, D]`` in q's dtype.
         skips_pv: whether PV skip is carried out (if not, the error only falls).
         skips_blocks: whether dropped blocks save time.
+        run_with_lse: as ``run``, and the natural log of the sum of each query's exponentials, float32 ``[B, Hq, Lq]``
+            (-inf for a query that sees nothing); None where the backend does not tell.
         pv_skip_left_out: why PV skip is left out of a call that asks for it, None when it is carried out.
     """
 
@@ -102,6 +107,7 @@ class Backend:
     run: Callable[[Call], Tensor]
     skips_pv: bool = False
     skips_blocks: bool = True
+    run_with_lse: Callable[[Call], tuple[Tensor, Tensor]] | None = None
     pv_skip_left_out: Callable[[Call], str | None] = lambda call: None
 
     def leaves_pv_skip_out(self, call: Call) -> str | None:

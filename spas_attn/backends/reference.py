@@ -12,9 +12,15 @@ _ROWS = 1024  # query rows at a time, so that the scores of long sequences fit i
 
 def run(call: Call) -> Tensor:
     """Exact attention in float32, PV skip included when ``pv_threshold`` is given and there is a block mask."""
+    return run_with_lse(call)[0]
+
+
+def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
+    """The output, and the natural log of the sum of the exponentials, float32 ``[B, Hq, Lq]``."""
     q, k, v = call.q.float(), call.k.float(), call.v.float()
     batch, heads, q_len, dim = q.shape
     k_heads = k.shape[1]
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, q_len, dim, dtype=call.q.dtype, device=q.device)
     for start in range(0, q_len, _ROWS):
         stop = min(start + _ROWS, q_len)
@@ -25,11 +31,12 @@ def run(call: Call) -> Tensor:
             scores = scores.masked_fill(~mask, float("-inf"))
         if call.pv_threshold is not None and call.mask is not None:
             scores = scores.masked_fill(_skipped(call, scores, start), float("-inf"))
+        lse[:, :, start:stop] = scores.logsumexp(-1)
         empty = (scores == float("-inf")).all(-1, keepdim=True)  # rows without a visible key give 0
         probs = torch.softmax(scores.masked_fill(empty, 0.0), -1).view(batch, k_heads, -1, k.shape[2])
         result = (probs @ v).view(batch, heads, stop - start, dim).masked_fill(empty, 0.0)
         out[:, :, start:stop] = result.to(out.dtype)
-    return out
+    return out, lse
 
 
 def _skipped(call: Call, scores: Tensor, start: int) -> Tensor:
@@ -53,4 +60,6 @@ def _skipped(call: Call, scores: Tensor, start: int) -> Tensor:
     return per_row.repeat_interleave(block_k, -1)[..., :k_len]
 
 
-register(Backend("reference", lambda: None, declines_int8, run, skips_pv=True, skips_blocks=False))
+register(
+    Backend("reference", lambda: None, declines_int8, run, skips_pv=True, skips_blocks=False, run_with_lse=run_with_lse)
+)

@@ -1,8 +1,8 @@
 """Backend `triton`: block-sparse attention kernels for GPUs, also run by Triton's interpreter on CPU tensors.
 
 Precision "bf16" computes both products in the inputs' own type (fp32 in IEEE arithmetic), "int8_bf16" quantises Q and
-K. PV skip is judged per block of the mask and needs tiles of that size; where they do not fit on the GPU
-(``pv_skip_left_out``) it is left out, which only lowers the error.
+K to 8 bits, "int8_fp8" P and V too. PV skip is judged per block of the mask and needs tiles of that size; where these
+do not fit on the GPU or cost more than they save (``pv_skip_left_out``) it is left out, which only lowers the error.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import os
 import torch
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from .base import Backend, Call, register
 
-PRECISIONS = ("bf16", "int8_bf16")
+PRECISIONS = ("bf16", "int8_bf16", "int8_fp8")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_DIM = 256
 _MIN_CAPABILITY = (8, 0)
+_FP8_CAPABILITY = (8, 9)
 
 
 def _interpreted() -> bool:
@@ -46,6 +48,9 @@ def _declines(call: Call) -> str | None:
         return "it needs a GPU of compute capability 8.0 or higher"
     if call.precision not in PRECISIONS:
         return f"precision {call.precision!r} is not among {PRECISIONS}"
+    if call.precision == "int8_fp8" and call.q.is_cuda:
+        if torch.cuda.get_device_capability(call.q.device) < _FP8_CAPABILITY:
+            return "precision 'int8_fp8' needs a GPU of compute capability 8.9 or higher"
     if call.q.dtype not in _DTYPES:
         return f"it computes in fp16, bf16 and fp32, not in {call.q.dtype}"
     if call.q.shape[-1] > _MAX_DIM:
@@ -65,21 +70,34 @@ def pv_skip_left_out(call: Call) -> str | None:
         return None
     if call.mask is None:
         return "there is no block mask"
-    from ..kernels.forward import whole_block_config
+    from ..kernels import config, launch
 
-    if whole_block_config(call.q, call.mask, call.precision == "int8_bf16") is None:
-        shape = f"{call.mask.block_q} x {call.mask.block_k}"
-        return f"tiles of {shape} at head dim {call.q.shape[-1]} do not fit on this GPU"
+    kind, dim = launch.kind_of(call.q, call.precision), call.q.shape[-1]
+    if launch.whole_block_config(call.q, call.mask, call.precision) is None:
+        return f"tiles of {call.mask.block_q} x {call.mask.block_k} at head dim {dim} do not fit on this GPU"
+    if not config.skip_pays(kind, launch.padded_dim(dim, kind in ("int8", "fp8")), config.capability(call.q.device)):
+        return f"at head dim {dim} it costs more time than it saves on this GPU"
     return None
 
 
 def run(call: Call, out: Tensor | None = None) -> Tensor:
     """Compute the call; ``out`` is where to write, shaped like q (a new tensor by default)."""
-    from ..kernels.forward import sparse_attention_fwd
-
-    threshold = call.pv_threshold
+    threshold = None if pv_skip_left_out(call) else call.pv_threshold
     if threshold is not None:
         threshold = threshold.to(call.q.device, torch.float32).contiguous()
+    if not torch.compiler.is_compiling():
+        return _compute(call.replace(pv_threshold=threshold), out)
+    mask, keys = call.mask, call.keys or (None,) * 4
+    return _triton_op(
+        call.q, call.k, call.v, mask.counts if mask else None, mask.indices if mask else None,
+        mask.block_q if mask else 0, mask.block_k if mask else 0, call.key_mask, threshold, *keys,
+        call.scale, call.is_causal, call.window, call.precision,
+    )  # fmt: skip
+
+
+def _compute(call: Call, out: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
+    from ..kernels.launch import Keys, sparse_attention_fwd
+
     return sparse_attention_fwd(
         call.q,
         call.k,
@@ -89,10 +107,48 @@ def run(call: Call, out: Tensor | None = None) -> Tensor:
         is_causal=call.is_causal,
         window=call.window,
         key_mask=call.key_mask,
-        pv_threshold=threshold,
-        int8=call.precision == "int8_bf16",
+        pv_threshold=call.pv_threshold,
+        precision=call.precision,
+        keys=None if call.keys is None else Keys(*call.keys),
         out=out,
+        lse=lse,
     )
 
 
-register(Backend("triton", _missing, _declines, run, skips_pv=True, pv_skip_left_out=pv_skip_left_out))
+def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
+    """The output, and the natural log of the sum of the exponentials, float32 ``[B, Hq, Lq]``."""
+    lse = torch.empty(call.q.shape[:3], dtype=torch.float32, device=call.q.device)
+    return _compute(call.replace(pv_threshold=None), lse=lse), lse
+
+
+@torch.library.custom_op("spas_attn::triton_attention", mutates_args=())
+def _triton_op(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, indices: Tensor | None, block_q: int, block_k: int,
+    key_mask: Tensor | None, pv_threshold: Tensor | None, k_int8: Tensor | None, k_scale: Tensor | None,
+    k_total: Tensor | None, k_count: Tensor | None, scale: float, is_causal: bool, window: int | None, precision: str,
+) -> Tensor:  # fmt: skip
+    """The kernels as one operator, which torch.compile does not look into."""
+    mask = None
+    if counts is not None and indices is not None:
+        mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2])
+    keys = [x for x in (k_int8, k_scale, k_total, k_count) if x is not None]
+    call = Call(q, k, v, mask, is_causal, scale, key_mask, window, pv_threshold, precision, keys=tuple(keys) or None)
+    return _compute(call)
+
+
+@_triton_op.register_fake
+def _triton_shape(q: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(q)
+
+
+register(
+    Backend(
+        "triton",
+        _missing,
+        _declines,
+        run,
+        skips_pv=True,
+        run_with_lse=run_with_lse,
+        pv_skip_left_out=pv_skip_left_out,
+    )
+)

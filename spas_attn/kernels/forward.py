@@ -3,31 +3,17 @@
 The key blocks of a query tile fall into runs (ascending, so PV skip sees keys in order): those that every row sees in
 full, which need no token mask at all, and around them those at the causal diagonal, at the window's edge and at the
 ragged end, which do. Key padding is tested by one scalar per tile.
+
+Three precisions share the walk: both products in the inputs' own type; Q and K in int8 (SageAttention, arXiv
+2410.02367), Q quantised per row when its tile is loaded; and P and V in fp8 besides (SageAttention2, arXiv 2411.10958).
 """
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..block_mask import BlockMask, cdiv
-from . import config as configs
-from .quantise import mean_over_valid, quantise
-
-LOG2E = 1.4426950408889634
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """Cast float32 to dtype; the interpreter truncates to bf16, so there the rounding is done on the bits."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
+from .rounding import narrow
 
 
 @triton.jit
@@ -82,18 +68,6 @@ def _runs(
     return begin, full_begin, full_end, end
 
 
-@triton.jit
-def _load_tile(at, in_length, in_dim, PADDED: tl.constexpr, MASKED: tl.constexpr):
-    """A tile of K or V; only ragged tiles and padded head dims pay for a mask."""
-    if MASKED:
-        tile = tl.load(at, mask=in_length & in_dim, other=0)
-    elif PADDED:
-        tile = tl.load(at, mask=in_dim, other=0)
-    else:
-        tile = tl.load(at)
-    return tile
-
-
 # fmt: off
 @triton.jit
 def _hide(
@@ -119,33 +93,95 @@ def _hide(
 
 # fmt: off
 @triton.jit
-def _absorb(
-    acc, total, peak, scores, scale, new_peak, v_at, in_length,
-    D: tl.constexpr, DPAD: tl.constexpr, SHIFT: tl.constexpr, MASKED: tl.constexpr, HIDING: tl.constexpr,
-    INTERPRET: tl.constexpr,
+def _key_tile(
+    K, k_at, b, kh, start, in_length,
+    QK_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """Load V and do one step of the online softmax in base 2, the scores being ``(scores - SHIFT) * scale``."""
+    """Kᵀ of one tile, [DPAD, BLOCK_N]; the copy engine fills what lies outside with zeros by itself."""
     # fmt: on
-    v = _load_tile(v_at, in_length[:, None], (tl.arange(0, DPAD) < D)[None, :], D < DPAD, MASKED)
+    in_dim = (tl.arange(0, DPAD) < QK_D)[:, None]
+    if TMA:
+        k = tl.trans(K.load([b, kh, start, 0]).reshape(BLOCK_N, DPAD))
+    elif MASKED:
+        k = tl.load(k_at, mask=in_length[None, :] & in_dim, other=0)
+    elif QK_D < DPAD:
+        k = tl.load(k_at, mask=in_dim, other=0)
+    else:
+        k = tl.load(k_at)
+    return k
+
+
+# fmt: off
+@triton.jit
+def _value_tile(
+    V, v_at, b, kh, start, in_length,
+    V_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """V of one tile, [BLOCK_N, DPAD]; in fp8 it lies transposed in memory, whole and padded with zeros."""
+    # fmt: on
+    in_dim = (tl.arange(0, DPAD) < V_D)[None, :]
+    if TMA and FP8:
+        v = tl.trans(V.load([b, kh, 0, start]).reshape(DPAD, BLOCK_N))
+    elif TMA:
+        v = V.load([b, kh, start, 0]).reshape(BLOCK_N, DPAD)
+    elif MASKED and not FP8:
+        v = tl.load(v_at, mask=in_length[:, None] & in_dim, other=0)
+    elif V_D < DPAD:
+        v = tl.load(v_at, mask=in_dim, other=0)
+    else:
+        v = tl.load(v_at)
+    return v
+
+
+@triton.jit
+def _probabilities(scores, scale, anchor, SHIFT: tl.constexpr, INT8: tl.constexpr):
+    """exp2 of ``(scores - SHIFT) * scale - anchor``; scale is one per row in int8, else one for all."""
+    if INT8:
+        exponent = scores * scale[:, None] - (SHIFT * scale + anchor)[:, None]
+    else:
+        exponent = scores * scale - anchor[:, None]
+    return tl.exp2(exponent)
+
+
+# fmt: off
+@triton.jit
+def _absorb(
+    acc, total, peak, scores, scale, new_peak, v,
+    SHIFT: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr, HIDING: tl.constexpr, INTERPRET: tl.constexpr,
+):
+    """One step of the online softmax in base 2."""
+    # fmt: on
     anchor = new_peak
     if HIDING:
         # Nothing seen yet: any finite anchor makes exp2(-inf - anchor) zero instead of NaN.
         anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(scores * scale - (SHIFT * scale + anchor)[:, None])
     decay = tl.exp2(peak - anchor)
-    total = total * decay + tl.sum(p, 1)
-    acc = _dot(_narrow(p, v.dtype, INTERPRET), v, acc * decay[:, None], INTERPRET)
+    if FP8:
+        # P up to 2^8 instead of 1: fp8 ends at 448, and below 2^-6 it loses digits. The factor cancels in acc / total.
+        p = _probabilities(scores, scale, anchor - 8.0, SHIFT, INT8)
+        total = total * decay + tl.sum(p, 1)
+        BLOCK_M: tl.constexpr = p.shape[0]
+        BLOCK_N: tl.constexpr = p.shape[1]
+        p = narrow(p, tl.float8e4nv, INTERPRET)
+        # In this order of the keys (prepare.py stores V in it) a thread's scores are what it feeds to the next product.
+        p = p.reshape(BLOCK_M, BLOCK_N // 32, 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(BLOCK_M, BLOCK_N)
+        acc = _dot(p, v, acc * decay[:, None], INTERPRET)
+    else:
+        p = _probabilities(scores, scale, anchor, SHIFT, INT8)
+        total = total * decay + tl.sum(p, 1)
+        acc = _dot(narrow(p, v.dtype, INTERPRET), v, acc * decay[:, None], INTERPRET)
     return acc, total, new_peak
 
 
 # fmt: off
 @triton.jit
 def _walk(
-    acc, total, peak, q, q_scale, k_ptrs, v_ptrs, stride_kn, stride_vn, row, k_scales,
+    acc, total, peak, q, q_scale, K, V, b, kh, k_ptrs, v_ptrs, stride_kn, stride_vn, row, k_scales,
     key_valid, stride_valid, tile_valid, limit, wants, threshold, lo, hi, k_len, window,
-    D: tl.constexpr, QK_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, MASK_K: tl.constexpr,
+    QK_D: tl.constexpr, V_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, MASK_K: tl.constexpr,
     SPARSE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr, INT8: tl.constexpr,
-    SKIP: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
+    FP8: tl.constexpr, SKIP: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
 ):
     """Take key blocks ``lo`` to ``hi`` of the list into the running softmax; MASKED ones pay for token masks."""
     # fmt: on
@@ -154,22 +190,21 @@ def _walk(
     # number plus the score, exact below 2^22 (127 * 127 * 256 is); the softmax's subtrahend takes it away again.
     SHIFT: tl.constexpr = 12582912.0 if INT8 else 0.0
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, DPAD)
-    for part in range(lo * PARTS, hi * PARTS):
+    # A masked run is a tile or two: overlapping its loads would only cost the full run registers and shared memory.
+    STAGES: tl.constexpr = 1 if MASKED else None
+    for part in tl.range(lo * PARTS, hi * PARTS, num_stages=STAGES):
         if SPARSE:
             start = tl.load(row + part // PARTS) * MASK_K + (part % PARTS) * BLOCK_N
         else:
             start = part * BLOCK_N
         cols = start + offs_n
         far = tl.cast(start, tl.int64)
-        k_at = k_ptrs + far * stride_kn
-        v_at = v_ptrs + far * stride_vn
         in_length = cols < k_len
-        k = _load_tile(k_at, in_length[None, :], (offs_d < QK_D)[:, None], QK_D < DPAD, MASKED)
+        k = _key_tile(K, k_ptrs + far * stride_kn, b, kh, start, in_length, QK_D, DPAD, BLOCK_N, TMA, MASKED)
         if INT8:
             scores = (tl.dot(q, k, out_dtype=tl.int32) + 0x4B400000).to(tl.float32, bitcast=True)
             # Beyond the cap, where a step of the integers is half a power of two, the subtrahend could not be rounded.
-            scale = tl.minimum(q_scale * tl.load(k_scales + start // BLOCK_N), 0.5)
+            scale = tl.minimum(q_scale * tl.load(k_scales + start // MASK_K), 0.5)
         else:
             scores = _dot(q, k, None, INTERPRET)
             scale = q_scale
@@ -182,19 +217,30 @@ def _walk(
             # Rounded up, so that no multiply-add of a huge score comes out above 0 and its exponential overflows.
             tile_peak = tl.maximum(tile_peak * (1 + 2.0**-23), tile_peak * (1 - 2.0**-23))
         new_peak = tl.maximum(peak, tile_peak)
+        v_at = v_ptrs + far * stride_vn
         if SKIP:
             behind = tl.where(wants & (tile_peak > float("-inf")), tile_peak - new_peak, float("-inf"))
             if tl.max(behind, 0) + threshold > 0:
+                v = _value_tile(V, v_at, b, kh, start, in_length, V_D, DPAD, BLOCK_N, FP8, TMA, MASKED)
                 acc, total, peak = _absorb(
-                    acc, total, peak, scores, scale, new_peak, v_at, in_length,
-                    D, DPAD, SHIFT, MASKED, MASKED or PADDING, INTERPRET,
-                )  # fmt: skip
+                    acc, total, peak, scores, scale, new_peak, v, SHIFT, INT8, FP8, MASKED or PADDING, INTERPRET
+                )
         else:
+            v = _value_tile(V, v_at, b, kh, start, in_length, V_D, DPAD, BLOCK_N, FP8, TMA, MASKED)
             acc, total, peak = _absorb(
-                acc, total, peak, scores, scale, new_peak, v_at, in_length,
-                D, DPAD, SHIFT, MASKED, MASKED or PADDING, INTERPRET,
-            )  # fmt: skip
+                acc, total, peak, scores, scale, new_peak, v, SHIFT, INT8, FP8, MASKED or PADDING, INTERPRET
+            )
     return acc, total, peak
+
+
+@triton.jit
+def _quantise_rows(q, softmax_scale):
+    """int8 of each row and its scale, softmax factor included."""
+    q = q.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / 127.0
+    # Adding 1.5 * 2^23 leaves the nearest integer in the low bits, on every device alike.
+    integer = (q / scale[:, None] + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    return integer.to(tl.int8), scale * softmax_scale
 
 
 @triton.jit
@@ -204,20 +250,21 @@ def _finish(acc, total, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     if dtype == tl.float16:
         # P is rounded, its sum is not: a mean of values near the end of the range may come out just above it.
         out = tl.where(tl.abs(out) < float("inf"), tl.minimum(tl.maximum(out, -65504.0), 65504.0), out)
-    return _narrow(out, dtype, INTERPRET)
+    return narrow(out, dtype, INTERPRET)
 
 
 # fmt: off
 @triton.jit
-def _sparse_attention_fwd_kernel(
-    Q, K, V, Out, QScale, KScale, Counts, Indices, KeyValid, TileValid, Threshold,
+def sparse_attention_fwd_kernel(
+    Q, K, V, Out, Lse, KScale, KMean, VScale, Counts, Indices, KeyValid, TileValid, Threshold,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
     stride_cb, stride_ch, stride_ib, stride_ih, stride_in, stride_valid_b, stride_valid_n,
     heads, group, q_len, k_len, window, softmax_scale,
-    D: tl.constexpr, QK_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK_Q: tl.constexpr, MASK_K: tl.constexpr, SPARSE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    PADDING: tl.constexpr, INT8: tl.constexpr, SKIP: tl.constexpr, INTERPRET: tl.constexpr,
+    D: tl.constexpr, QK_D: tl.constexpr, V_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK_Q: tl.constexpr, MASK_K: tl.constexpr, SPARSE: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, PADDING: tl.constexpr, RAGGED: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr,
+    SKIP: tl.constexpr, WITH_LSE: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
 ):
     # fmt: on
     tiles_m, tiles_n = tl.cdiv(q_len, BLOCK_M), tl.cdiv(k_len, BLOCK_N)
@@ -235,13 +282,20 @@ def _sparse_attention_fwd_kernel(
 
     q_first = Q + b * stride_qb + h * stride_qh + far * stride_qn
     q_at = q_first + offs_m[:, None] * stride_qn + offs_d[None, :] * stride_qd
-    q = tl.load(q_at, mask=inside[:, None] & (offs_d < QK_D)[None, :], other=0)
-    k_ptrs = K + b * stride_kb + kh * stride_kh + offs_n[None, :] * stride_kn + offs_d[:, None] * stride_kd
-    v_ptrs = V + b * stride_vb + kh * stride_vh + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd
-    q_scale, k_scales = softmax_scale, KScale
+    q_mask = inside[:, None] & (offs_d < D)[None, :]
+    q = tl.where(q_mask, tl.load(q_at, mask=q_mask, other=0), 0)
+    k_ptrs, v_ptrs = q_at, q_at  # never read where the copy engine loads the tiles
+    if not TMA:
+        k_ptrs = K + b * stride_kb + kh * stride_kh + offs_n[None, :] * stride_kn + offs_d[:, None] * stride_kd
+        v_ptrs = V + b * stride_vb + kh * stride_vh + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd
+    kv_head = b * (heads // group) + kh
+    q_scale, k_scales, shift = softmax_scale, KScale, 0.0
     if INT8:
-        q_scale = tl.load(QScale + head * tiles_m + tile)
-        k_scales = KScale + (head // group) * tiles_n
+        if WITH_LSE:  # K comes without its mean, which lowered all scores of a row by the same
+            mean = tl.load(KMean + kv_head * DPAD + offs_d)
+            shift = tl.sum(q.to(tl.float32) * mean[None, :], 1) * softmax_scale
+        q, q_scale = _quantise_rows(q, softmax_scale)
+        k_scales = KScale + kv_head * tl.cdiv(k_len, MASK_K)
     row, count, threshold = Indices, 0, 0.0
     if SPARSE:
         block = first_row // MASK_Q
@@ -249,137 +303,36 @@ def _sparse_attention_fwd_kernel(
         count = tl.load(Counts + b * stride_cb + h * stride_ch + block)
     if SKIP:
         threshold = tl.load(Threshold + h)
-    begin, full_begin, full_end, end = _runs(
-        row, count, first_row, q_len, k_len, window, BLOCK_M, MASK_K, SPARSE, CAUSAL, WINDOW
-    )
+    if CAUSAL or RAGGED:
+        begin, full_begin, full_end, end = _runs(
+            row, count, first_row, q_len, k_len, window, BLOCK_M, MASK_K, SPARSE, CAUSAL, WINDOW
+        )
+    else:
+        begin, full_begin, end = 0, 0, count if SPARSE else k_len // MASK_K
+        full_end = end
     acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     limit = rows + (k_len - q_len)
-    for run in tl.static_range(0 if WINDOW else 1, 3):
+    for run in tl.static_range(0 if WINDOW else 1, 3 if CAUSAL or RAGGED else 2):
         lo = begin if run == 0 else (full_begin if run == 1 else full_end)
         hi = full_begin if run == 0 else (full_end if run == 1 else end)
         acc, total, peak = _walk(
-            acc, total, peak, q, q_scale, k_ptrs, v_ptrs, stride_kn, stride_vn, row, k_scales,
-            KeyValid + b * stride_valid_b, stride_valid_n, TileValid + b * tiles_n, limit, inside, threshold,
-            lo, hi, k_len, window,
-            D, QK_D, DPAD, BLOCK_N, MASK_K, SPARSE, CAUSAL, WINDOW, PADDING, INT8, SKIP, run != 1, INTERPRET,
+            acc, total, peak, q, q_scale, K, V, b.to(tl.int32), kh.to(tl.int32), k_ptrs, v_ptrs, stride_kn, stride_vn,
+            row, k_scales, KeyValid + b * stride_valid_b, stride_valid_n, TileValid + b * tiles_n, limit, inside,
+            threshold, lo, hi, k_len, window,
+            QK_D, V_D, DPAD, BLOCK_N, MASK_K, SPARSE, CAUSAL, WINDOW, PADDING, INT8, FP8, SKIP, TMA, run != 1,
+            INTERPRET,
         )  # fmt: skip
+    if WITH_LSE:
+        log2_total = tl.log2(total) + (-8.0 if FP8 else 0.0)
+        lse = tl.where(total > 0, (peak + log2_total + shift) * 0.6931471805599453, float("-inf"))
+        tl.store(Lse + head * q_len + rows, lse, mask=inside)
+    if FP8:
+        acc = acc * tl.load(VScale + kv_head * DPAD + offs_d)[None, :]
     o_first = Out + b * stride_ob + h * stride_oh + far * stride_on
     o_at = o_first + offs_m[:, None] * stride_on + offs_d[None, :] * stride_od
     tl.store(o_at, _finish(acc, total, Out.dtype.element_ty, INTERPRET), mask=inside[:, None] & (offs_d < D)[None, :])
 
 
-INTERPRETED = not isinstance(_sparse_attention_fwd_kernel, triton.JITFunction)
-
-
-def _kind(q: Tensor, int8: bool) -> str:
-    return "int8" if int8 else "float" if q.dtype == torch.float32 else "half"
-
-
-def padded_dim(dim: int, int8: bool) -> int:
-    """Head dim as the kernels hold it: a power of two, at least what the matrix units take."""
-    return max(32 if int8 else 16, triton.next_power_of_2(dim))
-
-
-def whole_block_config(q: Tensor, mask: BlockMask, int8: bool) -> configs.Config | None:
-    """The configuration that judges PV skip per block of the mask, or None where such tiles do not fit."""
-    limit = configs.shared_memory_limit(q.device)
-    blocks = (mask.block_q, mask.block_k)
-    return configs.choose_whole_blocks(_kind(q, int8), padded_dim(q.shape[-1], int8), limit, blocks)
-
-
-def sparse_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None = None,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    window: int | None = None,
-    key_mask: Tensor | None = None,
-    pv_threshold: Tensor | None = None,
-    int8: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Launch the forward kernel (and with ``int8`` the quantising ones before it).
-
-    Args:
-        q: ``[B, Hq, Lq, D]``; k, v ``[B, Hkv, Lk, D]``, any strides; fp16, bf16 or fp32.
-        mask: the blocks to compute, None for all.
-        scale: positive factor on q·k.
-        is_causal: lower-right aligned.
-        window: with causality, a query sees its last ``window`` keys.
-        key_mask: bool ``[B, Lk]``, True = attend.
-        pv_threshold: float32 ``[Hq]``, log2 units; only with a mask whose blocks fit (``whole_block_config``).
-        int8: quantise Q and K per block; K is smoothed by the mean of its valid tokens. Under causality a later token
-            then reaches earlier outputs through mean and scales, within the quantisation error.
-        out: where to write, shaped like q.
-    """
-    out = torch.empty_like(q) if out is None else out
-    if out.numel() == 0:
-        return out
-    dim = padded_dim(q.shape[-1], int8)
-    limit = configs.shared_memory_limit(q.device)
-    config = None
-    if pv_threshold is not None and mask is not None:
-        config = whole_block_config(q, mask, int8)
-    skip = config is not None
-    if config is None:
-        blocks = None if mask is None else (mask.block_q, mask.block_k)
-        config = configs.choose(_kind(q, int8), dim, limit, blocks)
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        _launch(q, k, v, mask, scale, is_causal, window, key_mask, pv_threshold if skip else None, int8, out, config)
-    return out
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    scale: float,
-    is_causal: bool,
-    window: int | None,
-    key_mask: Tensor | None,
-    pv_threshold: Tensor | None,
-    int8: bool,
-    out: Tensor,
-    config: configs.Config,
-) -> None:
-    (batch, heads, q_len, d), k_len = q.shape, k.shape[2]
-    dim, group = padded_dim(d, int8), heads // k.shape[1]
-    valid = None if key_mask is None else key_mask.to(torch.uint8)
-    q_scale = k_scale = q  # a pointer that the kernel never reads
-    if int8:
-        mean = mean_over_valid(k, valid, dim)
-        q, q_scale = quantise(q, config.block_m, dim, factor=scale * LOG2E)
-        k, k_scale = quantise(k, config.block_n, dim, mean=mean, valid=valid)
-        v = v.to(torch.bfloat16) if v.dtype == torch.float32 else v
-    counts = indices = q
-    if mask is not None:
-        counts = mask.counts.expand(batch, heads, -1).contiguous()
-        indices = mask.indices.expand(batch, heads, -1, -1)
-        indices = indices if indices.stride(-1) == 1 else indices.contiguous()
-    # fmt: off
-    _sparse_attention_fwd_kernel[(cdiv(q_len, config.block_m) * batch * heads,)](
-        q, k, v, out, q_scale, k_scale, counts, indices,
-        q if valid is None else valid, q if valid is None else _tile_valid(valid, config.block_n),
-        q if pv_threshold is None else pv_threshold,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-        *counts.stride()[:2], *indices.stride()[:3], *((0, 0) if valid is None else valid.stride()),
-        heads, group, q_len, k_len, window or 0, scale * LOG2E,
-        D=d, QK_D=dim if int8 else d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        MASK_Q=mask.block_q if mask else config.block_m, MASK_K=mask.block_k if mask else config.block_n,
-        SPARSE=mask is not None, CAUSAL=is_causal, WINDOW=is_causal and window is not None,
-        PADDING=valid is not None, INT8=int8, SKIP=pv_threshold is not None, INTERPRET=INTERPRETED,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )
-    # fmt: on
-
-
-def _tile_valid(valid: Tensor, block: int) -> Tensor:
-    """uint8 ``[B, ceil(Lk / block)]``: 1 where all keys of the tile may be attended to."""
-    padded = torch.nn.functional.pad(valid, (0, -valid.shape[1] % block))
-    return padded.unflatten(1, (-1, block)).amin(-1)
+INTERPRETED = not isinstance(sparse_attention_fwd_kernel, triton.JITFunction)

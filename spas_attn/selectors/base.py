@@ -63,9 +63,9 @@ class Selector:
             raise ValueError(f"local must be a number of tokens, 0 or more, got {self.local!r}")
 
     @property
-    def expected_density(self) -> float:
-        """Share of blocks this selector is expected to keep (1 when nothing is known before the call)."""
-        return 1.0
+    def expected_density(self) -> float | None:
+        """Share of blocks this selector is expected to keep, None when nothing is known before the call."""
+        return None
 
     def select(
         self,
@@ -104,6 +104,10 @@ class Selector:
                 )
             attn_mask = attn_mask[:, 0, 0]
         inputs = Inputs(q, k, is_causal, scale, attn_mask, window)
+        from . import fused  # knows the selectors, which are made from this class
+
+        if fused.serves(self, inputs):
+            return fused.select(self, inputs)
         visible, kept = self.visible(inputs), self.kept_blocks(inputs)
         # A rule may keep nothing of a query block that has something to see; then its first visible block is kept.
         first = visible & (visible.cumsum(-1) == 1)

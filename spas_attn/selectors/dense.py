@@ -13,5 +13,9 @@ from .base import Inputs, Selector
 class Dense(Selector):
     """Keeps every visible block: exact attention."""
 
+    @property
+    def expected_density(self) -> float:
+        return 1.0
+
     def kept_blocks(self, inputs: Inputs) -> Tensor:
         return self.visible(inputs)

@@ -32,8 +32,8 @@ class TopK(Selector):
             raise ValueError(f"keep must be in (0, 1], got {self.keep}")
 
     @property
-    def expected_density(self) -> float:
-        return float(self.keep) if isinstance(self.keep, (int, float)) else 1.0
+    def expected_density(self) -> float | None:
+        return float(self.keep) if isinstance(self.keep, (int, float)) else None
 
     def kept_blocks(self, inputs: Inputs) -> Tensor:
         heads, device = inputs.q.shape[1], inputs.q.device

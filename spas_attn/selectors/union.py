@@ -24,8 +24,9 @@ class Union(Selector):
             setattr(self, name, a)
 
     @property
-    def expected_density(self) -> float:
-        return min(1.0, max(self.first.expected_density, self.second.expected_density))
+    def expected_density(self) -> float | None:
+        first, second = self.first.expected_density, self.second.expected_density
+        return None if first is None or second is None else max(first, second)
 
     def kept_blocks(self, inputs: Inputs) -> Tensor:
         return self.first.kept_blocks(inputs) | self.second.kept_blocks(inputs)
