@@ -21,16 +21,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-from spas_attn.backends import Call
+from torch import Tensor
 
 from . import observe, report
 from .checkpoint import Checkpoint, digest, identity
 from .curves import PromptTally
 from .layer import Layer, merge_ranks
 from .module import SparseAttention, check_bounds, sparse_modules
-from .observe import Grid, Sampler
+from .observe import Grid, Sampler, Watched
 from .state_dict import extract_sparse_attention_state_dict, save
 
 Item = TypeVar("Item")
@@ -47,7 +45,7 @@ class Calibration:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         l1: float | None,
         pv_l1: float | None,
@@ -203,9 +201,9 @@ class Calibration:
         if self._phase == "finished":
             return
         with _float32(q.device.type):
-            self._see(layer, Call(q, k, v, precision=module.precision, **flags))
+            self._see(layer, Watched(q, k, v, precision=module.precision, **flags))
 
-    def _see(self, layer: Layer, call: Call) -> None:
+    def _see(self, layer: Layer, call: Watched) -> None:
         module, heads = layer.module, call.q.shape[1]
         if module.is_sparse is None:
             module.set_heads(heads)
@@ -222,7 +220,7 @@ class Calibration:
         else:
             self._watch(layer, call, blocks)
 
-    def _watch(self, layer: Layer, call: Call, blocks: list[int]) -> None:
+    def _watch(self, layer: Layer, call: Watched, blocks: list[int]) -> None:
         """Add a call to the prompt in progress."""
         if layer.open is None:
             candidates = {"curves": len(self.grid), "pv": len(self.grid.pv), "check": 2}[self._phase]
@@ -312,7 +310,8 @@ class Calibration:
         """Take over the finished prompts of an interrupted run; returns their numbers."""
         if self.checkpoint is None:
             return set()
-        selectors = [(layer.path, repr(layer.module.selector)) for layer in self.layers]
+        modules = [(layer.path, layer.module) for layer in self.layers]
+        selectors = [(path, repr(m.selector), m.text_sink, m.dense_steps) for path, m in modules]
         prompts = [digest(item) for item in items]
         facts = (identity(self.model), selectors, self.grid, self.sampler, fitted, prompts)
         self._files = Checkpoint(self.checkpoint, facts)
@@ -345,7 +344,7 @@ def _float32(device: str) -> Iterator[None]:
 
 
 def calibrate(
-    model: nn.Module,
+    model: Any,
     l1: float | None = None,
     pv_l1: float | None = None,
     tail: float | str | None = "module",
@@ -361,7 +360,7 @@ def calibrate(
     """Calibrate a patched model; use as a context manager (see the module's docstring).
 
     Args:
-        model: a patched model; it runs dense and unchanged while it is watched.
+        model: a patched model, or a pipeline with patched transformers; it runs dense and unchanged meanwhile.
         l1, pv_l1: bounds of the mean relative L1 error, per head; None takes the modules' own.
         tail: bound of the 99.5th percentile of one query's relative error; None switches it off, "module" takes the
             modules' own.

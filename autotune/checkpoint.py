@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn, uint8
+from torch import Tensor, uint8
 
 from .curves import Tally
+from .module import transformers_of
 from .state_dict import read, write_atomically
 
 Saved = list[tuple[Tally | None, tuple[int, int] | None]]  # curves and lengths, layer by layer
@@ -99,11 +100,14 @@ def _tally(plain: dict[str, Any]) -> Tally:
     return tally
 
 
-def identity(model: nn.Module) -> str:
+def identity(model: Any) -> str:
     """Tells one model from another of the same class: the beginning of its first and last parameter."""
-    parameters = [parameter for parameter in model.parameters() if parameter.device.type != "meta"]
-    ends = [parameter.detach().reshape(-1)[:256] for parameter in (*parameters[:1], *parameters[-1:])]
-    return type(model).__name__ + digest(ends)
+    found = []
+    for _, part in transformers_of(model):
+        parameters = [parameter for parameter in part.parameters() if parameter.device.type != "meta"]
+        ends = [parameter.detach().reshape(-1)[:256] for parameter in (*parameters[:1], *parameters[-1:])]
+        found.append(type(part).__name__ + digest(ends))
+    return "".join(found)
 
 
 def digest(item: Any) -> str:

@@ -14,7 +14,19 @@ from .observe import Grid, Reservoir
 from .search import choose, mean_error, tail_error, within_bounds
 
 MARGIN = 0.9  # a head that misses its bound aims this far below it the next time
-_STATE = (*BUFFERS, "mode", "l1", "pv_l1", "tail", "expected_density", "lengths", "_all_dense", "_warned_length")
+_STATE = (
+    *BUFFERS,
+    "mode",
+    "l1",
+    "pv_l1",
+    "tail",
+    "expected_density",
+    "lengths",
+    "_all_dense",
+    "_filters",
+    "_skips",
+    "_warned_length",
+)
 
 
 class Layer:

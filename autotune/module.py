@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from spas_attn import backends, count_fallback, sparse_attention
 from spas_attn.attention import Precision
 from spas_attn.checks import PRECISIONS
-from spas_attn.selectors import MeanSimilarity
+from spas_attn.selectors import MeanSimilarity, Selector, Tokens
+from spas_attn.selectors.tokens import Ranges
 
 Mode = Literal["dense", "tune", "sparse"]
 BUFFERS = ("is_sparse", "cdfthreshd", "simthreshd1", "pvthreshd")
@@ -35,6 +36,7 @@ class Observer(Protocol):
         scale: float,
         attn_mask: Tensor | None,
         window: int | None,
+        text: Ranges,
     ) -> None:
         """See one call of one layer; shapes as in :meth:`SparseAttention.forward`."""
 
@@ -73,10 +75,15 @@ class SparseAttention(nn.Module):
         tail: bound of the 99.5th percentile of one query's relative error; None = off.
         selector: the rule whose thresholds are tuned; its block sizes and pool belong to the tuned file.
         backend, precision: as in :func:`spas_attn.sparse_attention`.
+        text_sink: always keep the blocks that hold text tokens, of queries and of keys, where the model says which
+            they are (``text`` of :meth:`forward`); prompts are few tokens that everything depends on.
 
     Attributes:
         mode: "dense" (not tuned yet), "tune" or "sparse".
-        dense_now: run this call dense whatever the mode (dense steps of a denoising schedule).
+        dense_now: run this call dense whatever the mode, unwatched by a calibration (dense steps of a schedule).
+        always_dense: run dense in mode "sparse" (a layer that is to stay dense); a calibration watches it all the same.
+        family, layer_idx: name of the model's family, and place among its attention layers; set by the adapter.
+        dense_steps: what :func:`modify_model.patch` was told, for the record in the tuned file.
     """
 
     is_sparse: Tensor | None
@@ -93,6 +100,7 @@ class SparseAttention(nn.Module):
         selector: MeanSimilarity | None = None,
         backend: str = "auto",
         precision: Precision = "bf16",
+        text_sink: bool = True,
     ) -> None:
         super().__init__()
         check_bounds(l1, pv_l1, tail)
@@ -102,16 +110,19 @@ class SparseAttention(nn.Module):
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         self.l1, self.pv_l1, self.tail = l1, pv_l1, tail
         self.selector = selector or MeanSimilarity()
-        self.backend, self.precision = backend, precision
+        self.backend, self.precision, self.text_sink = backend, precision, text_sink
         self.mode: Mode = "dense"
-        self.dense_now = False
-        self.layer_idx: int | None = None  # the place among the model's attention layers, set by the adapter
+        self.dense_now = self.always_dense = False
+        self.family: str | None = None
+        self.layer_idx: int | None = None
+        self.dense_steps: tuple[float, float] | None = None
         self.observer: Observer | None = None
         self.lengths: tuple[int, int] | None = None  # shortest and longest calibrated number of keys
-        self.expected_density = 1.0
+        self.expected_density: float | None = None  # of a calibration or a tuned file
         self.last_density: Tensor | None = None  # of the last sparse call, [B, Hq], when record_density is set
         self.record_density = False
         self._all_dense = False
+        self._filters = self._skips = False  # any similarity filter, any PV skip: known without asking the device
         self._warned_length = False
         for name in BUFFERS:
             self.register_buffer(name, None, persistent=False)
@@ -132,13 +143,13 @@ class SparseAttention(nn.Module):
         self._store(values)
 
     def set_thresholds(
-        self, values: Thresholds, *, expected_density: float = 1.0, lengths: tuple[int, int] | None = None
+        self, values: Thresholds, *, expected_density: float | None = None, lengths: tuple[int, int] | None = None
     ) -> None:
         """Install tuned values and switch to mode "sparse".
 
         Args:
             values: one value per query head.
-            expected_density: mean share of kept blocks, for the choice of the backend.
+            expected_density: mean share of kept blocks, for the choice of the backend; None when unknown.
             lengths: shortest and longest calibrated number of keys; serving far outside them warns once.
 
         Raises:
@@ -166,7 +177,10 @@ class SparseAttention(nn.Module):
         for name in BUFFERS:
             tensor = getattr(values, name).detach().to(device, torch.bool if name == "is_sparse" else torch.float32)
             setattr(self, name, tensor.clone())
-        self._all_dense = not bool(values.is_sparse.any())
+        sparse = values.is_sparse.bool()
+        self._all_dense = not bool(sparse.any())
+        self._filters = bool((values.simthreshd1[sparse] > 0).any())  # no similarity is negative
+        self._skips = bool((values.pvthreshd[sparse] < PV_OFF).any())
 
     def forward(
         self,
@@ -179,6 +193,7 @@ class SparseAttention(nn.Module):
         scale: float,
         attn_mask: Tensor | None = None,
         window: int | None = None,
+        text: Ranges = (),
     ) -> Tensor:
         """Attention of one call.
 
@@ -188,6 +203,7 @@ class SparseAttention(nn.Module):
             dense: runs the model's original attention and returns ``[B, Hq, Lq, D]``.
             is_causal, scale, window: as in :func:`spas_attn.sparse_attention`.
             attn_mask: bool key padding ``[B, Lk]`` or None; a 4-D mask runs dense, counted.
+            text: (start, stop) of text tokens among queries and keys; their blocks are kept (see ``text_sink``).
 
         Returns:
             ``[B, Hq, Lq, D]``; in the modes "dense" and "tune", and for fewer queries than a block (decode), exactly
@@ -198,49 +214,64 @@ class SparseAttention(nn.Module):
         if attn_mask is not None and attn_mask.dim() == 4:
             count_fallback("the model passed a full 4-D attention mask, which sparse attention does not represent")
             return dense()
+        device = q.device.type
+        if torch.is_autocast_enabled(device) and (self.mode == "sparse" or not q.dtype == k.dtype == v.dtype):
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))  # as dense attention does
         if self.mode == "tune":
             out = dense()
             if self.observer is not None:
                 with torch.no_grad():
-                    self.observer(self, q, k, v, is_causal=is_causal, scale=scale, attn_mask=attn_mask, window=window)
+                    self.observer(
+                        self, q, k, v, is_causal=is_causal, scale=scale, attn_mask=attn_mask, window=window, text=text
+                    )
             return out
-        if self._all_dense:
+        if self._all_dense or self.always_dense:
             return dense()
         self._check_length(k.shape[2])
-        selector, pv_threshold = self.tuned(q.device)
+        selector, pv_threshold = self.tuned(q.device, text)
         # On a processor PV skip saves no time: leaving it out is faster and more exact. The calibration's check, which
         # calls the kernels itself, carries it out, so that a file tuned here holds its bounds on a GPU too.
-        skip = None if q.device.type == "cpu" else pv_threshold
-        out, stats = sparse_attention(
-            q,
-            k,
-            v,
-            selector,
-            is_causal=is_causal,
-            scale=scale,
-            attn_mask=attn_mask,
-            window=window,
-            pv_threshold=skip,
-            precision=self.precision,
-            backend=self.backend,
-            expected_density=self.expected_density,
-            return_stats=True,
-        )
+        skip = pv_threshold if self._skips and device != "cpu" else None
+        with torch.autocast(device, enabled=False):  # kernels choose their precisions themselves
+            out, stats = sparse_attention(
+                q,
+                k,
+                v,
+                selector,
+                is_causal=is_causal,
+                scale=scale,
+                attn_mask=attn_mask,
+                window=window,
+                pv_threshold=skip,
+                precision=self.precision,
+                error_bound=self.pv_l1,
+                backend=self.backend,
+                expected_density=self.expected_density,
+                return_stats=True,
+            )
         if self.record_density:
             self.last_density = stats.density
         return out
 
-    def tuned(self, device: torch.device) -> tuple[MeanSimilarity, Tensor]:
-        """The selector with this layer's thresholds, and the PV thresholds ``[Hq]``, on ``device``.
+    def tuned(self, device: torch.device, text: Ranges = ()) -> tuple[Selector, Tensor]:
+        """The selector with this layer's thresholds (and text sink), and the PV thresholds ``[Hq]``, on ``device``.
 
         Heads with ``is_sparse == False`` keep everything.
         """
         values = self.thresholds()
         sparse = values.is_sparse.to(device)
         cdf = torch.where(sparse, values.cdfthreshd.to(device), 1.0)
-        sim = torch.where(sparse, values.simthreshd1.to(device), -1.0)
+        sim = torch.where(sparse, values.simthreshd1.to(device), -1.0) if self._filters else -1.0
         pv = torch.where(sparse, values.pvthreshd.to(device), PV_OFF)
-        return replace(self.selector, cdf_threshold=cdf, sim_threshold=sim), pv
+        selector = replace(self.selector, cdf_threshold=cdf, sim_threshold=sim)
+        sink = self.sink_of(text)
+        return (selector if sink is None else selector | sink), pv
+
+    def sink_of(self, text: Ranges) -> Tokens | None:
+        """The selector that keeps the text's blocks, None without a text or with ``text_sink=False``."""
+        if not text or not self.text_sink:
+            return None
+        return Tokens(text, block_q=self.selector.block_q, block_k=self.selector.block_k, sink=False)
 
     def _check_length(self, k_len: int) -> None:
         """Warn once when the keys are more than twice as many, or fewer than half, as in the calibration."""
@@ -277,13 +308,33 @@ class SparseAttention(nn.Module):
         return f"mode={self.mode}, heads={self.heads}, l1={self.l1}, pv_l1={self.pv_l1}, tail={self.tail}"
 
 
-def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
-    """All SparseAttention modules of a model by path, `_orig_mod.` and PEFT prefixes stripped.
+# Attributes of a pipeline object that hold its transformers, and the prefix of the second one in a tuned file.
+_PIPELINE_PARTS = (("transformer", ""), ("transformer_2", "transformer_2."))
+
+
+def transformers_of(model: Any) -> list[tuple[str, nn.Module]]:
+    """The modules of a model or pipeline that hold its attention layers, each with its prefix in a tuned file."""
+    if isinstance(model, nn.Module):
+        return [("", model)]
+    parts = [(prefix, getattr(model, name, None)) for name, prefix in _PIPELINE_PARTS]
+    found = [(prefix, part) for prefix, part in parts if isinstance(part, nn.Module)]
+    if not found:
+        raise ValueError(f"model must be a module or a pipeline with .transformer, got {type(model).__name__}")
+    return found
+
+
+def sparse_modules(model: Any) -> dict[str, SparseAttention]:
+    """All SparseAttention modules of a model or pipeline by path, `_orig_mod.` and PEFT prefixes stripped.
 
     Raises:
         ValueError: when there are none (the model is not patched).
     """
-    found = {clean_path(name): module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
+    found = {
+        prefix + clean_path(name): module
+        for prefix, part in transformers_of(model)
+        for name, module in part.named_modules()
+        if isinstance(module, SparseAttention)
+    }
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no SparseAttention layers: patch it first (modify_model.patch(model))"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from spas_attn.backends import Call
 from spas_attn.block_mask import cdiv
 from spas_attn.selectors import Inputs, MeanSimilarity
 from spas_attn.selectors.mean_similarity import within
+from spas_attn.selectors.tokens import Ranges
 
 from .curves import PromptTally, query_blocks, query_mask
 from .module import PV_OFF, SparseAttention
@@ -56,6 +57,13 @@ class Grid:
         return self.sim[sim], self.cdf[cdf]
 
 
+@dataclass(frozen=True)
+class Watched(Call):
+    """A call of a model's layer, with the (start, stop) of its text tokens."""
+
+    text: Ranges = ()
+
+
 @dataclass
 class Sampler:
     """Chooses which query blocks of a call are looked at: at most ``limit``, at random, the same on every machine."""
@@ -80,12 +88,15 @@ def inputs_of(call: Call) -> Inputs:
 
 
 @torch.no_grad()
-def add_curves(tally: PromptTally, module: SparseAttention, call: Call, grid: Grid, blocks: list[int]) -> None:
+def add_curves(tally: PromptTally, module: SparseAttention, call: Watched, grid: Grid, blocks: list[int]) -> None:
     """Errors of every candidate on the given query blocks, densities on all of them."""
-    selector = module.selector
+    selector, sink = module.selector, module.sink_of(call.text)
     pooled = selector.pooled(inputs_of(call))
     heads, device = call.q.shape[1], call.q.device
     levels = [selector.levels(pooled, torch.full((heads,), sim, device=device)) for sim in grid.sim]
+    if sink is not None:  # as in serving: a union, so that the kept text does not count toward a cdf threshold
+        kept_always = sink.kept_blocks(inputs_of(call))
+        levels = [level.masked_fill(kept_always, -1.0) for level in levels]
     cdf = torch.tensor(grid.cdf, device=device)
     kept = [torch.stack([within(level, c).sum((0, 2, 3)) for c in cdf], 1) for level in levels]
     possible = pooled.visible.expand(levels[0].shape).sum((0, 2, 3))
@@ -97,9 +108,9 @@ def add_curves(tally: PromptTally, module: SparseAttention, call: Call, grid: Gr
 
 
 @torch.no_grad()
-def add_pv_curves(tally: PromptTally, module: SparseAttention, call: Call, grid: Grid, blocks: list[int]) -> None:
+def add_pv_curves(tally: PromptTally, module: SparseAttention, call: Watched, grid: Grid, blocks: list[int]) -> None:
     """Errors of the chosen selection under every PV threshold."""
-    selector, _ = module.tuned(call.q.device)
+    selector, _ = module.tuned(call.q.device, call.text)
     kept = selector.kept_blocks(inputs_of(call)).expand(call.q.shape[0], call.q.shape[1], -1, -1)
     pv = torch.tensor(grid.pv, device=call.q.device)
     for i, chosen, partials in query_blocks(call, selector.block_q, selector.block_k, blocks):
@@ -117,7 +128,7 @@ def _spread(x: Tensor, chosen: slice, heads: int) -> Tensor:
 
 
 @torch.no_grad()
-def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
+def add_check(tally: PromptTally, module: SparseAttention, call: Watched) -> str:
     """Errors of the real kernel on all queries: candidate 0 is selection alone, candidate 1 everything.
 
     When the backend leaves PV skip out but the layer uses it, everything is computed by ``reference``, which carries
@@ -127,22 +138,24 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
     Returns:
         The name of the backend that computed everything.
     """
-    selector, pv = module.tuned(call.q.device)
+    selector, pv = module.tuned(call.q.device, call.text)
     exact = backends.get("sdpa").run(call.replace(q=call.q.float(), k=call.k.float(), v=call.v.float()))
     backend = module.backend
     uses_pv = bool((pv < PV_OFF).any())
     choice = explain(
         call.q, call.k, call.v, selector, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask,
         window=call.window, pv_threshold=pv, precision=module.precision, backend=backend,
-        expected_density=module.expected_density,
+        expected_density=module.expected_density, error_bound=module.pv_l1,
     )  # fmt: skip
+    backend = choice.instead_of or backend  # the check is of the sparse kernels, even where dense ones are faster
     precision = module.precision
     left_out = choice.pv_skip_left_out is not None or not backends.get(choice.backend).skips_pv
     if uses_pv and left_out and (precision == "bf16" or choice.backend == "sdpa"):
         backend, precision = "reference", "bf16"
     total, stats = sparse_attention(
         call.q, call.k, call.v, selector, pv_threshold=pv, backend=backend, return_stats=True,
-        precision=precision, expected_density=module.expected_density, is_causal=call.is_causal,
+        precision=precision, expected_density=module.expected_density, error_bound=module.pv_l1,
+        is_causal=call.is_causal,
         scale=call.scale, attn_mask=call.attn_mask, window=call.window,
     )  # fmt: skip
     selection = total
@@ -177,11 +190,11 @@ class Reservoir:
 
     budget: int
     seed: int
-    calls: list[tuple[int, list[tuple[Call, list[int]]]]] = field(default_factory=list)
+    calls: list[tuple[int, list[tuple[Watched, list[int]]]]] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     seen: int = 0
 
-    def offer(self, number: int, call: Call, selector: MeanSimilarity, blocks: list[int]) -> None:
+    def offer(self, number: int, call: Watched, selector: MeanSimilarity, blocks: list[int]) -> None:
         """Keep the call with the probability that makes the sample uniform."""
         self.seen += 1
         rows = min(len(blocks) * selector.block_q, call.q.shape[2]) if _separable(call, selector) else call.q.shape[2]
@@ -201,24 +214,26 @@ class Reservoir:
         del self.calls[slot], self.used[slot]
 
 
-def _to_host(call: Call) -> Call:
+def _to_host(call: Watched) -> Watched:
     move = {name: getattr(call, name).detach().cpu().clone() for name in ("q", "k", "v")}
     mask = None if call.attn_mask is None else call.attn_mask.cpu().clone()
-    return call.replace(**move, attn_mask=mask)
+    return replace(call, **move, attn_mask=mask)
 
 
-def _separable(call: Call, selector: MeanSimilarity) -> bool:
+def _separable(call: Watched, selector: MeanSimilarity) -> bool:
     """Whether a query block alone, with its keys, is treated exactly as inside the whole call.
 
     Under causality a query block at the end of its keys is a lower-right aligned call, but only whole key blocks keep
-    their means. Without it, the padding among the queries would be forgotten.
+    their means. Without it, the padding among the queries would be forgotten, and so would its place in the text.
     """
+    if call.text:
+        return False
     if not call.is_causal:
         return query_mask(call) is None
     return (call.k.shape[2] - call.q.shape[2]) % selector.block_k == 0 and selector.block_q % selector.block_k == 0
 
 
-def parts(call: Call, selector: MeanSimilarity, blocks: list[int]) -> list[tuple[Call, list[int]]]:
+def parts(call: Watched, selector: MeanSimilarity, blocks: list[int]) -> list[tuple[Watched, list[int]]]:
     """Query blocks of a call as calls of their own where that changes nothing, else the whole call.
 
     Returns:
@@ -233,7 +248,7 @@ def parts(call: Call, selector: MeanSimilarity, blocks: list[int]) -> list[tuple
         end = stop + k_len - q_len if call.is_causal else k_len
         mask = None if call.attn_mask is None else call.attn_mask[:, :end]
         q = call.q[:, :, i * block_q : stop].clone()
-        found.append((call.replace(q=q, k=call.k[:, :, :end], v=call.v[:, :, :end], attn_mask=mask), [0]))
+        found.append((replace(call, q=q, k=call.k[:, :, :end], v=call.v[:, :, :end], attn_mask=mask), [0]))
     return found
 
 

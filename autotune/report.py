@@ -85,7 +85,8 @@ def table(statistics: Statistics) -> str:
         count = f"{sum(head['is_sparse'] for head in heads)}/{len(heads)}"
         worst = [max(head[name] for head in heads) for name in ("l1_total", "tail_total")]
         figures = f"{entry['mean_sparsity']:>8.1%}  {count:>12}  {worst[0]:>16.4f}  {worst[1]:>16.3f}"
-        lines.append(f"{entry['layer_idx']:>5}  {figures}")
+        index = f"{'2:' if entry['path'].startswith('transformer_2.') else ''}{entry['layer_idx']}"
+        lines.append(f"{index:>5}  {figures}")
     mean = sum(entry["mean_sparsity"] for entry in statistics) / len(statistics)
     lines.append(f"{'all':>5}  {mean:>8.1%}")
     return "\n".join(lines)

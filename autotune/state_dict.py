@@ -10,17 +10,18 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
+import warnings
 from collections.abc import Iterable
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spas_attn.selectors import MeanSimilarity, PeakMass
 
-from .module import BUFFERS, SparseAttention, Thresholds, check_bounds, clean_path, sparse_modules
+from .module import BUFFERS, SparseAttention, Thresholds, check_bounds, clean_path, sparse_modules, transformers_of
 
 FORMAT = 1
 SELECTORS: dict[str, type[MeanSimilarity]] = {kind.__name__: kind for kind in (MeanSimilarity, PeakMass)}
@@ -35,8 +36,8 @@ _REQUIRED = ("model_class", "selector", "block_q", "block_k", "pool", "sink", "l
 State = dict[str, Any]
 
 
-def extract_sparse_attention_state_dict(model: nn.Module, *, verbose: bool = False) -> State:
-    """The thresholds of a tuned model, with ``"_metadata"``.
+def extract_sparse_attention_state_dict(model: Any, *, verbose: bool = False) -> State:
+    """The thresholds of a tuned model or pipeline, with ``"_metadata"``; of a second transformer with its prefix.
 
     Raises:
         ValueError: when the model is not patched, or a layer has no thresholds yet.
@@ -54,7 +55,7 @@ def extract_sparse_attention_state_dict(model: nn.Module, *, verbose: bool = Fal
     return state
 
 
-def _metadata(model: nn.Module, module: SparseAttention) -> dict[str, Any]:
+def _metadata(model: Any, module: SparseAttention) -> dict[str, Any]:
     selector = module.selector
     versions = {}
     for name in _PACKAGES:
@@ -63,9 +64,11 @@ def _metadata(model: nn.Module, module: SparseAttention) -> dict[str, Any]:
         except packages.PackageNotFoundError:
             continue
     modules = sparse_modules(model)
+    densities = {path: m.expected_density for path, m in modules.items() if m.expected_density is not None}
     return {
         "format": FORMAT,
-        "model_class": type(getattr(model, "_orig_mod", model)).__name__,
+        "model_class": _model_class(model),
+        "family": module.family,
         "selector": type(selector).__name__,
         "block_q": selector.block_q,
         "block_k": selector.block_k,
@@ -73,15 +76,23 @@ def _metadata(model: nn.Module, module: SparseAttention) -> dict[str, Any]:
         "sink": selector.sink,
         "local": selector.local,
         "precision": module.precision,
+        "text_sink": module.text_sink,
+        "dense_steps": list(module.dense_steps) if module.dense_steps else None,
         "l1": module.l1,
         "pv_l1": module.pv_l1,
         "tail": module.tail,
         "lengths": list(module.lengths) if module.lengths else None,
-        "mean_density": sum(m.expected_density for m in modules.values()) / len(modules),
-        "layer_density": {path: m.expected_density for path, m in modules.items()},
+        "mean_density": sum(densities.values()) / len(densities) if densities else None,
+        "layer_density": densities,
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _model_class(model: Any) -> str:
+    """Class of a model, or of a pipeline's first transformer, as it is without torch.compile."""
+    first = transformers_of(model)[0][1]
+    return type(getattr(first, "_orig_mod", first)).__name__
 
 
 def save(state: State, path: str | os.PathLike[str]) -> None:
@@ -130,17 +141,17 @@ def read(path: Path) -> Any:
 
 
 def load_sparse_attention_state_dict(
-    model: nn.Module,
+    model: Any,
     state: State | str | os.PathLike[str],
     *,
     block_q: int | None = None,
     block_k: int | None = None,
     verbose: bool = False,
-) -> nn.Module:
+) -> Any:
     """Install tuned thresholds in a patched model and switch its layers to mode "sparse".
 
     Args:
-        model: a patched model.
+        model: a patched model, or a pipeline with patched transformers.
         state: a tuned file's path or its content.
         block_q, block_k: override the block sizes of a file of the original SpargeAttn (128 × 64 by default).
 
@@ -148,13 +159,14 @@ def load_sparse_attention_state_dict(
         The model.
 
     Raises:
-        ValueError: when a layer is missing, left over, has another number of heads, or a value is not finite; the
-            message names the layer. Nothing is installed then.
+        ValueError: when the file was made for another family of models, or a layer is missing, left over, has
+            another number of heads, or a value is not finite; the message names the layer. Nothing is installed then.
     """
     state = load(state) if isinstance(state, (str, os.PathLike)) else state
     modules = sparse_modules(model)
     info = _info(state)
     selector = _selector(info, block_q, block_k)
+    _check_family(model, info, list(modules.values()))
     layers = _layers(state)
     missing, extra = sorted(modules.keys() - layers.keys()), sorted(layers.keys() - modules.keys())
     if missing or extra:
@@ -166,6 +178,7 @@ def load_sparse_attention_state_dict(
         if info:
             module.l1, module.pv_l1, module.tail = info["l1"], info["pv_l1"], info["tail"]
             module.precision = info.get("precision", module.precision)
+            module.text_sink = info.get("text_sink", module.text_sink)
         module.set_thresholds(values[path], expected_density=densities[path], lengths=lengths)
         if verbose:
             print(f"{path}: {int(values[path].is_sparse.sum())} of {module.heads} heads sparse")
@@ -196,6 +209,31 @@ def _info(state: State) -> dict[str, Any] | None:
     return info
 
 
+def _check_family(model: Any, info: dict[str, Any] | None, modules: list[SparseAttention]) -> None:
+    """Refuse a file of another family (layers of two families may have the same paths and heads), and warn where the
+    model is denser in the calibration than now.
+    """
+    info = info or {}
+    made_for, families = info.get("family"), {module.family for module in modules if module.family}
+    if made_for and families and made_for not in families:
+        raise ValueError(
+            f"the tuned file was made for {made_for} ({info['model_class']}), and {_model_class(model)} belongs to "
+            f"the family {', '.join(sorted(families))}"
+        )
+    steps = info.get("dense_steps")
+    pair = isinstance(steps, (list, tuple)) and len(steps) == 2 and all(isinstance(x, (int, float)) for x in steps)
+    if steps is not None and not pair:
+        raise ValueError(f"_metadata of the tuned file: dense_steps must be two shares or None, got {steps!r}")
+    have = [module.dense_steps or (0.0, 0.0) for module in modules]
+    if steps and any(first < steps[0] or last < steps[1] for first, last in have):
+        warnings.warn(
+            f"the file was calibrated with dense_steps={tuple(steps)}: the noise levels that ran dense were not "
+            "measured; patch the model with the same dense_steps",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _lengths(info: dict[str, Any] | None) -> tuple[int, int] | None:
     """Shortest and longest calibrated number of keys."""
     lengths = (info or {}).get("lengths")
@@ -206,11 +244,13 @@ def _lengths(info: dict[str, Any] | None) -> tuple[int, int] | None:
     return lengths[0], lengths[1]
 
 
-def _densities(info: dict[str, Any] | None, paths: Iterable[str]) -> dict[str, float]:
-    """Measured density of every layer, one half where the file does not say."""
+def _densities(info: dict[str, Any] | None, paths: Iterable[str]) -> dict[str, float | None]:
+    """Measured density of every layer, None where the file does not say."""
     recorded = (info or {}).get("layer_density", {})
-    found = {path: recorded.get(path, 0.5) for path in paths} if isinstance(recorded, dict) else {"all": recorded}
+    found = {path: recorded.get(path) for path in paths} if isinstance(recorded, dict) else {"all": recorded}
     for path, density in found.items():
+        if density is None and path != "all":
+            continue
         if path == "all" or not isinstance(density, (int, float)) or not 0 <= density <= 1:
             raise ValueError(f"_metadata of the tuned file: layer_density of {path!r} is {density!r}, not in [0, 1]")
     return found
@@ -279,7 +319,7 @@ def _check_values(path: str, entry: dict[str, Tensor]) -> None:
         raise ValueError(f"layer {path!r}: cdfthreshd must be in [0, 1], got {cdf.tolist()}")
 
 
-def _mismatch(model: nn.Module, info: dict[str, Any] | None, missing: list[str], extra: list[str]) -> str:
+def _mismatch(model: Any, info: dict[str, Any] | None, missing: list[str], extra: list[str]) -> str:
     modules = sparse_modules(model)
     made_for = f" (made for {info['model_class']})" if info else ""
     parts = [f"the tuned file{made_for} does not fit {type(model).__name__}:"]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-
-from torch import nn
+from typing import Any
 
 from . import report
 from .calibration import Calibration, calibrate
 
-_open: weakref.WeakKeyDictionary[nn.Module, Calibration] = weakref.WeakKeyDictionary()
+_open: weakref.WeakKeyDictionary[Any, Calibration] = weakref.WeakKeyDictionary()
 
 
 def enable_tune_mode(
-    model: nn.Module, enabled: bool = True, *, verbose: bool = False, printer: Callable[[str], None] = print
+    model: Any, enabled: bool = True, *, verbose: bool = False, printer: Callable[[str], None] = print
 ) -> Calibration:
     """Tune without a loop over prompts: switch on, run the model as usual, switch off.
 

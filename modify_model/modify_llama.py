@@ -24,11 +24,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.models.llama import modeling_llama
 
 from autotune import SparseAttention, enable_tune_mode
-from spas_attn import count_fallback
 from spas_attn.block_mask import BLOCK_SIZES
 from spas_attn.selectors import MeanSimilarity
 
-from .patching import Family, find_modules, hand_back, patch, register, take_over
+from .patching import Family, count_dense_call, find_modules, hand_back, patch, register, take_over
 
 __all__ = ["SparseLlamaAttention", "enable_tune_mode", "set_spas_sage_attn_llama"]
 
@@ -114,7 +113,7 @@ class SparseLlamaAttention(modeling_llama.LlamaAttention):
                 "call modify_model.restore(model) first"
             )
         if self.inner_attention.mode != "dense" and not is_ours(self.config):
-            _count(_changed(self.config))
+            count_dense_call(_changed(self.config))
         return super().forward(hidden_states, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,7 +157,7 @@ def attend(
     reason = dense_reason(module, key, attention_mask, kwargs)
     if reason is not None or prepared is None:
         if module.inner_attention.mode != "dense":
-            _count(reason)
+            count_dense_call(reason)
         return dense().transpose(1, 2), None
     out = module.inner_attention(
         query,
@@ -291,12 +290,6 @@ class _View:
 def _renamed(module: nn.Module, original: str) -> Any:
     """The layer as the original attention knows it: FlashAttention's integration reads the implementation's name."""
     return _View(module, config=_View(module.config, _attn_implementation=original))
-
-
-@torch.compiler.assume_constant_result
-def _count(reason: str) -> None:
-    """Count a fallback; under torch.compile once, while tracing."""
-    count_fallback(reason)
 
 
 def is_ours(config: Any) -> bool:

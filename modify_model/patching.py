@@ -13,24 +13,34 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from autotune import SparseAttention
-from autotune.module import clean_path
+from autotune.module import clean_path, transformers_of
+from spas_attn import count_fallback
+
+from .schedule import DenseSteps, NoiseLevel, check_schedule, remove_hooks, set_schedule
 
 M = TypeVar("M")
 
 # Class names of models, and the file that serves them. The file is imported when such a model arrives, so that nobody
 # needs diffusers for a language model; importing it registers its Family.
-ADAPTERS = {"LlamaModel": "modify_model.modify_llama"}
-
-# Attributes of a pipeline object that hold its transformers, and the prefix of the second one in a tuned file.
-_PIPELINE_PARTS = (("transformer", ""), ("transformer_2", "transformer_2."))
+ADAPTERS = {
+    "LlamaModel": "modify_model.modify_llama",
+    "CogVideoXTransformer3DModel": "modify_model.modify_cogvideo",
+    "FluxTransformer2DModel": "modify_model.modify_flux",
+    "HunyuanDiT2DModel": "modify_model.modify_hunyuan",
+    "HunyuanVideoTransformer3DModel": "modify_model.modify_hunyuan",
+    "LTXVideoTransformer3DModel": "modify_model.modify_ltx",
+    "QwenImageTransformer2DModel": "modify_model.modify_qwenimage",
+    "WanTransformer3DModel": "modify_model.modify_wan",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,9 @@ class Family:
         defaults: options of SparseAttention that suit the family better than the general ones.
         switch: settings of the model as a whole, on after a patch and off after a restore.
         problem: why an installed patch cannot work any more, or None.
+        in_place: whether what ``install`` put into a layer is still there.
+        unsupported: why a layer cannot be made sparse, or None.
+        noise_level: maps the ``timestep`` that a diffusion model receives to [0, 1], 1 = pure noise.
     """
 
     name: str
@@ -60,6 +73,9 @@ class Family:
     defaults: Callable[[], dict[str, Any]] = dict
     switch: Callable[[nn.Module, bool], None] = lambda model, on: None
     problem: Callable[[nn.Module], str | None] = lambda model: None
+    in_place: Callable[[nn.Module], bool] = lambda attention: True
+    unsupported: Callable[[nn.Module], str | None] = lambda attention: None
+    noise_level: NoiseLevel | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,8 @@ class Installed:
 @dataclass(frozen=True)
 class LayerStatus:
     """One attention layer: its path, the class that stands there, its query heads, and one of
-    "dense" (installed, not tuned yet), "tune", "sparse", "left" (outside layer_range) or "MISSING".
+    "dense" (installed, not tuned yet), "tune", "sparse", "kept dense" (tuned, but among dense_layers), "left" (outside
+    layer_range) or "MISSING".
     """
 
     path: str
@@ -127,13 +144,15 @@ def patch(
     tail: float | EllipsisType | None = ...,
     layer_range: tuple[int, int] | None = None,
     verbose: bool = False,
+    dense_steps: tuple[float, float] | None = None,
+    dense_layers: Sequence[int] = (),
     **options: Any,
 ) -> M:
     """Install a SparseAttention in the attention layers of a model, in place.
 
     The model computes exactly what it did before until its thresholds are calibrated or loaded. Patching again is
     harmless: layers that are already sparse keep their thresholds and take the bounds and options that this call
-    names; ``layer_range`` is what this call says, so layers outside it become original again.
+    names; ``layer_range``, ``dense_steps`` and ``dense_layers`` are what this call says.
 
     Args:
         model: a model of a known family, also inside PEFT or ``torch.compile``, or a pipeline with ``.transformer``
@@ -142,21 +161,32 @@ def patch(
             that is already sparse, the bounds that it has. ``tail=None`` switches the tail bound off.
         layer_range: (start, stop), only layers start to stop - 1, in the model's order; all by default.
         verbose: print a line for every layer.
-        options: further arguments of SparseAttention (selector, backend, precision); left out, the family's
-            defaults hold.
+        dense_steps: (first, last), for diffusion models: denoising steps in the first and last share of the noise
+            range run dense, and a calibration does not watch them. A step belongs there if its noise level s (1 = pure
+            noise) has ``1 - s < first`` or ``s < last``. Only the timestep decides, so neither the number of steps nor
+            the batch nor classifier-free guidance matters. With a scheduler that shifts its timesteps the first steps
+            lie close to 1: ``modify_model.dense_steps_of(scheduler, first=10)`` turns numbers of steps into shares.
+        dense_layers: layers (in the model's order) that run dense in mode "sparse"; they are calibrated all the same.
+        options: further arguments of SparseAttention (selector, backend, precision, text_sink); left out, the
+            family's defaults hold.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: if no family serves the model, or on a layer_range outside of it.
+        ValueError: if no family serves the model, a layer has a processor that cannot be replaced, or on a
+            layer_range, dense_steps or dense_layers that make no sense.
     """
     settings = {name: value for name, value in {"l1": l1, "pv_l1": pv_l1, **options}.items() if value is not None}
     if tail is not ...:
         settings["tail"] = tail
     parts = [(prefix, root, find_family(root)) for prefix, root in transformers_of(model)]
     chosen = [_chosen_layers(family, root, layer_range, settings) for _, root, family in parts]  # changes nothing yet
-    for (prefix, root, family), inner in zip(parts, chosen, strict=True):
+    schedules = [
+        check_schedule(family.noise_level, len(family.layers(root)), dense_steps, dense_layers)
+        for _, root, family in parts
+    ]
+    for (prefix, root, family), inner, steps in zip(parts, chosen, schedules, strict=True):
         layers = family.layers(root)
         for index, (path, attention) in enumerate(layers):
             if index in inner:
@@ -167,9 +197,20 @@ def patch(
                 what = "sparse attention installed" if index in inner else "left as it is"
                 print(f"[{index + 1}/{len(layers)}] {prefix}{clean_path(path)}: {what}")
         family.switch(root, True)
+        patched: list[Any] = [attention.inner_attention for _, attention in family.layers(root) if _record(attention)]
+        set_schedule(root, family.noise_level, patched, steps, dense_layers)
         if verbose:
             print(f"{len(inner)}/{len(layers)} attention layers of {type(root).__name__} replaced")
     return model
+
+
+def patch_family(model: nn.Module, families: Sequence[Family], **arguments: Any) -> nn.Module:
+    """:func:`patch` for one family's own function: a ValueError on models of others."""
+    found = find_family(model)
+    if found not in families:
+        allowed = ", ".join(name for family in families for name in family.model_classes)
+        raise ValueError(f"model must be built on {allowed}, got {type(model).__name__} (family {found.name})")
+    return patch(model, **arguments)
 
 
 def restore(model: M) -> M:
@@ -182,6 +223,7 @@ def restore(model: M) -> M:
         for path, attention in family.layers(root):
             _remove(family, root, path, attention)
         family.switch(root, False)
+        remove_hooks(root, DenseSteps)
     return model
 
 
@@ -202,17 +244,6 @@ def verify(model: Any) -> Verification:
     return result
 
 
-def transformers_of(model: Any) -> list[tuple[str, nn.Module]]:
-    """The modules of a model or pipeline that hold its attention layers, each with its prefix in a tuned file."""
-    if isinstance(model, nn.Module):
-        return [("", model)]
-    parts = [(prefix, getattr(model, name, None)) for name, prefix in _PIPELINE_PARTS]
-    found = [(prefix, part) for prefix, part in parts if isinstance(part, nn.Module)]
-    if not found:
-        raise ValueError(f"model must be a module or a pipeline with .transformer, got {type(model).__name__}")
-    return found
-
-
 def find_family(model: nn.Module) -> Family:
     """The family that serves a model, found by the class names of its modules (PEFT and compiled models included)."""
     names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
@@ -223,6 +254,12 @@ def find_family(model: nn.Module) -> Family:
             return family
     known = sorted({*ADAPTERS, *(name for family in _families.values() for name in family.model_classes)})
     raise ValueError(f"{type(model).__name__} has no adapter; supported are models built on {', '.join(known)}")
+
+
+@torch.compiler.assume_constant_result
+def count_dense_call(reason: str) -> None:
+    """Count a call that runs dense instead of sparse; under torch.compile once, while tracing."""
+    count_fallback(reason)
 
 
 def find_modules(model: nn.Module, class_name: str) -> list[tuple[str, nn.Module]]:
@@ -279,11 +316,14 @@ def _chosen_layers(
         )
     chosen = {}
     for index in range(start, stop):
-        attention = layers[index][1]
+        path, attention = layers[index]
+        reason = None if _record(attention) and family.in_place(attention) else family.unsupported(attention)
+        if reason is not None:
+            raise ValueError(f"layer {path!r} cannot be made sparse: {reason}")
         present = attention.inner_attention if _record(attention) else None
         kept = {name: getattr(present, name) for name in ("l1", "pv_l1", "tail")} if present is not None else {}
         chosen[index] = SparseAttention(**(family.defaults() | kept | settings))
-        chosen[index].layer_idx = index
+        chosen[index].layer_idx, chosen[index].family = index, family.name
     return chosen
 
 
@@ -300,7 +340,11 @@ def _install(
     if record is not None:
         for name, value in settings.items():
             setattr(attention.inner_attention, name, value)
-        attention._spas_attn = dataclasses.replace(record, layer_range=layer_range)  # type: ignore[assignment]
+        record = dataclasses.replace(record, layer_range=layer_range)
+        if not family.in_place(attention):  # another processor was set meanwhile
+            _, original = family.install(attention, attention.inner_attention)  # type: ignore[arg-type]
+            record = dataclasses.replace(record, original=original)
+        attention._spas_attn = record  # type: ignore[assignment]
         return
     inner.set_heads(family.num_heads(attention))
     inner.train(attention.training)
@@ -332,8 +376,9 @@ def _status(family: Family, root: nn.Module, prefix: str) -> list[LayerStatus]:
     layer_range = records[0].layer_range if records else None
     rows = []
     for index, (path, attention) in enumerate(layers):
-        if _record(attention) is not None:
-            status = str(attention.inner_attention.mode)
+        if _record(attention) is not None and family.in_place(attention):
+            inner: Any = attention.inner_attention
+            status = "kept dense" if inner.always_dense and inner.mode == "sparse" else str(inner.mode)
         elif layer_range is not None and index not in range(*layer_range):
             status = "left"
         else:

@@ -18,7 +18,7 @@ from autotune import Calibration, calibrate, enable_tune_mode, load, observe, tu
 from autotune import calibration as calibration_module
 from autotune.checkpoint import digest, identity
 from autotune.module import BUFFERS
-from spas_attn.backends import Call
+from autotune.observe import Watched
 from spas_attn.selectors import MeanSimilarity
 
 PROMPTS = [Prompt(seed, length) for seed, length in enumerate((512, 400, 450, 330, 512, 380))]
@@ -103,7 +103,7 @@ def test_achieved_errors_are_those_of_the_prompts_kept_aside(tuned: tuple[FakeMo
     module, num, den = model.inner[0], torch.zeros(HEADS), torch.zeros(HEADS)
     for prompt in PROMPTS[4:]:
         q, k, v = activations(prompt.seed * 10, prompt.length, prompt.length, prompt.noise)
-        call = Call(q, k, v, is_causal=True, scale=0.25)
+        call = Watched(q, k, v, is_causal=True, scale=0.25)
         selector, pv = module.tuned(q.device)
         mask = selector.select(q, k, is_causal=True)
         truth = calibration_module.observe.backends.get("reference").run(call)
@@ -362,14 +362,14 @@ def test_the_reservoir_is_a_uniform_sample_within_its_budget() -> None:
     for seed in range(150):
         reservoir = observe.Reservoir(4 * (3 * 64 * 16 * 4), seed)
         for number in range(12):
-            reservoir.offer(number, Call(*(torch.zeros(1, 1, 64, 16) for _ in range(3))), selector, [0])
+            reservoir.offer(number, Watched(*(torch.zeros(1, 1, 64, 16) for _ in range(3))), selector, [0])
             assert sum(reservoir.used) <= reservoir.budget
         assert len(reservoir.calls) == 4 and len({n for n, _ in reservoir.calls}) == 4
         for number, _ in reservoir.calls:
             counts[number] += 1
     expected = 150 * 4 / 12
     assert (counts - expected).abs().max() < 4.5 * math.sqrt(expected * 2 / 3)
-    long = Call(*(torch.zeros(1, 1, 640, 16) for _ in range(3)))
+    long = Watched(*(torch.zeros(1, 1, 640, 16) for _ in range(3)))
     one = observe.Reservoir(1000, 0)
     one.offer(0, long, selector, [0, 3])
     assert len(one.calls) == 1, "a single call is always held"
@@ -388,7 +388,7 @@ def test_parts_of_a_call_are_treated_as_the_whole(sizes: dict[str, int], kind: s
     if "padding" in kind:
         mask = torch.ones(1, k.shape[2], dtype=torch.bool)
         mask[:, :70] = False
-    call = Call(q, k, v, is_causal=kind.startswith("causal"), scale=0.25, attn_mask=mask)
+    call = Watched(q, k, v, is_causal=kind.startswith("causal"), scale=0.25, attn_mask=mask)
     module = tuned_model().inner[0]
     module.simthreshd1.fill_(0.3)
     module.selector = MeanSimilarity(pool=16, block_q=block_q, block_k=block_k)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from autotune import SparseAttention, curves, observe
 from autotune.curves import BINS, PromptTally, Tally
-from spas_attn.backends import Call
-from spas_attn.selectors import MeanSimilarity
+from autotune.observe import Watched
+from spas_attn.selectors import MeanSimilarity, Union
 
 GRID = observe.Grid(cdf=(0.2, 0.6, 0.9), sim=(-1.0, 0.3), pv=(50.0, 6.0, 3.0, 1.5))
 EDGES = 10 ** (torch.arange(BINS, dtype=torch.float64) * 5 / BINS - 4)
 
-# name: lengths, KV heads of 4, causal, window, padding on the left and right, block sizes, query blocks looked at
+# name: lengths, KV heads of 4, causal, window, padding on the left and right, block sizes, query blocks looked at, text
 CASES: dict[str, dict[str, Any]] = {
     "causal": dict(q_len=512, is_causal=True),
     "not causal": dict(q_len=384),
@@ -35,6 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
     "128 x 64": dict(q_len=512, is_causal=True, block_q=128),
     "64 x 128": dict(q_len=500, is_causal=True, block_k=128),
     "sampled": dict(q_len=640, is_causal=True, blocks=[0, 3, 9]),
+    "text first": dict(q_len=600, text=((0, 70),)),
+    "text last, padded": dict(q_len=600, right=60, text=((480, 600),)),
+    "text, 128 x 64": dict(q_len=900, block_q=128, text=((300, 310),), blocks=[0, 2, 4]),
 }
 
 
@@ -50,7 +52,8 @@ def make(
     block_q: int = 64,
     block_k: int = 64,
     blocks: list[int] | None = None,
-) -> tuple[Call, SparseAttention, list[int]]:
+    text: tuple[tuple[int, int], ...] = (),
+) -> tuple[Watched, SparseAttention, list[int]]:
     k_len = k_len or q_len
     q, k, v = activations(q_len, q_len, k_len, noise=0.2, k_heads=k_heads, batch=2)
     mask = None
@@ -58,13 +61,13 @@ def make(
         mask = torch.ones(2, k_len, dtype=torch.bool)
         mask[0, :left] = False
         mask[0, k_len - right :] = False
-    call = Call(q, k, v, is_causal=is_causal, scale=DIM**-0.5, window=window, attn_mask=mask)
+    call = Watched(q, k, v, is_causal=is_causal, scale=DIM**-0.5, window=window, attn_mask=mask, text=text)
     module = SparseAttention(selector=MeanSimilarity(pool=16, block_q=block_q, block_k=block_k))
     module.set_thresholds(thresholds(cdf=0.98))
     return call, module, blocks or list(range(-(-q_len // block_q)))
 
 
-def counted(call: Call, block_q: int, blocks: list[int]) -> Tensor:
+def counted(call: Watched, block_q: int, blocks: list[int]) -> Tensor:
     """Queries that count, bool [B, 1, Lq]: of the chosen blocks, with something to see, and no padding themselves."""
     q_len, k_len = call.q.shape[2], call.k.shape[2]
     rows = torch.isin(torch.arange(q_len) // block_q, torch.tensor(blocks))
@@ -75,7 +78,7 @@ def counted(call: Call, block_q: int, blocks: list[int]) -> Tensor:
     return valid
 
 
-def check(tally: Tally, candidate: int, out: Tensor, call: Call, valid: Tensor) -> None:
+def check(tally: Tally, candidate: int, out: Tensor, call: Watched, valid: Tensor) -> None:
     """One candidate's sums and histogram against its output."""
     truth = exact(call).double()
     difference, norm = (out.double() - truth).abs().sum(-1) * valid, truth.abs().sum(-1) * valid
@@ -106,7 +109,8 @@ def test_one_pass_equals_direct_evaluation(name: str) -> None:
     assert torch.equal(tally.possible, visible)
     for candidate in range(len(GRID)):
         sim, cdf = GRID.pair(candidate)
-        selector = dataclasses.replace(module.selector, cdf_threshold=cdf, sim_threshold=sim)
+        module.set_thresholds(thresholds(cdf=cdf, sim=sim))
+        selector, _ = module.tuned(call.q.device, call.text)  # what serves such a call
         mask = selector.select(
             call.q, call.k, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask, window=call.window
         )
@@ -117,13 +121,20 @@ def test_one_pass_equals_direct_evaluation(name: str) -> None:
     assert density.min() < 0.95, "the case drops too little to test anything"
 
 
-@pytest.mark.parametrize("name", ["causal", "not causal", "ragged", "left padding", "window", "128 x 64", "64 x 128"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("causal", "not causal", "ragged", "left padding", "window", "128 x 64", "64 x 128"),
+        "text first",
+        "text, 128 x 64",
+    ],
+)
 def test_pv_curve_equals_the_reference_backend(name: str) -> None:
     call, module, blocks = make(**CASES[name])
     open_tally = PromptTally(4, len(GRID.pv))
     observe.add_pv_curves(open_tally, module, call, GRID, blocks)
     tally = open_tally.close(0)
-    selector, _ = module.tuned(call.q.device)
+    selector, _ = module.tuned(call.q.device, call.text)
     mask = selector.select(
         call.q, call.k, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask, window=call.window
     )
@@ -135,6 +146,22 @@ def test_pv_curve_equals_the_reference_backend(name: str) -> None:
     assert (density[:, 0] == 1).all(), "off skips nothing"
     assert (density.diff(dim=1) <= 0).all()
     assert density[:, -1].min() < 0.99, "the case skips too little to test anything"
+
+
+def test_text_is_kept_whatever_the_threshold() -> None:
+    densities = {}
+    for text_sink in (True, False):
+        call, module, blocks = make(**CASES["text first"])
+        module.text_sink = text_sink
+        module.set_thresholds(thresholds(cdf=0.05))
+        open_tally = PromptTally(4, len(GRID))
+        observe.add_curves(open_tally, module, call, GRID, blocks)
+        densities[text_sink] = open_tally.close(0).density()[:, 0]
+        selector, _ = module.tuned(call.q.device, call.text)
+        kept = selector.select(call.q, call.k, is_causal=False).to_dense()
+        assert isinstance(selector, Union) is text_sink
+        assert bool(kept[:, :, :2].all() and kept[..., :2].all()) is text_sink  # 70 tokens touch two blocks of 64
+    assert (densities[True] > densities[False]).all()
 
 
 def test_partials_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +193,7 @@ def several(count: int) -> list[Tally]:
     tallies = []
     for prompt in range(count):
         q, k, v = activations(prompt, 256, 256, noise=0.3 + 0.2 * prompt)
-        call = Call(q, k, v, is_causal=True, scale=DIM**-0.5)
+        call = Watched(q, k, v, is_causal=True, scale=DIM**-0.5)
         module = SparseAttention(selector=MeanSimilarity(block_q=64, block_k=64))
         open_tally = PromptTally(4, len(GRID))
         observe.add_curves(open_tally, module, call, GRID, list(range(prompt % 3 + 1)))

@@ -17,7 +17,7 @@ from autotune import SparseAttention, calibrate
 from autotune.module import BUFFERS, Thresholds, clean_path, sparse_modules
 from spas_attn import fallback_counts, sparse_attention
 from spas_attn.backends import Call
-from spas_attn.selectors import MeanSimilarity
+from spas_attn.selectors import MeanSimilarity, Tokens
 
 
 def run(module: SparseAttention, length: int = 400, q_len: int | None = None, **more: Any) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def test_untuned_modes_return_the_original_output_itself(mode: str) -> None:
     if seen:
         (watched, q, k, v), flags = seen[0]
         assert watched is module and (q.shape[1], k.shape[1], v.shape[1]) == (HEADS, 2, 2)
-        assert flags == dict(is_causal=True, scale=DIM**-0.5, attn_mask=None, window=None)
+        assert flags == dict(is_causal=True, scale=DIM**-0.5, attn_mask=None, window=None, text=())
 
 
 def test_sparse_mode_is_sparse_attention_with_the_thresholds() -> None:
@@ -138,6 +138,49 @@ def test_decode_dense_now_and_all_dense_return_the_original_output_itself() -> N
         Thresholds(torch.zeros_like(values.is_sparse), values.cdfthreshd, values.simthreshd1, values.pvthreshd)
     )
     assert (lambda pair: pair[0] is pair[1])(run(module))
+
+
+@pytest.mark.parametrize(("attribute", "watched"), [("dense_now", 0), ("always_dense", 1)])
+def test_what_runs_dense_may_still_be_watched(attribute: str, watched: int) -> None:
+    module = tuned_model().inner[0]
+    setattr(module, attribute, True)
+    assert (lambda pair: pair[0] is pair[1])(run(module))
+    seen: list[Any] = []
+    module.mode, module.observer = "tune", lambda *args, **flags: seen.append(flags)  # type: ignore[assignment]
+    run(module, text=((0, 10),))
+    assert [flags["text"] for flags in seen] == [((0, 10),)] * watched
+
+
+def test_text_is_served_by_a_union_with_tokens() -> None:
+    module = tuned_model().inner[1]
+    module.record_density = True
+    without = run(module)[0]
+    got, _ = run(module, text=((100, 130),))
+    q, k, v = activations(1, 400, 400)
+    values = module.thresholds()
+    selector = MeanSimilarity(values.cdfthreshd, values.simthreshd1, pool=16, block_q=64, block_k=64)
+    text = Tokens(((100, 130),), block_q=64, block_k=64)
+    expected, stats = sparse_attention(q, k, v, selector | text, is_causal=True, scale=DIM**-0.5, return_stats=True)
+    assert torch.equal(got, expected) and not torch.equal(got, without)
+    assert torch.equal(module.last_density, stats.density)
+    module.text_sink = False
+    assert torch.equal(run(module, text=((100, 130),))[0], without)
+
+
+@pytest.mark.parametrize("mode", ["tune", "sparse"])
+def test_autocast_reaches_selection_and_kernels_as_it_does_dense_attention(mode: str) -> None:
+    module = tuned_model().inner[1]
+    module.mode = mode
+    seen: list[Any] = []
+    module.observer = lambda module, q, k, v, **flags: seen.extend((q.dtype, k.dtype, v.dtype))
+    q, k, v = activations(1, 400, 400)
+    with torch.autocast("cpu", torch.bfloat16):
+        # As behind a norm in float32; dense attention casts them too.
+        got = module(q, k, v.bfloat16(), dense=lambda: v, is_causal=True, scale=DIM**-0.5)
+    assert seen == ([torch.bfloat16] * 3 if mode == "tune" else [])
+    if mode == "sparse":
+        expected = module(*(x.bfloat16() for x in (q, k, v)), dense=lambda: v, is_causal=True, scale=DIM**-0.5)
+        assert torch.equal(got, expected)
 
 
 def test_dense_heads_are_exact_beside_sparse_ones() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,75 @@ def test_empty() -> None:
 )
 def test_metadata_of_another_kind(state: dict[str, Any], change: dict[str, Any], message: str) -> None:
     refused(state | {"_metadata": state["_metadata"] | change}, message)
+
+
+def test_files_of_another_family(state: dict[str, Any]) -> None:
+    """Layers of two families may have the same paths and as many heads."""
+    assert state["_metadata"]["family"] is None  # not installed by an adapter
+    state["_metadata"]["family"] = "Flux"
+    model = FakeModel()
+    load_sparse_attention_state_dict(model, state)
+    for module in model.inner:
+        module.family = "Flux"
+    assert extract_sparse_attention_state_dict(load_sparse_attention_state_dict(model, state))["_metadata"]["family"]
+    other = FakeModel()
+    for module in other.inner:
+        module.family = "Wan"
+    refused(state, r"was made for Flux \(FakeModel\), and FakeModel belongs to the family Wan", other)
+
+
+def test_text_sink_belongs_to_the_file(state: dict[str, Any]) -> None:
+    model = FakeModel()
+    for text_sink in (False, True):
+        state["_metadata"]["text_sink"] = text_sink
+        load_sparse_attention_state_dict(model, state)
+        assert [module.text_sink for module in model.inner] == [text_sink, text_sink]
+    del state["_metadata"]["text_sink"]  # a file from before
+    load_sparse_attention_state_dict(model, state)
+    assert model.inner[0].text_sink
+
+
+def test_dense_steps_of_a_file(state: dict[str, Any]) -> None:
+    state["_metadata"]["dense_steps"] = [0.2, 0.1]
+    for have, warns in ((None, True), ((0.2, 0.0), True), ((0.1, 0.3), True), ((0.2, 0.1), False), ((0.5, 0.2), False)):
+        model = FakeModel()
+        for module in model.inner:
+            module.dense_steps = have
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_sparse_attention_state_dict(model, state)
+        assert [r"calibrated with dense_steps=(0.2, 0.1)" in str(w.message) for w in caught] == [True] * warns
+    refused(state | {"_metadata": state["_metadata"] | {"dense_steps": "first"}}, "dense_steps must be two shares")
+
+
+class Pipeline:
+    """An object with transformers, as pipelines of diffusers are."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        vars(self).update(parts)
+
+
+def test_pipelines(state: dict[str, Any], tmp_path: Path) -> None:
+    pipe = Pipeline(transformer=tuned_model(), transformer_2=tuned_model())
+    pipe.transformer_2.inner[0].cdfthreshd.fill_(0.123)  # type: ignore[attr-defined]
+    both = extract_sparse_attention_state_dict(pipe)
+    assert {key.rpartition(".")[0] for key in both if key != "_metadata"} == {
+        FIRST, SECOND, f"transformer_2.{FIRST}", f"transformer_2.{SECOND}"
+    }  # fmt: skip
+    assert both["_metadata"]["model_class"] == "FakeModel"
+    save(both, tmp_path / "tuned.pt")
+    fresh = Pipeline(transformer=FakeModel(), transformer_2=FakeModel(), vae=nn.Linear(1, 1))
+    assert load_sparse_attention_state_dict(fresh, tmp_path / "tuned.pt") is fresh
+    parts = zip((fresh.transformer, fresh.transformer_2), (pipe.transformer, pipe.transformer_2), strict=True)  # type: ignore[attr-defined]
+    for part, expected in parts:
+        for module, other in zip(part.inner, expected.inner, strict=True):
+            assert same(module.thresholds(), other.thresholds())
+    refused(both, rf"2 layers of the file are not in the model, first 'transformer_2\.{FIRST}'")
+    one = Pipeline(transformer=FakeModel())
+    load_sparse_attention_state_dict(one, state)
+    assert all(module.mode == "sparse" for module in one.transformer.inner)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"a pipeline with \.transformer, got Pipeline"):
+        extract_sparse_attention_state_dict(Pipeline())
 
 
 def test_damaged_metadata(state: dict[str, Any]) -> None:

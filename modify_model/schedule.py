@@ -1,0 +1,139 @@
+"""Dense steps: which denoising steps run dense, decided by the timestep that the transformer receives."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotune import SparseAttention
+
+NoiseLevel = Callable[[Tensor], Tensor]
+
+
+def thousandths(timestep: Tensor) -> Tensor:
+    """Noise level of timesteps that run from 1000 (pure noise) down to 0, as most pipelines of diffusers pass them."""
+    return timestep / 1000
+
+
+def unchanged(timestep: Tensor) -> Tensor:
+    """Noise level of timesteps that run from 1 down to 0."""
+    return timestep
+
+
+class DenseSteps:
+    """Forward pre-hook of a transformer: runs its layers dense at the first and last noise levels.
+
+    A call's noise level is that of its noisiest token or sample (``timestep.max()``, read on the host once per call):
+    in a batch, with or without classifier-free guidance, all samples have one level, and image-to-video models give
+    the tokens of a known frame level 0.
+
+    Args:
+        first, last: shares of the noise range, see :func:`modify_model.patch`.
+        noise_level: maps the transformer's ``timestep`` to [0, 1], 1 = pure noise.
+        layers: what is switched.
+    """
+
+    def __init__(self, first: float, last: float, noise_level: NoiseLevel, layers: list[SparseAttention]) -> None:
+        self.first, self.last, self.noise_level, self.layers = first, last, noise_level, layers
+
+    def is_dense(self, timestep: Tensor | float) -> bool:
+        """Whether a call with this timestep runs dense."""
+        level = float(self.noise_level(torch.as_tensor(timestep).detach().float()).max())
+        return 1 - level < self.first or level < self.last
+
+    # Not traced: the decision needs a number on the host. A whole compiled model has one graph break here.
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        dense = self.is_dense(argument(module, "timestep", args, kwargs))
+        for layer in self.layers:
+            layer.dense_now = dense
+
+
+def check_schedule(
+    noise_level: NoiseLevel | None, count: int, dense_steps: tuple[float, float] | None, dense_layers: Sequence[int]
+) -> tuple[float, float] | None:
+    """``dense_steps`` as a pair of shares; a ValueError on what a model with ``count`` layers cannot have."""
+    wrong = [index for index in dense_layers if index not in range(count)]
+    if wrong:
+        raise ValueError(f"dense_layers must be numbers from 0 to {count - 1}, got {wrong}")
+    if dense_steps is None:
+        return None
+    if noise_level is None:
+        raise ValueError("dense_steps are for diffusion models, and this one has no timesteps")
+    try:
+        first, last = (float(share) for share in dense_steps)
+    except (TypeError, ValueError):
+        first = last = -1.0
+    if not (first >= 0 and last >= 0 and first + last < 1):
+        raise ValueError(
+            "dense_steps must be (first, last), shares of the noise range with first, last >= 0 and first + last < 1, "
+            f"got {dense_steps!r}"
+        )
+    return first, last
+
+
+def set_schedule(
+    root: nn.Module,
+    noise_level: NoiseLevel | None,
+    layers: list[SparseAttention],
+    dense_steps: tuple[float, float] | None,
+    dense_layers: Sequence[int],
+) -> None:
+    """Put checked dense steps and layers in force, in place of those before."""
+    remove_hooks(root, DenseSteps)
+    for inner in layers:
+        inner.dense_now, inner.dense_steps = False, dense_steps
+        inner.always_dense = inner.layer_idx in dense_layers
+    if dense_steps is not None and noise_level is not None:
+        add_hook(root, DenseSteps(*dense_steps, noise_level, layers))
+
+
+def dense_steps_of(scheduler: Any, first: int = 0, last: int = 0) -> tuple[float, float]:
+    """``dense_steps`` for the first and last few steps of a schedule.
+
+    Args:
+        scheduler: a scheduler of diffusers after ``set_timesteps`` (as a pipeline calls it: with the same number of
+            steps, ``mu`` or ``sigmas``), with timesteps from 1000 down to 0.
+        first, last: numbers of steps.
+
+    Returns:
+        Shares of the noise range; borders lie halfway between two steps.
+    """
+    levels = thousandths(torch.as_tensor(scheduler.timesteps).double().cpu())
+    if not (first >= 0 and last >= 0 and first + last < len(levels)):
+        raise ValueError(f"first and last must be 0 or more and leave one of {len(levels)} steps, got {first}, {last}")
+    if bool((levels.diff() > 0).any()):
+        raise ValueError("scheduler must have timesteps that fall from noise to image; this one's rise")
+    begin = 1 - float(levels[first - 1 : first + 1].mean()) if first else 0.0
+    end = float(levels[len(levels) - last - 1 : len(levels) - last + 1].mean()) if last else 0.0
+    return begin, end
+
+
+def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of a forward call, however it was passed; a TypeError when it was not."""
+    if name in kwargs:
+        return kwargs[name]
+    model = getattr(module, "_orig_mod", module)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    position = names.index(name) if name in names else len(args)
+    if position >= len(args):
+        raise TypeError(f"{type(model).__name__} was called without {name}, which its dense steps or text sink need")
+    return args[position]
+
+
+def add_hook(module: nn.Module, hook: Any) -> None:
+    """Run a hook of this package before every forward of a module; it gets (module, args, kwargs)."""
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def remove_hooks(root: nn.Module, kind: type) -> None:
+    """Remove our hooks of one kind from a model (not by handle: those get lost when a model is copied)."""
+    for module in root.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, kind):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,307 @@
+"""What is special to one family: masks, text, two transformers, cross-attention, files of the original SpargeAttn."""
+
+from __future__ import annotations
+
+import inspect
+
+import pipelines
+import pytest
+import torch
+from diffusion_models import CASES
+from torch import nn
+
+import autotune
+import autotune.module
+from autotune import SparseAttention
+from autotune.observe import Grid
+from modify_model import patch, restore, verify
+from modify_model.modify_cogvideo import set_spas_sage_attn_cogvideox
+from modify_model.modify_flux import set_spas_sage_attn_flux
+from modify_model.modify_hunyuan import set_spas_sage_attn_hunyuan
+from modify_model.modify_wan import set_spas_sage_attn_wan
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning"),
+    pytest.mark.usefixtures("no_grad"),
+]
+
+LOOSE = dict(l1=0.4, pv_l1=0.5, tail=None)
+GRID = Grid(cdf=(0.3, 0.6, 0.9), sim=(-1.0,), pv=(50.0,))
+
+
+def run(model, inputs):
+    return model(**inputs, return_dict=False)[0]
+
+
+@pytest.fixture
+def sparse_calls(monkeypatch):
+    """The arguments of every sparse call: query and key lengths, and the padding."""
+    seen = []
+    attend = autotune.module.sparse_attention
+
+    def spy(q, k, v, *args, **arguments):
+        seen.append((q.shape[2], k.shape[2], arguments["attn_mask"]))
+        return attend(q, k, v, *args, **arguments)
+
+    monkeypatch.setattr(autotune.module, "sparse_attention", spy)
+    return seen
+
+
+# -- HunyuanVideo -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cdf", [1.0, 0.4])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_hunyuan_video_honours_its_mask_and_runs_sparse(cdf, batch, set_sparse, sparse_calls, fallbacks):
+    case = CASES["HunyuanVideo"]
+    model, inputs = case.model(), case.inputs(batch)
+    dense = run(model, inputs)
+    inner = set_sparse(patch(model), cdf=cdf)
+    got = run(model, inputs)
+    assert len(sparse_calls) == 2 and fallbacks() == {}
+    for q_len, k_len, padding in sparse_calls:
+        assert q_len == k_len == 576
+        assert padding.shape == (batch, 576) and int((~padding[0]).sum()) == 16
+        assert batch == 1 or bool(padding[1].all())
+    assert all(float(module.last_density.mean()) < (1.01 if cdf == 1 else 0.9) for module in inner)
+    # What stands in the padded text moves nothing, not by a bit.
+    changed = inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"].clone()}
+    changed["encoder_hidden_states"][0, 48:] = 7.0
+    assert torch.equal(run(model, changed), got)
+    # And what stands in front of it does.
+    changed["encoder_hidden_states"][0, 40:48] = 7.0
+    assert not torch.equal(run(model, changed)[0], got[0])
+    error = float((got - dense).norm() / dense.norm())
+    assert error < 1e-5 if cdf == 1 else error > 1e-3
+
+
+def test_hunyuan_video_padding_in_the_curves(set_sparse):
+    """A calibration counts no query of the padding, and keeps the text."""
+    case = CASES["HunyuanVideo"]
+    model, inputs = patch(case.model(), **LOOSE), case.inputs(1)
+    with autotune.calibrate(model, grid=GRID, query_blocks=None) as calibration:
+        for prompt in calibration.prompts([inputs]):
+            run(model, prompt)
+    for layer in calibration.layers:
+        assert int(layer.curves.queries[0]) == int(layer.check.queries[0]) == 560  # of 576 tokens 16 are padding
+        kept, possible = layer.check.kept[:, 1], layer.check.possible
+        assert (possible == 25).all()
+        density = torch.where(layer.module.is_sparse, kept / possible, 1.0)
+        assert layer.module.expected_density == pytest.approx(float(density.mean()))
+    # The very blocks that serve are those that were counted.
+    expected = [[head["sparsity"] for head in entry["heads"]] for entry in calibration.statistics]
+    inner = [module for module in model.modules() if isinstance(module, SparseAttention)]
+    for module in inner:
+        module.record_density = True
+    run(model, inputs)
+    for module, sparsity in zip(inner, expected, strict=True):
+        assert (1 - module.last_density[0]).tolist() == pytest.approx(sparsity, abs=1e-4)
+        assert min(sparsity) > 0.05
+
+
+def test_token_refiners_stay_as_they_are():
+    model = CASES["HunyuanVideo"].model()
+    refiners = {path: id(p) for path, p in model.attn_processors.items() if "refiner" in path}
+    assert refiners
+    patch(model)
+    assert refiners == {path: id(p) for path, p in model.attn_processors.items() if "refiner" in path}
+
+
+# -- Flux -------------------------------------------------------------------------------------------------------------
+
+
+def test_flux_dual_and_single_blocks_never_mix(set_sparse):
+    model = patch(CASES["Flux"].model())
+    for value, module in zip((0.25, 0.75), set_sparse(model), strict=True):
+        module.cdfthreshd.fill_(value)
+    state = autotune.extract_sparse_attention_state_dict(model)
+    fresh = patch(CASES["Flux"].model())
+    autotune.load_sparse_attention_state_dict(fresh, dict(reversed(state.items())))
+    assert float(fresh.transformer_blocks[0].attn.inner_attention.cdfthreshd[0]) == 0.25
+    assert float(fresh.single_transformer_blocks[0].attn.inner_attention.cdfthreshd[0]) == 0.75
+    one_kind = {key: value for key, value in state.items() if not key.startswith("transformer_blocks.")}
+    with pytest.raises(ValueError, match=r"not in the file, first 'transformer_blocks\.0\.attn"):
+        autotune.load_sparse_attention_state_dict(fresh, one_kind)
+
+
+def test_flux_single_blocks_know_the_text_of_every_call(set_sparse, monkeypatch):
+    seen = []
+    tuned = SparseAttention.tuned
+    monkeypatch.setattr(
+        SparseAttention, "tuned", lambda self, device, text: seen.append(text) or tuned(self, device, text)
+    )
+    case = CASES["Flux"]
+    model = set_spas_sage_attn_flux(case.model(), layer_range=(1, 2))  # only the single-stream block
+    set_sparse(model)
+    inputs = case.inputs(1)
+    for length in (64, 32, 64):
+        part = {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :length], "txt_ids": torch.zeros(length, 3)}
+        run(model, inputs | part)
+    assert seen == [((0, 64),), ((0, 32),), ((0, 64),)]
+    assert [row.status for row in verify(model).layers] == ["left", "sparse"]
+
+
+@pytest.mark.parametrize("shape", ["[B, L]", "[B, 1, 1, L]"])
+def test_a_padding_mask_of_the_user_is_honoured(shape, set_sparse, sparse_calls, fallbacks, assert_close):
+    case = CASES["Flux"]
+    model, inputs = case.model(), case.inputs(2)
+    mask = torch.ones(2, case.tokens, dtype=torch.bool)
+    mask[1, 20:64] = False
+    given = mask if shape == "[B, L]" else mask[:, None, None]
+    inputs["joint_attention_kwargs"] = {"attention_mask": given}
+    expected = run(model, inputs)
+    set_sparse(patch(model), cdf=1.0)
+    assert_close(run(model, inputs), expected)
+    assert len(sparse_calls) == 2 and all(torch.equal(padding, mask) for _, _, padding in sparse_calls)
+    assert fallbacks() == {}
+
+
+@pytest.mark.parametrize("kind", ["full", "additive"])
+def test_other_masks_run_dense_and_are_counted(kind, set_sparse, sparse_calls, fallbacks):
+    case = CASES["Flux"]
+    model, inputs = case.model(), case.inputs(1)
+    seen = torch.rand(1, 1, case.tokens, case.tokens, generator=torch.Generator().manual_seed(0)) > 0.2
+    mask = seen if kind == "full" else torch.where(seen, 0.0, -1e4)
+    inputs["joint_attention_kwargs"] = {"attention_mask": mask}
+    expected = run(model, inputs)
+    set_sparse(patch(model))
+    assert torch.equal(run(model, inputs), expected)
+    assert sparse_calls == []
+    assert [("mask" in reason, count) for reason, count in fallbacks().items()] == [(True, 2)]
+
+    def tune():
+        with autotune.calibrate(model) as calibration:
+            for prompt in calibration.prompts([inputs]):
+                run(model, prompt)
+
+    with pytest.raises(RuntimeError, match="saw no call"):  # said, and counted, rather than tuned on nothing
+        tune()
+    assert list(fallbacks().values()) == [4]
+
+
+# -- Wan --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Wan", "Wan I2V", "HunyuanDiT", "LTX-Video"])
+def test_cross_attention_is_never_touched(name, set_sparse, sparse_calls):
+    case = CASES[name]
+    model = case.model()
+    processors = {path: id(p) for path, p in model.attn_processors.items() if ".attn2." in path}
+    assert len(processors) == len(case.layers)
+    set_sparse(patch(model))
+    run(model, case.inputs(1))
+    assert [call[:2] for call in sparse_calls] == [(case.tokens, case.tokens)] * len(case.layers)
+    assert processors == {path: id(p) for path, p in model.attn_processors.items() if ".attn2." in path}
+
+
+def test_wan_2_2_with_two_transformers(tmp_path, capsys):
+    pipe = pipelines.wan(two=True)
+    dense = pipelines.generate(pipe)
+    assert patch(pipe, **LOOSE) is pipe
+    paths = [row.path for row in verify(pipe).layers]
+    assert paths == [f"{prefix}blocks.{i}.attn1" for prefix in ("", "transformer_2.") for i in (0, 1)]
+    assert "4/4 attention layers replaced" in capsys.readouterr().out
+    assert torch.equal(pipelines.generate(pipe), dense)
+    with autotune.calibrate(pipe, grid=GRID, query_blocks=2) as calibration:
+        for seed in calibration.prompts([0, 1]):
+            pipelines.generate(pipe, seed=seed)
+    assert [entry["path"] for entry in calibration.statistics] == [f"{path}.inner_attention" for path in paths]
+    calibration.save(tmp_path / "tuned.pt")
+    expected = pipelines.generate(pipe)
+    fresh = pipelines.wan(two=True)
+    assert autotune.load_sparse_attention_state_dict(patch(fresh), tmp_path / "tuned.pt") is fresh
+    for part in (fresh.transformer, fresh.transformer_2):
+        for block in part.blocks:
+            block.attn1.inner_attention.record_density = True
+    assert torch.equal(pipelines.generate(fresh), expected) and not torch.equal(expected, dense)
+    for part in (fresh.transformer, fresh.transformer_2):
+        assert all(float(block.attn1.inner_attention.last_density.mean()) < 1 for block in part.blocks)
+    with pytest.raises(ValueError, match=r"2 layers of the file are not in the model, first 'transformer_2\.blocks"):
+        autotune.load_sparse_attention_state_dict(patch(pipelines.wan()), tmp_path / "tuned.pt")
+    restore(fresh)
+    assert torch.equal(pipelines.generate(fresh), dense)
+
+
+def test_calibration_of_a_pipeline_can_be_resumed(tmp_path):
+    checkpoint = tmp_path / "partial"
+    results = []
+    for fail in (True, False):
+        pipe = patch(pipelines.wan(two=True), **LOOSE)
+        try:
+            with autotune.calibrate(
+                pipe, grid=GRID, query_blocks=2, checkpoint=checkpoint, resume=not fail
+            ) as calibration:
+                for seed in calibration.prompts([0, 1, 2]):
+                    if fail and seed == 1:
+                        raise MemoryError
+                    results.append(seed)
+                    pipelines.generate(pipe, seed=seed)
+        except MemoryError:
+            assert verify(pipe).layers[0].status == "dense"
+    assert results[:3] == [0, 1, 2]  # 0 before the failure, then 1 first
+    assert {row.status for row in verify(pipe).layers} == {"sparse"}
+
+
+# -- CogVideoX --------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_the_original_map_onto_cogvideox(tmp_path, fallbacks):
+    """The original's files for CogVideoX-2B: 30 layers of 30 heads, half precision, no metadata."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for layer in range(30):
+        prefix = f"transformer_blocks.{layer}.attn1.inner_attention"
+        state |= {
+            f"{prefix}.is_sparse": torch.rand(30, generator=generator) > 0.1,
+            f"{prefix}.cdfthreshd": (0.3 + 0.5 * torch.rand(30, generator=generator)).half(),
+            f"{prefix}.simthreshd1": (0.2 * torch.rand(30, generator=generator) - 0.5).half(),
+            f"{prefix}.simthreshd2": torch.zeros(30).half(),
+            f"{prefix}.pvthreshd": torch.full((30,), 20.0).half(),
+        }
+    torch.save(state, tmp_path / "original.pt")
+    small = dict(num_layers=30, num_attention_heads=30, attention_head_dim=16, use_rotary_positional_embeddings=False)
+    model = set_spas_sage_attn_cogvideox(CASES["CogVideoX"].model(**small))
+    autotune.load_sparse_attention_state_dict(model, tmp_path / "original.pt")
+    inner = [block.attn1.inner_attention for block in model.transformer_blocks]
+    for layer, module in enumerate(inner):
+        entry = state[f"transformer_blocks.{layer}.attn1.inner_attention.cdfthreshd"]
+        assert torch.equal(module.cdfthreshd, entry.float()) and module.heads == 30
+        assert (module.selector.block_q, module.selector.block_k) == (128, 64)
+        module.record_density = True
+    inputs = CASES["CogVideoX"].inputs(1) | {"image_rotary_emb": None}
+    inputs["hidden_states"] = inputs["hidden_states"][:, :2]
+    assert run(model, inputs).isfinite().all() and fallbacks() == {}
+    for layer, module in enumerate(inner):
+        assert tuple(module.last_density.shape) == (1, 30)
+        sparse = state[f"transformer_blocks.{layer}.attn1.inner_attention.is_sparse"]
+        assert (module.last_density[0, ~sparse] == 1).all() and float(module.last_density[0, sparse].mean()) < 0.9
+    with pytest.raises(ValueError, match="28 layers of the file are not in the model"):
+        autotune.load_sparse_attention_state_dict(patch(CASES["CogVideoX"].model()), tmp_path / "original.pt")
+
+
+# -- the functions of the families ------------------------------------------------------------------------------------
+
+OWN = {
+    "CogVideoX": set_spas_sage_attn_cogvideox,
+    "Flux": set_spas_sage_attn_flux,
+    "HunyuanVideo": set_spas_sage_attn_hunyuan,
+    "HunyuanDiT": set_spas_sage_attn_hunyuan,
+    "Wan": set_spas_sage_attn_wan,
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_functions_of_the_families(name, capsys):
+    function = OWN[name]
+    assert list(inspect.signature(function).parameters) == ["transformer", "l1", "pv_l1", "layer_range", "verbose"]
+    model = CASES[name].model()
+    assert function(model, 0.03, 0.04, layer_range=(1, 2), verbose=True) is model
+    assert f"[2/{len(CASES[name].layers)}] {CASES[name].layers[1]}: sparse attention" in capsys.readouterr().out
+    inner = [module for module in model.modules() if isinstance(module, SparseAttention)]
+    assert [(module.l1, module.pv_l1, module.layer_idx) for module in inner] == [(0.03, 0.04, 1)]
+    wrong = CASES["LTX-Video"].model()
+    with pytest.raises(ValueError, match=r"model must be built on .*, got LTXVideoTransformer3DModel"):
+        function(wrong)
+    with pytest.raises(ValueError, match="has no adapter"):
+        function(nn.Linear(2, 2))
+    assert verify(wrong).replaced == 0

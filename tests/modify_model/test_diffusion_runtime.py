@@ -1,0 +1,367 @@
+"""Patched diffusion models under what else lives there: compilers, dtypes, adapters, offloading, attention backends."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from diffusion_models import CASES
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import autotune
+from autotune import SparseAttention
+from modify_model import patch, processors, restore, verify
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning"),
+    pytest.mark.usefixtures("no_grad"),
+]
+
+
+def run(model, inputs):
+    return model(**inputs, return_dict=False)[0]
+
+
+def attentions(name, model):
+    return [model.get_submodule(path) for path in CASES[name].layers]
+
+
+def ran_sparse(inner):
+    return [module.last_density is not None and float(module.last_density.mean()) < 1 for module in inner]
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("name", ["CogVideoX", "Flux", "Wan"])
+def test_compiled_whole_without_graph_breaks(name, tuned, set_sparse, fallbacks, assert_close):
+    case = CASES[name]
+    model, inputs = patch(case.model()), case.inputs(1)
+    inner = set_sparse(model) if tuned else []
+    expected = run(model, inputs)
+    for module in inner:
+        module.record_density = False
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(2):
+        assert_close(run(compiled, inputs), expected, 1e-5)
+    assert counter.frame_count == 1 and fallbacks() == {}
+    assert not tuned or float((run(restore(model), inputs) - expected).norm()) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["blocks", "outside", "inside"])
+def test_dense_steps_make_two_graphs_and_no_more(how, set_sparse, assert_close):
+    case = CASES["Wan"]
+    counter = CompileCounter()
+    model = case.model()
+    torch._dynamo.reset()
+    called = model
+    if how == "blocks":
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    elif how == "outside":
+        called = torch.compile(model, fullgraph=True, backend=counter)
+    patch(called, dense_steps=(0.3, 0.1))
+    if how == "inside":  # the hook is part of what is compiled, and ends a graph
+        called = torch.compile(model, backend=counter)
+    inner = set_sparse(model)
+    for module in inner:
+        module.record_density = False
+    for timestep in (1000, 800, 600, 300, 50):
+        inputs = case.inputs(1) | {"timestep": torch.tensor([timestep])}
+        got = run(called, inputs)
+        dense = timestep > 700 or timestep < 100
+        assert inner[0].dense_now is dense
+        with torch.compiler.set_stance("force_eager"):
+            assert_close(got, run(model, inputs), 1e-5)
+    assert counter.frame_count <= (3 if how == "inside" else 2)
+    assert verify(restore(called)).replaced == 0
+
+
+# -- dtypes, layers, devices ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["CogVideoX", "Flux", "HunyuanVideo", "Wan"])
+def test_bfloat16(name, set_sparse, fallbacks, assert_close):
+    case = CASES[name]
+    model = case.model().to(torch.bfloat16)
+    inputs = {
+        key: value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in case.inputs(1).items()
+    }
+    dense = run(model, inputs)
+    inner = set_sparse(patch(model), cdf=1.0)
+    assert_close(run(model, inputs), dense, 0.03)
+    assert fallbacks() == {}
+    set_sparse(model, cdf=0.43)
+    model.to(torch.float32).to(torch.bfloat16)
+    assert inner[0].cdfthreshd.dtype == torch.float32 and float(inner[0].cdfthreshd[0]) == pytest.approx(0.43, abs=1e-7)
+    got = run(model, inputs)
+    assert got.dtype == torch.bfloat16 and got.isfinite().all() and all(ran_sparse(inner)) and fallbacks() == {}
+
+
+@pytest.mark.parametrize("name", ["CogVideoX", "Wan"])
+def test_autocast(name, set_sparse, fallbacks, assert_close):
+    case = CASES[name]
+    model, inputs = case.model(), case.inputs(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = run(model, inputs)
+        inner = set_sparse(patch(model), cdf=1.0)
+        assert_close(run(model, inputs), dense, 0.03)
+    assert all(module.last_density is not None for module in inner) and fallbacks() == {}
+
+
+class LowRank(nn.Module):
+    """A linear layer with a low-rank adapter, as PEFT puts them in."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer = linear
+        generator = torch.Generator().manual_seed(0)
+        self.lora_A = nn.Parameter(torch.randn(4, linear.in_features, generator=generator) / 4)
+        self.lora_B = nn.Parameter(torch.randn(linear.out_features, 4, generator=generator) / 4)
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+class Packed(nn.Module):
+    """A linear layer with 8-bit weights, whose dtype says nothing about the activations'."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = float(linear.weight.abs().max() / 127)
+        self.register_buffer("weight", (linear.weight / self.scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("layer", [LowRank, Packed])
+@pytest.mark.parametrize("name", ["CogVideoX", "Flux", "Wan"])
+def test_other_linear_layers(name, layer, set_sparse, fallbacks, assert_close):
+    """Adapters and quantised weights, put in before and after the patch."""
+    case = CASES[name]
+    model, inputs = case.model(), case.inputs(1)
+    plain = run(model, inputs)
+    for attention in attentions(name, model):
+        attention.to_q = layer(attention.to_q)
+    patch(model)
+    for attention in attentions(name, model):
+        attention.to_k = layer(attention.to_k)
+    inner = set_sparse(model, cdf=1.0)
+    got = run(model, inputs)
+    assert all(module.last_density is not None for module in inner) and fallbacks() == {}
+    dense = run(restore(model), inputs)
+    assert_close(got, dense)
+    assert not torch.equal(dense, plain)
+    assert all(isinstance(attention.to_k, layer) for attention in attentions(name, model))
+
+
+@pytest.mark.parametrize("name", ["CogVideoX", "Flux", "HunyuanDiT", "Wan"])
+def test_fused_projections(name, set_sparse, fallbacks, assert_close):
+    case = CASES[name]
+    model, inputs = case.model(), case.inputs(1)
+    model.fuse_qkv_projections()
+    expected = run(model, inputs)
+    inner = set_sparse(patch(model), cdf=1.0)
+    assert_close(run(model, inputs), expected)
+    assert all(module.last_density is not None for module in inner) and fallbacks() == {}
+    assert torch.equal(run(restore(model), inputs), expected)
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_offloaded_weights(patch_first, set_sparse, fallbacks):
+    case = CASES["Wan"]
+    model, inputs = case.model(), case.inputs(1)
+    set_sparse(patch(model))
+    expected = run(model, inputs)
+    offloaded = case.model()
+    for step in (
+        (patch, lambda m: cpu_offload(m, torch.device("cpu")))
+        if patch_first
+        else (
+            lambda m: cpu_offload(m, torch.device("cpu")),
+            patch,
+        )
+    ):
+        step(offloaded)
+    inner = set_sparse(offloaded)
+    assert next(offloaded.blocks[0].attn1.to_q.parameters()).device.type == "meta"
+    assert torch.equal(run(offloaded, inputs), expected)
+    assert all(ran_sparse(inner)) and fallbacks() == {}
+
+
+def test_save_pretrained_writes_the_same_model(tmp_path, set_sparse):
+    case = CASES["Flux"]
+    model = case.model()
+    model.save_pretrained(tmp_path / "before")
+    set_sparse(patch(model))
+    model.save_pretrained(tmp_path / "after")
+    for file in (tmp_path / "before").iterdir():
+        assert file.read_bytes() == (tmp_path / "after" / file.name).read_bytes()
+    again = type(model).from_pretrained(tmp_path / "after")
+    assert torch.equal(run(again.eval(), case.inputs(1)), run(restore(model), case.inputs(1)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_runs_dense_with_exact_gradients(checkpointing, set_sparse, fallbacks):
+    case = CASES["Wan"]
+    model, inputs = case.model().train(), case.inputs(1)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+
+    def gradient():
+        model.zero_grad()
+        with torch.enable_grad():
+            run(model, inputs).square().mean().backward()
+        return model.blocks[0].attn1.to_q.weight.grad.clone()
+
+    expected = gradient()
+    set_sparse(patch(model))
+    torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-7)
+    assert ["gradients" in reason for reason in fallbacks()] == [True]
+
+
+def test_threads_do_not_see_each_others_layers(set_sparse):
+    """The replaced attention finds its layer by thread."""
+    expected, jobs, results = {}, {}, {}
+    for name in ("Wan", "CogVideoX", "Flux"):
+        model, inputs = patch(CASES[name].model()), CASES[name].inputs(1)
+        set_sparse(model)
+        expected[name], jobs[name] = run(model, inputs), (model, inputs)
+
+    def work(name):
+        with torch.no_grad():
+            results[name] = [run(*jobs[name]) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, outputs in results.items():
+        assert len(outputs) == 5 and all(torch.equal(out, expected[name]) for out in outputs)
+
+
+def test_an_exception_leaves_no_layer_behind(set_sparse):
+    case = CASES["Wan"]
+    model, inputs = patch(case.model()), case.inputs(1)
+    set_sparse(model)
+    expected = run(model, inputs)
+    bad = inputs | {"timestep": torch.full((1,), 500), "hidden_states": inputs["hidden_states"].double()}
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        run(model, bad)
+    original = model.blocks[0].attn1.to_out[0]
+    model.blocks[0].attn1.to_out[0] = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(model, inputs)
+    assert processors._now.inner is None
+    model.blocks[0].attn1.to_out[0] = original
+    assert torch.equal(run(model, inputs), expected)
+
+
+# -- attention backends and parallelism of diffusers ------------------------------------------------------------------
+
+
+def test_attention_backends_of_diffusers(set_sparse):
+    """What is chosen on a patched model reaches the original processors, and dense calls run on it."""
+    case = CASES["Flux"]
+    model, inputs = patch(case.model()), case.inputs(1)
+    model.set_attention_backend("_native_math")
+    for attention in attentions("Flux", model):
+        assert attention.processor.original._attention_backend == AttentionBackendName._NATIVE_MATH
+        assert attention.processor._attention_backend == AttentionBackendName._NATIVE_MATH
+    untuned = run(model, inputs)
+    for module in set_sparse(model):
+        module.mode = "tune"
+    assert torch.equal(run(model, inputs), untuned)
+    model.reset_attention_backend()
+    restore(model)
+    assert all(attention.processor._attention_backend is None for attention in attentions("Flux", model))
+    assert not hasattr(patch(CASES["CogVideoX"].model()).transformer_blocks[0].attn1.processor, "_attention_backend")
+
+
+def test_context_parallelism_runs_dense_and_is_counted(set_sparse, fallbacks, monkeypatch):
+    """Each device holds a part of the sequence there; blocks of a part would not be those of the whole."""
+    case = CASES["Wan"]
+    model, inputs = patch(case.model()), case.inputs(1)
+    expected = run(model, inputs)
+    inner = set_sparse(model)
+    config = object()  # of diffusers, made by enable_parallelism
+    dispatched = processors.dispatch_attention_fn
+    seen = []
+
+    def dispatch(*args, parallel_config=None, **options):
+        seen.append(parallel_config)
+        return dispatched(*args, **options)
+
+    monkeypatch.setattr(processors, "dispatch_attention_fn", dispatch)
+    for attention in attentions("Wan", model):
+        attention.processor._parallel_config = config
+        assert attention.processor.original._parallel_config is config
+    assert torch.equal(run(model, inputs), expected)
+    assert seen == [config, config]
+    assert [module.last_density for module in inner] == [None, None]
+    assert ["context parallelism" in reason for reason in fallbacks()] == [True]
+
+
+# -- processors that cannot be replaced -------------------------------------------------------------------------------
+
+
+class Elsewhere(FluxAttnProcessor):
+    """A processor that calls its attention in another function."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (lambda: FluxIPAdapterAttnProcessor(128, 32), "has weights of its own"),
+        (Elsewhere, r"calls neither dispatch_attention_fn nor F\.scaled_dot_product_attention"),
+    ],
+)
+def test_processors_that_cannot_be_replaced_are_refused(processor, message):
+    model = CASES["Flux"].model()
+    model.transformer_blocks[0].attn.set_processor(processor())
+    before = dict(model.attn_processors)
+    with pytest.raises(ValueError, match=rf"layer 'transformer_blocks\.0\.attn' cannot be made sparse: .*{message}"):
+        patch(model)
+    assert model.attn_processors == before
+    assert verify(patch(model, layer_range=(1, 2))).ok
+
+
+def test_a_processor_set_after_the_patch_is_reported_and_kept(set_sparse):
+    model = CASES["Flux"].model()
+    set_sparse(patch(model))
+    own = FluxAttnProcessor()
+    model.single_transformer_blocks[0].attn.set_processor(own)
+    result = verify(model)
+    assert not result.ok and [row.status for row in result.layers] == ["sparse", "MISSING"]
+    restore(model)
+    assert model.single_transformer_blocks[0].attn.processor is own
+    set_sparse(patch(model))
+    model.single_transformer_blocks[0].attn.set_processor(own)
+    assert verify(patch(model)).ok  # patched again, with the thresholds that it had
+    assert model.single_transformer_blocks[0].attn.inner_attention.mode == "sparse"
+    assert restore(model).single_transformer_blocks[0].attn.processor is own
+
+
+def test_thresholds_of_a_compiled_model_load_into_a_plain_one(set_sparse):
+    model = patch(CASES["Wan"].model())
+    set_sparse(model)
+    compiled = torch.compile(model, backend="eager")  # nothing is compiled before the first call
+    state = autotune.extract_sparse_attention_state_dict(compiled)
+    assert state["_metadata"]["model_class"] == "WanTransformer3DModel"
+    assert {key.split(".")[0] for key in state} == {"blocks", "_metadata"}
+    fresh = autotune.load_sparse_attention_state_dict(patch(CASES["Wan"].model()), state)
+    assert {module.mode for module in fresh.modules() if isinstance(module, SparseAttention)} == {"sparse"}
