@@ -1,6 +1,7 @@
 # `make demo` and `make test` do everything on a fresh machine with Python 3.10 or later; a second run reuses .venv.
 #
-#   make demo                         tune, save, load and compare the demo model
+#   make demo                         tune, save, load and compare the demo LLaMA
+#   make demo-video                   the same on the demo Wan, with pictures (VIDEO_ARGS="--clips 2" and the like)
 #   make test                         the whole test suite (PYTEST_ARGS="-m 'not slow'" and the like are passed on)
 #   make lint                         ruff and mypy alone
 #   make clean                        remove .venv and caches
@@ -13,10 +14,13 @@ PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.installed
 PIP     = $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: demo test lint install clean
+.PHONY: demo demo-video test lint install clean
 
 demo: $(STAMP)
 	$(PY) evaluate/demo.py
+
+demo-video: $(STAMP)
+	$(PY) evaluate/demo_video.py $(VIDEO_ARGS)
 
 test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _command_line import Help, join_ranks, run_parallel, tail_bound
 from _llama import DEMO, encode, greedy, layer_range, load_model, token_windows, tuned_layers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,7 +43,7 @@ PROMPT = 'import json\n\n\ndef read_config(path):\n    """Read a JSON file and r
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--tune", action="store_true", help="calibrate and save; otherwise thresholds are loaded")
     add("--parallel_tune", action="store_true", help="--tune on all visible GPUs, or in several processes on a CPU")
@@ -51,7 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--model_out_path", default="models_dict/demo_llama_tuned.pt", metavar="PATH", help="the tuned file")
     add("--l1", type=float, default=0.06, help="bound of the mean error of selection, per head")
     add("--pv_l1", type=float, default=0.07, help="bound of the mean error of everything, per head")
-    add("--tail", type=_tail, default=0.5, help="bound of the 99.5 percentile of a query's error, or 'none'")
+    add("--tail", type=tail_bound, default=0.5, help="bound of the 99.5 percentile of a query's error, or 'none'")
     add("--layer_range", type=layer_range, metavar="START,STOP", help="only layers START to STOP - 1 become sparse")
     add("--selector", choices=sorted(SELECTORS), default="mean", help="how blocks are chosen")
     add("--block", type=int, choices=(64, 128), default=64, help="mask block size, for queries and keys")
@@ -77,14 +77,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The examples as they are written, and the default of every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        hidden = action.default is None or action.default is False or action.default == PROMPT
-        return action.help if hidden else super()._get_help_string(action)
-
-
 def check(args: argparse.Namespace) -> None:
     """Refuse, before a model is loaded, what cannot be meant; a ValueError says why."""
     check_bounds(args.l1, args.pv_l1, args.tail)
@@ -92,13 +84,6 @@ def check(args: argparse.Namespace) -> None:
     for name, least in (("max_length", args.block), ("num_tune_samples", 1), ("max_new_tokens", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-
-
-def _tail(text: str) -> float | None:
-    try:
-        return None if text.lower() == "none" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or 'none', got {text!r}") from None
 
 
 def make_selector(name: str = "mean", block: int = 64, pool: int = 8) -> MeanSimilarity:
@@ -130,14 +115,6 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int)
     started = time.perf_counter()
     new = greedy(model, tokenizer, ids, max_new_tokens)  # type: ignore[arg-type]
     return tokenizer.decode(new, skip_special_tokens=True), len(new), time.perf_counter() - started
-
-
-def run_parallel(arguments: Sequence[str]) -> int:
-    """Start one process per GPU (two on a processor) with torchrun and wait."""
-    count = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    return subprocess.run([*command, __file__, *arguments], env=environment).returncode
 
 
 def run_tune(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> None:
@@ -175,16 +152,6 @@ def run_generate(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> 
         print(f"--- {calls} calls ran dense: {reason}")
 
 
-def join_ranks() -> str:
-    """Join the other processes that torchrun started; returns this one's device."""
-    gpu = torch.cuda.is_available()
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu"
-    if gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    return device
-
-
 def work(args: argparse.Namespace, distributed: bool) -> None:
     """Everything after the arguments, in one process."""
     model, tokenizer = load_model(args.model_name, device=join_ranks() if distributed else None)
@@ -209,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distributed = "RANK" in os.environ
     try:
         if args.parallel_tune and not distributed:
-            code = run_parallel(sys.argv[1:] if arguments is None else arguments)
+            code = run_parallel(__file__, sys.argv[1:] if arguments is None else arguments)
             if code or not args.generate:
                 return code
             args.tune = False

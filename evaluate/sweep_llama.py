@@ -29,12 +29,11 @@ import autotune
 from autotune import observe
 from autotune.curves import PromptTally, Tally
 from autotune.module import sparse_modules
-from autotune.observe import Grid
+from autotune.observe import Grid, Watched
 from autotune.search import mean_error, tail_error
 from modify_model.modify_llama import set_spas_sage_attn_llama
 from modify_model.patching import patch
 from spas_attn import fallback_counts
-from spas_attn.backends import Call
 from spas_attn.selectors import MeanSimilarity, PeakMass
 
 MEAN_BOUNDS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)
@@ -112,7 +111,7 @@ def _observe(
     tallies: dict[str, Tally], path: str, number: int, module: Any, q: Tensor, k: Tensor, v: Tensor, **flags: Any
 ) -> None:
     tally = PromptTally(q.shape[1], 2, q.device)
-    observe.add_check(tally, module, Call(q, k, v, precision=module.precision, **flags))
+    observe.add_check(tally, module, Watched(q, k, v, precision=module.precision, **flags))
     done = tally.close(number)
     if path in tallies:
         tallies[path].merge(done)

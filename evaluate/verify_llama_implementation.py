@@ -17,7 +17,7 @@ import difflib
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ from _llama import (
     take_density,
     token_windows,
 )
+from _verify import Failure, Step, run_steps, say
 from torch import Tensor, nn
 
 from autotune import SparseAttention
@@ -49,10 +50,6 @@ LEAST_COSINE = 0.95
 SHOWN_LINES = 8  # of the input text of the generation
 HEAD_DIMS = range(16, 257)  # what spas_attn supports
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-class Failure(Exception):
-    """A step failed for the reason given."""
 
 
 class Check:
@@ -205,7 +202,7 @@ class Check:
     def continued(self, prompt: Tensor) -> list[int]:
         return greedy(self.model, self.tokenizer, prompt, self.args.max_new_tokens)
 
-    def steps(self) -> Iterator[tuple[str, Callable[[], str]]]:
+    def steps(self) -> Iterator[Step]:
         yield "Load the model", self.load
         yield "Inspect its structure", self.inspect
         yield "Apply sparse attention", self.apply
@@ -247,10 +244,6 @@ def spread(logits: Tensor) -> str:
     return f"{values.min():.4f} to {values.max():.4f}, mean {values.mean():.4f}, std {values.std():.4f}"
 
 
-def say(what: str, value: object) -> None:
-    print(f"    {what + ':':15} {value}")
-
-
 def quote(text: str) -> None:
     for line in text.splitlines() or [""]:
         print(f"        | {line}")
@@ -273,22 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
 
-    steps = list(Check(args).steps())
-    failed = 0
-    for number, (title, step) in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {title}", flush=True)
-        try:
-            print(f"    PASS: {step()}", flush=True)
-        except (Failure, ValueError, OSError, torch.OutOfMemoryError) as error:
-            print(f"    FAIL: {error}", flush=True)
-            failed += 1
-            if number <= 3:  # later steps need what this one makes
-                failed = len(steps) - number + 1
-                for later, (title, _) in enumerate(steps[number:], number + 1):
-                    print(f"[{later}/{len(steps)}] {title}\n    not run")
-                break
-    print(f"{len(steps) - failed}/{len(steps)} steps passed")
-    return int(failed > 0)
+    return run_steps(list(Check(args).steps()), needed=3)
 
 
 if __name__ == "__main__":

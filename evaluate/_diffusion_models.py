@@ -1,0 +1,251 @@
+"""Diffusion pipelines as the scripts use them: loaded by name, and run by prompt and seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _demo_clips import FRAMES, SIZE, generate, to_frames
+from _demo_clips import load_pipeline as load_demo
+from _diffusion_tiny import TINY
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TINY_PREFIX = "tiny:"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a pipeline is run at; ``frames`` is None for pictures."""
+
+    height: int
+    width: int
+    frames: int | None
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.width} x {self.height}" + (f", {self.frames} frames" if self.frames else "")
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is special to one family's script.
+
+    Attributes:
+        patch: the family's own function.
+        pipelines: the classes it serves, with their usual sizes.
+        model_name: what is loaded by default.
+        tiny: families that ``tiny:<family>`` may name.
+        float32: components that are loaded in float32 whatever dtype is asked for.
+    """
+
+    patch: Callable[..., nn.Module]
+    pipelines: dict[str, Size]
+    model_name: str
+    tiny: tuple[str, ...]
+    float32: tuple[str, ...] = ()
+
+
+class Sampler:
+    """A pipeline with everything that its call needs beside prompt and seed.
+
+    Args:
+        pipe: the pipeline.
+        size: what to generate.
+        of_prompt: the arguments that stand for a prompt.
+        show: what the pipeline returns for ``decoded``, an output_type, as frames ``[F, H, W, 3]`` in 0..1.
+        arguments: other arguments of the pipeline.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        size: Size,
+        of_prompt: Callable[[str], dict[str, Any]],
+        show: Callable[[Any], Tensor],
+        decoded: str,
+        **arguments: Any,
+    ) -> None:
+        self.pipe, self.size, self._of_prompt, self._show, self._decoded = pipe, size, of_prompt, show, decoded
+        self._arguments = arguments
+
+    def watch(self, prompt: str, seed: int, steps: int | None = None) -> Tensor:
+        """Run the pipeline without decoding its latents, which is all that a calibration needs; returns the latents."""
+        return self._run(prompt, seed, steps or self.size.steps, "latent")
+
+    def frames(self, prompt: str, seed: int) -> Tensor:
+        """Frames of one clip (or one picture), ``[F, H, W, 3]`` in 0..1."""
+        return self._show(self._run(prompt, seed, self.size.steps, self._decoded))
+
+    def _run(self, prompt: str, seed: int, steps: int, output_type: str) -> Any:
+        frames = {} if self.size.frames is None else {"num_frames": self.size.frames}
+        return self.pipe(
+            **self._of_prompt(prompt),
+            **self._arguments,
+            **frames,
+            height=self.size.height,
+            width=self.size.width,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),  # on the CPU: the same noise on every device
+            output_type=output_type,
+        )[0]
+
+
+class DemoSampler(Sampler):
+    """The demo Wan: prompts of a small vocabulary, and latents that are pixels."""
+
+    def __init__(self, pipe: Any, steps: int, guidance: float = 3.0) -> None:
+        self.pipe, self.size, self.guidance = pipe, Size(SIZE, SIZE, FRAMES, steps), guidance
+
+    def watch(self, prompt: str, seed: int, steps: int | None = None) -> Tensor:
+        return generate(self.pipe, [prompt], seed, steps or self.size.steps, self.guidance)
+
+    def frames(self, prompt: str, seed: int) -> Tensor:
+        return to_frames(generate(self.pipe, [prompt], seed, self.size.steps, self.guidance))[0]
+
+
+def load(
+    example: Example,
+    name: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    offload: bool = False,
+) -> Sampler:
+    """Load a pipeline, ready to run.
+
+    Args:
+        example: the family.
+        name: a name on the hub, a folder, or ``tiny:<family>``.
+        height, width, frames, steps: the class's usual ones by default.
+        device: the GPU if there is one, else the processor, by default.
+        dtype: of DTYPES; "auto" is bfloat16, and float32 on a processor, where half precision is slow.
+        offload: keep on the GPU only the component that is running (``enable_model_cpu_offload``).
+
+    Raises:
+        ValueError: when there is no such pipeline, it cannot be read, or it has other sizes; the message says why.
+    """
+    where = usable_device(device)
+    kind = as_dtype(dtype, where)
+    given = {"height": height, "width": width, "frames": frames, "steps": steps}
+    if name.startswith(TINY_PREFIX):
+        sampler = _tiny(example, name.removeprefix(TINY_PREFIX), given)
+    elif _without_text_encoder(name):
+        sampler = _demo(example, name, given, kind)
+    else:
+        sampler = _real(example, name, given, kind)
+    pipe = sampler.pipe
+    pipe.set_progress_bar_config(disable=True)
+    if not offload:
+        pipe.to(where)
+    elif where.type == "cpu":
+        raise ValueError("--offload moves components between a processor and a GPU, and there is no GPU")
+    else:
+        pipe.enable_model_cpu_offload(device=where)
+    return sampler
+
+
+def usable_device(device: str | None) -> torch.device:
+    """The device of that name, by default the GPU if there is one; a ValueError when it cannot be used."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def as_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16, and float32 on a processor."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, dtype)
+
+
+def _sized(usual: Size, given: dict[str, int | None]) -> Size:
+    """The usual size with what the user gave."""
+    if usual.frames is None and given["frames"] is not None:
+        raise ValueError("--frames is for videos, and this model makes pictures")
+    return Size(**{name: value if value is not None else getattr(usual, name) for name, value in given.items()})
+
+
+def _fixed(what: str, given: dict[str, int | None]) -> None:
+    wrong = [f"--{name}" for name in ("height", "width", "frames") if given[name] is not None]
+    if wrong:
+        raise ValueError(f"{what} has one size: leave out {', '.join(wrong)}")
+
+
+def _tiny(example: Example, family: str, given: dict[str, int | None]) -> Sampler:
+    if family not in example.tiny:
+        raise ValueError(f"tiny models of this script are {', '.join(TINY_PREFIX + n for n in example.tiny)}")
+    _fixed("a tiny model", given)
+    tiny = TINY[family]
+    size = Size(tiny.size["height"], tiny.size["width"], tiny.size.get("num_frames"), given["steps"] or 4)
+    return Sampler(tiny.make(), size, tiny.arguments, tiny.show, "latent")
+
+
+def _without_text_encoder(name: str) -> bool:
+    """Whether a folder holds a pipeline like the demo's, whose prompts are embedded by the program."""
+    try:
+        index = json.loads((Path(name) / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False  # not a folder, or a damaged one, which from_pretrained will say
+    return isinstance(index, dict) and index.get("text_encoder") == [None, None]
+
+
+def _demo(example: Example, name: str, given: dict[str, int | None], dtype: torch.dtype) -> Sampler:
+    if "WanPipeline" not in example.pipelines:
+        raise ValueError(f"the pipeline in {name!r} has no text encoder: only the demo Wan can be run without one")
+    _fixed("the demo", given)
+    try:
+        pipe = load_demo(name, "cpu", dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"cannot load the pipeline in folder {name!r}: {_short(error)}") from error
+    if pipe.transformer.config.in_channels != 12:
+        raise ValueError(f"the pipeline in {name!r} has no text encoder, and is not the demo Wan")
+    return DemoSampler(pipe, given["steps"] or 12)
+
+
+def _real(example: Example, name: str, given: dict[str, int | None], dtype: torch.dtype) -> Sampler:
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"no pipeline in folder {name!r}: it holds no model_index.json")
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
+        raise ValueError(f"no folder {name!r}, and it cannot be a name on the hub")
+    dtypes = {"default": dtype, **dict.fromkeys(example.float32, torch.float32)}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=dtypes if example.float32 else dtype)
+    # OSError: no such file, no such model, no network; the others: damaged or foreign configurations.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        if folder.is_dir():
+            raise ValueError(f"cannot load the pipeline in folder {name!r}: {_short(error)}") from error
+        raise ValueError(
+            f"cannot load {name!r} from the hub (no such model, no network, or no access: for a gated model accept its "
+            f"licence and run `hf auth login`): {_short(error)}"
+        ) from error
+    usual = example.pipelines.get(type(pipe).__name__)
+    if usual is None:
+        known = ", ".join(example.pipelines)
+        raise ValueError(f"{name!r} is a {type(pipe).__name__}; this script runs {known}")
+    return Sampler(pipe, _sized(usual, given), lambda prompt: {"prompt": prompt}, _as_frames, "np")
+
+
+def _as_frames(output: Any) -> Tensor:
+    """Arrays ``[1, F, H, W, 3]`` of videos and ``[1, H, W, 3]`` of pictures as frames."""
+    array = torch.as_tensor(output)
+    return array[0] if array.dim() == 5 else array
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
