@@ -7,7 +7,6 @@ do not fit on the GPU or cost more than they save (``pv_skip_left_out``) it is l
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..kernels import config
 from .base import Backend, Call, register
 
 PRECISIONS = ("bf16", "int8_bf16", "int8_fp8")
@@ -28,13 +28,11 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def _missing() -> str | None:
-    if not _installed():
+    if not _INSTALLED:
         return "Triton is not installed (it comes with PyTorch's CUDA builds for Linux; `pip install triton`)"
     if not torch.cuda.is_available() and not _interpreted():
         return "no CUDA GPU (TRITON_INTERPRET=1 runs the kernels on a processor, slowly)"
@@ -44,13 +42,12 @@ def _missing() -> str | None:
 def _declines(call: Call) -> str | None:
     if call.q.device.type != "cuda" and not _interpreted():
         return f"its kernels run on CUDA tensors, these are on {call.q.device}"
-    if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < _MIN_CAPABILITY:
+    if config.capability(call.q.device) < _MIN_CAPABILITY:
         return "it needs a GPU of compute capability 8.0 or higher"
     if call.precision not in PRECISIONS:
         return f"precision {call.precision!r} is not among {PRECISIONS}"
-    if call.precision == "int8_fp8" and call.q.is_cuda:
-        if torch.cuda.get_device_capability(call.q.device) < _FP8_CAPABILITY:
-            return "precision 'int8_fp8' needs a GPU of compute capability 8.9 or higher"
+    if call.precision == "int8_fp8" and config.capability(call.q.device) < _FP8_CAPABILITY:
+        return "precision 'int8_fp8' needs a GPU of compute capability 8.9 or higher"
     if call.q.dtype not in _DTYPES:
         return f"it computes in fp16, bf16 and fp32, not in {call.q.dtype}"
     if call.q.shape[-1] > _MAX_DIM:
@@ -70,7 +67,7 @@ def pv_skip_left_out(call: Call) -> str | None:
         return None
     if call.mask is None:
         return "there is no block mask"
-    from ..kernels import config, launch
+    from ..kernels import launch
 
     kind, dim = launch.kind_of(call.q, call.precision), call.q.shape[-1]
     if launch.whole_block_config(call.q, call.mask, call.precision) is None:

@@ -84,19 +84,23 @@ _GENERAL: _Table = {
 _TABLES = {9: _HOPPER}  # by major compute capability
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
+def _facts(index: int) -> tuple[int, int, int]:
+    """Compute capability of a GPU, and the bytes of shared memory that one program may use."""
+    properties = torch.cuda.get_device_properties(index)
+    memory = getattr(properties, "shared_memory_per_block_optin", _DEFAULT_SHARED_MEMORY)
+    return properties.major, properties.minor, memory
+
+
 def shared_memory_limit(device: torch.device) -> int:
     """Bytes of shared memory that one program may use on the device."""
-    if device.type != "cuda":
-        return INTERPRETER_SHARED_MEMORY
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", _DEFAULT_SHARED_MEMORY)
+    return _facts(device.index or 0)[2] if device.type == "cuda" else INTERPRETER_SHARED_MEMORY
 
 
-@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; the interpreter, which can do everything, counts as Hopper."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return _facts(device.index or 0)[:2] if device.type == "cuda" else (9, 0)
 
 
 def choose(

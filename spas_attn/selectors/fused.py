@@ -6,7 +6,6 @@ ties between probabilities. Everything else, and what exceeds the kernels' limit
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +30,7 @@ _MIN_CAPABILITY = (8, 0)  # matrix products in bf16
 _touched: dict[tuple[object, ...], Tensor] = {}  # see _touched_blocks
 
 
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def parts(selector: Selector) -> tuple[MeanSimilarity | TopK, list[Tokens]] | None:
@@ -58,7 +55,7 @@ def serves(selector: Selector, inputs: Inputs) -> bool:
     q, k = inputs.q, inputs.k
     return (
         q.is_cuda
-        and _installed()
+        and _INSTALLED
         and q.dtype in _DTYPES
         and k.dtype in _DTYPES
         and q.shape[-1] <= 256

@@ -290,7 +290,7 @@ def test_missing_and_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "CUDA" in str(backend._missing())
     assert "cpu" in str(backend._declines(Case(129, 200).call()))
-    monkeypatch.setattr(backend, "_installed", lambda: False)
+    monkeypatch.setattr(backend, "_INSTALLED", False)
     assert "not installed" in str(backend._missing())
 
 
