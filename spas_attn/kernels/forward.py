@@ -261,8 +261,8 @@ def sparse_attention_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
     stride_cb, stride_ch, stride_ib, stride_ih, stride_in, stride_valid_b, stride_valid_n,
     heads, group, q_len, k_len, window, softmax_scale,
-    D: tl.constexpr, QK_D: tl.constexpr, V_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASK_Q: tl.constexpr, MASK_K: tl.constexpr, SPARSE: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, Q_D: tl.constexpr, QK_D: tl.constexpr, V_D: tl.constexpr, DPAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_Q: tl.constexpr, MASK_K: tl.constexpr, SPARSE: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, PADDING: tl.constexpr, RAGGED: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr,
     SKIP: tl.constexpr, WITH_LSE: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
 ):
@@ -282,8 +282,7 @@ def sparse_attention_fwd_kernel(
 
     q_first = Q + b * stride_qb + h * stride_qh + far * stride_qn
     q_at = q_first + offs_m[:, None] * stride_qn + offs_d[None, :] * stride_qd
-    q_mask = inside[:, None] & (offs_d < D)[None, :]
-    q = tl.where(q_mask, tl.load(q_at, mask=q_mask, other=0), 0)
+    q = tl.load(q_at, mask=inside[:, None] & (offs_d < Q_D)[None, :], other=0)
     k_ptrs, v_ptrs = q_at, q_at  # never read where the copy engine loads the tiles
     if not TMA:
         k_ptrs = K + b * stride_kb + kh * stride_kh + offs_n[None, :] * stride_kn + offs_d[:, None] * stride_kd

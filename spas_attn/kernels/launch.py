@@ -153,6 +153,9 @@ def _launch(
     dim, group = padded_dim(d, keys is not None), heads // k.shape[1]
     if keys is not None:
         k = keys.int8
+        if d % 16:
+            # Seen with Triton 3.6 on an H200: rows that do not end at a multiple of 16 elements are quantised to zeros.
+            q = torch.nn.functional.pad(q, (0, dim - d))
         v = v.to(torch.bfloat16) if v.dtype == torch.float32 else v
     if values is not None:
         v = values[0].transpose(-1, -2)
@@ -177,8 +180,8 @@ def _launch(
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         *counts.stride()[:2], *indices.stride()[:3], *((0, 0) if valid is None else valid.stride()),
         heads, group, q_len, k_len, window or 0, scale * LOG2E,
-        D=d, QK_D=dim if keys else d, V_D=dim if values else d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=block_n,
-        MASK_Q=mask.block_q if mask else config.block_m, MASK_K=mask_k,
+        D=d, Q_D=q.shape[-1], QK_D=dim if keys else d, V_D=dim if values else d, DPAD=dim, BLOCK_M=config.block_m,
+        BLOCK_N=block_n, MASK_Q=mask.block_q if mask else config.block_m, MASK_K=mask_k,
         SPARSE=mask is not None, CAUSAL=is_causal, WINDOW=is_causal and window is not None,
         PADDING=valid is not None, RAGGED=k_len % mask_k != 0, INT8=keys is not None, FP8=values is not None,
         SKIP=pv_threshold is not None, WITH_LSE=lse is not None, TMA=tma, INTERPRET=INTERPRETED,

@@ -294,6 +294,14 @@ def test_missing_and_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in str(backend._missing())
 
 
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+@pytest.mark.parametrize("dim", [24, 40, 56, 88, 104, 120, 136])
+def test_head_dims_that_are_no_multiple_of_16(dim: int, precision: str) -> None:
+    """On an H200, Q of such head dims was once quantised to zeros."""
+    call = Case(130, 200, heads=4, k_heads=2, dim=dim, dtype=HALF).call(device=DEVICE, precision=precision)
+    assert_close(backend.run(call), call)
+
+
 LSE_CASES = [
     Case(200, 300, heads=4, k_heads=2, dtype=HALF),
     Case(200, 300, dtype=F32, is_causal=True, padding="holes"),

@@ -1,0 +1,389 @@
+"""Clips for the demo Wan: prompts, drawn frames, prompt embeddings, latents, and generation by the real WanPipeline.
+
+A clip shows one or two flat shapes that move or bounce over a textured ground in a changing light; the shape that is
+named first passes in front. Everything is drawn in batches, so that a training batch takes milliseconds on a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+DEMO = Path(__file__).resolve().parent.parent / "models_dict" / "demo_wan"
+FRAMES, SIZE = 16, 64  # frames of SIZE × SIZE pixels
+UNSHUFFLE = 2  # latent = 2 × 2 pixels as channels; with the patch (1, 2, 2) a token is 4 × 4 pixels of one frame
+CHANNELS = 3 * UNSHUFFLE**2
+MEAN, SCALE = 0.42, 0.25  # latents = (frames − MEAN) / SCALE: about as wide as the noise
+
+PALETTE = {
+    "red": (0.88, 0.15, 0.15),
+    "green": (0.15, 0.70, 0.25),
+    "blue": (0.15, 0.30, 0.90),
+    "yellow": (0.95, 0.85, 0.15),
+    "purple": (0.70, 0.20, 0.80),
+}
+COLOURS = tuple(PALETTE)
+SHAPES = ("circle", "square", "triangle")
+MOVES = ("moves left", "moves right", "moves up", "moves down", "bounces")
+NEGATIVE = ""  # the empty prompt of classifier-free guidance; training drops prompts to it
+
+# Thresholds may be tuned on the first group; comparisons use the second.
+PROMPTS = {
+    "calibration": (
+        "a red circle moves left and a blue square bounces",
+        "a yellow triangle moves up",
+        "a green square moves right and a purple circle moves down",
+        "a blue triangle bounces and a yellow circle moves left",
+    ),
+    "unseen": (
+        "a green circle bounces",
+        "a purple triangle moves right",
+        "a blue circle moves down",
+        "a red square moves left",
+        "a yellow square bounces and a red triangle moves right",
+        "a purple circle moves up and a green triangle moves left",
+        "a blue square moves right and a red square moves left",
+        "a red triangle moves down and a yellow circle bounces",
+        "a green square moves up and a blue circle moves up",
+        "a yellow circle moves right and a purple square moves down",
+    ),
+}
+
+TEXT_DIM = 64
+_PER_OBJECT = 5  # tokens: a, colour, shape, verb, direction
+TOKENS = 2 * _PER_OBJECT + 1
+_DIRECTIONS = ("left", "right", "up", "down")
+WORDS = ("", "a", "and", *COLOURS, *SHAPES, "moves", "bounces", *_DIRECTIONS)  # "" pads, as zeros
+
+
+class Thing(NamedTuple):
+    """One object of a prompt, in the prompt's words."""
+
+    colour: str
+    shape: str
+    move: str
+
+    def __str__(self) -> str:
+        return f"a {self.colour} {self.shape} {self.move}"
+
+
+def parse(prompt: str) -> list[Thing]:
+    """The one or two objects of a prompt, none for an empty one.
+
+    Raises:
+        ValueError: the prompt is not `a <colour> <shape> <move> [and a <colour> <shape> <move>]`.
+    """
+    things = []
+    for part in prompt.split(" and ") if prompt else []:
+        words = part.split(" ", 3)
+        if len(words) != 4 or words[0] != "a" or not _known(Thing(*words[1:])):
+            raise ValueError(
+                f"prompt: {part!r} of {prompt!r} is not 'a <colour> <shape> <move>' with a colour of {COLOURS}, "
+                f"a shape of {SHAPES} and a move of {MOVES}"
+            )
+        things.append(Thing(*words[1:]))
+    if len(things) > 2:
+        raise ValueError(f"prompt: at most two objects, {prompt!r} has {len(things)}")
+    if len(things) == 2 and things[0].colour == things[1].colour:
+        raise ValueError(f"prompt: two objects need two colours, {prompt!r} has one")
+    return things
+
+
+def _known(thing: Thing) -> bool:
+    return thing.colour in COLOURS and thing.shape in SHAPES and thing.move in MOVES
+
+
+def random_prompts(count: int, objects: int, seed: int) -> list[str]:
+    """`count` different prompts with one or two `objects`."""
+    things = [Thing(*words) for words in itertools.product(COLOURS, SHAPES, MOVES)]
+    pairs = [pair for pair in itertools.permutations(things, 2) if pair[0].colour != pair[1].colour]
+    every = [(thing,) for thing in things] if objects == 1 else pairs
+    return [" and ".join(map(str, some)) for some in random.Random(seed).sample(every, count)]
+
+
+def encode(prompts: Sequence[str]) -> Tensor:
+    """Prompts as indices `[n, 2, 3]` into COLOURS, SHAPES and MOVES; -1 where there is no object."""
+    found = torch.full((len(prompts), 2, 3), -1, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        for place, thing in enumerate(parse(prompt)):
+            indices = COLOURS.index(thing.colour), SHAPES.index(thing.shape), MOVES.index(thing.move)
+            found[row, place] = torch.tensor(indices)
+    return found
+
+
+def embed(things: Tensor) -> Tensor:
+    """Fixed embeddings `[n, TOKENS, TEXT_DIM]` of encoded prompts `[n, 2, 3]`, on their device.
+
+    A token is the sum of a word's vector and a vector of that word as said of the first or of the second object, all
+    of them rows of a Hadamard matrix and so orthogonal. Cross-attention has no positions of its own: without the
+    second vector "red circle, blue square" and "blue circle, red square" would be the same set.
+    """
+    verb, bounces = WORDS.index("moves"), things[..., 2] == MOVES.index("bounces")
+    words = torch.stack(
+        [
+            torch.full_like(things[..., 0], WORDS.index("a")),
+            things[..., 0] + WORDS.index(COLOURS[0]),
+            things[..., 1] + WORDS.index(SHAPES[0]),
+            torch.where(bounces, WORDS.index("bounces"), verb),
+            torch.where(bounces, 0, things[..., 2] + WORDS.index(_DIRECTIONS[0])),
+        ],
+        dim=-1,
+    )
+    there = things[..., :1] >= 0
+    words = torch.where(there, words, 0)
+    joint = torch.where(there[:, 1], WORDS.index("and"), 0)
+    ids = torch.cat([words[:, 0], joint, words[:, 1]], dim=1)
+    place = torch.tensor([1] * _PER_OBJECT + [0] + [2] * _PER_OBJECT, device=things.device)
+    rows = _hadamard(things.device)
+    vectors = (rows[ids] + rows[ids + place * (len(WORDS) - 1)]) / 2**0.5
+    return torch.where(ids[..., None] > 0, vectors, 0.0)
+
+
+def _hadamard(device: torch.device) -> Tensor:
+    index = torch.arange(TEXT_DIM, device=device)
+    common = index[:, None] & index
+    bits = torch.arange(TEXT_DIM.bit_length(), device=device)
+    ones = ((common[..., None] >> bits) & 1).sum(-1)
+    return (1 - 2 * (ones % 2)).float()
+
+
+def prompt_embeds(prompt: str) -> Tensor:
+    """The embedding `[TOKENS, TEXT_DIM]` of one prompt, float32; zeros for the empty prompt."""
+    return embed(encode([prompt]))[0]
+
+
+def draw(prompt: str, seed: int) -> Tensor:
+    """One clip of a prompt: frames `[FRAMES, SIZE, SIZE, 3]` in 0..1, the same for the same seed."""
+    return draw_batch(encode([prompt]), torch.Generator().manual_seed(seed))[0]
+
+
+def random_things(count: int, generator: torch.Generator, two: float = 0.65) -> Tensor:
+    """Encoded random prompts `[count, 2, 3]`, a share of `two` of them with two objects of different colours."""
+    device = generator.device
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator, device=device)
+
+    colour = integers(len(COLOURS), count, 1)
+    other = (colour + 1 + integers(len(COLOURS) - 1, count, 1)) % len(COLOURS)
+    things = torch.stack(
+        [torch.cat([colour, other], 1), integers(len(SHAPES), count, 2), integers(len(MOVES), count, 2)], dim=-1
+    )
+    alone = torch.rand(count, generator=generator, device=device) >= two
+    things[:, 1] = torch.where(alone[:, None], -1, things[:, 1])
+    return things
+
+
+def draw_batch(things: Tensor, generator: torch.Generator) -> Tensor:
+    """Clips `[n, FRAMES, SIZE, SIZE, 3]` in 0..1 of encoded prompts `[n, 2, 3]`, on the generator's device."""
+    device = generator.device
+    things = things.to(device)
+    centre, radius = _place(things, generator)
+    frames = (_ground(len(things), generator)[:, None] + _light(device)).clamp(0, 1)
+    palette = torch.tensor(list(PALETTE.values()), device=device)
+    at = torch.arange(SIZE, device=device) + 0.5
+    for index in (1, 0):  # the first object is drawn last: it passes in front
+        x = at - centre[:, index, :, None, None, 0]
+        y = at[:, None] - centre[:, index, :, None, None, 1]
+        cover = _cover(x, y, radius[:, index, None, None, None], things[:, index, 1, None, None, None])
+        cover = torch.where(things[:, index, 0, None, None, None] >= 0, cover, 0.0)[..., None]
+        colour = palette[things[:, index, 0].clamp_min(0)][:, None, None, None]
+        frames = frames + cover * (colour - frames)
+    return frames
+
+
+def _cover(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
+    """Share of each pixel that a shape covers, from the distance to its edge (one pixel of anti-aliasing)."""
+    circle = (x**2 + y**2).sqrt() - radius
+    square = torch.maximum(x.abs(), y.abs()) - 0.88 * radius
+    top = y + 0.93 * radius  # an upright equilateral triangle, its bounding box around the centre
+    triangle = torch.maximum(0.75**0.5 * x.abs() - 0.5 * top, y - 0.93 * radius)
+    distance = torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
+    return (0.5 - distance).clamp(0, 1)
+
+
+def _place(things: Tensor, generator: torch.Generator, tries: int = 8) -> tuple[Tensor, Tensor]:
+    """Centres `[n, 2, FRAMES, 2]` (x, y) and radii `[n, 2]` in pixels.
+
+    Of a few random placements the best is taken: one in which the two objects overlap in at most a quarter of the
+    frames, so that both can be recognised, and for half of the clips in at least an eighth, so that they do occlude.
+    """
+    count, device = len(things), generator.device
+    radius = 7.5 + 2.5 * torch.rand(count, 1, 2, generator=generator, device=device)
+    chance = torch.rand(5, count, tries, 2, generator=generator, device=device)
+    centre = _tracks(things[:, None, :, 2], radius, chance)
+    apart = (centre[:, :, 0] - centre[:, :, 1]).norm(dim=-1)
+    overlap = (apart < 0.9 * radius.sum(-1, keepdim=True)).float().mean(-1)
+    least = torch.where(torch.rand(count, 1, generator=generator, device=device) < 0.5, 0.125, 0.0)
+    wrong = (overlap - 0.25).clamp_min(0) + (least - overlap).clamp_min(0)
+    best = (wrong + 1e-3 * torch.arange(tries, device=device)).argmin(1)  # of equals, the first
+    return centre[torch.arange(count, device=device), best], radius[:, 0]
+
+
+def _tracks(move: Tensor, radius: Tensor, chance: Tensor) -> Tensor:
+    """Centres `[n, tries, 2, FRAMES, 2]` of moves `[n, 1, 2]`; `chance` `[5, n, tries, 2]` is uniform in 0..1."""
+    near, far = radius + 1, SIZE - radius - 1
+    time = torch.arange(FRAMES, device=move.device)
+    # Along a straight line, at constant speed, from one place inside the picture to another.
+    distance = 24 + 14 * chance[0]
+    start = near + (far - near - distance) * chance[1]
+    along = start[..., None] + distance[..., None] * time / (FRAMES - 1)
+    along = torch.where((move % 2 == 1)[..., None], along, SIZE - along)  # left and up run backwards
+    across = (near + (far - near) * chance[2])[..., None].expand_as(along)
+    # In parabolas on an invisible floor.
+    phase = (time / (7 + 3 * chance[3][..., None]) + chance[4][..., None]) % 1
+    height = (16 + 12 * chance[0])[..., None] * 4 * phase * (1 - phase)
+    floor = (far - 12 * chance[1])[..., None]
+    sideways = (move < 2)[..., None]
+    vertical = torch.where((move == 4)[..., None], floor - height, along)
+    return torch.stack([torch.where(sideways, along, across), torch.where(sideways, across, vertical)], dim=-1)
+
+
+def _ground(count: int, generator: torch.Generator) -> Tensor:
+    """Grey, slightly tinted grounds `[count, SIZE, SIZE, 3]` with a random, still texture of two scales."""
+    device = generator.device
+    texture = torch.zeros(count, 1, SIZE, SIZE, device=device)
+    for width, strength in ((1.5, 0.025), (4.0, 0.04)):
+        reach = int(3 * width)
+        kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=device) / width) ** 2)
+        kernel = kernel / kernel.norm()  # keeps the variance of white noise
+        noise = torch.randn(count, 1, SIZE, SIZE, generator=generator, device=device)
+        padded = functional.pad(noise, (reach,) * 4, mode="circular")
+        texture += strength * functional.conv2d(
+            functional.conv2d(padded, kernel[None, None, None]), kernel[None, None, :, None]
+        )
+    level = 0.36 + 0.08 * torch.rand(count, 1, 1, 1, generator=generator, device=device)
+    tint = 0.04 * (torch.rand(count, 3, 1, 1, generator=generator, device=device) - 0.5)
+    return (level + tint + texture).permute(0, 2, 3, 1)
+
+
+def _light(device: torch.device) -> Tensor:
+    """What the light adds to the ground `[FRAMES, SIZE, SIZE, 3]`: brighter to the right, greener below, warmer later.
+
+    It is the same in all clips, and tells place and time apart. Rotary positions are relative: over a ground that
+    looks the same everywhere and at all times the model learned that "moves left" is sideways, but not which way.
+    """
+    time, place = (torch.linspace(-1, 1, size, device=device) for size in (FRAMES, SIZE))
+    bright, green, warm = (
+        torch.tensor(colour, device=device) for colour in ((0.10, 0.10, 0.10), (-0.04, 0.08, -0.04), (0.08, 0.0, -0.08))
+    )
+    return place[:, None] * bright + place[:, None, None] * green + time[:, None, None, None] * warm
+
+
+def to_latents(frames: Tensor) -> Tensor:
+    """Frames `[n, F, H, W, 3]` in 0..1 as latents `[n, CHANNELS, F, H / 2, W / 2]`, as Wan lays them out."""
+    pixels = ((frames - MEAN) / SCALE).permute(0, 1, 4, 2, 3)
+    return functional.pixel_unshuffle(pixels, UNSHUFFLE).transpose(1, 2)
+
+
+def to_frames(latents: Tensor) -> Tensor:
+    """Latents `[n, CHANNELS, F, h, w]` as float32 frames `[n, F, 2 h, 2 w, 3]`, cut to 0..1."""
+    pixels = functional.pixel_shuffle(latents.float().transpose(1, 2), UNSHUFFLE).permute(0, 1, 3, 4, 2)
+    return (pixels * SCALE + MEAN).clamp(0, 1)
+
+
+def recognise(frames: Tensor) -> set[Thing]:
+    """What can be seen in a clip `[F, H, W, 3]`: colours by hue, shapes by how they fill their boxes, moves by tracks.
+
+    A colour counts where it covers 40 pixels in half of the frames. A shape or move that is none of the known ones
+    is the empty string, so that such a clip equals no prompt.
+    """
+    pixels = frames.movedim(-1, 0).clamp(0, 1).float().contiguous()
+    hues = torch.tensor(list(PALETTE.values()), device=pixels.device)
+    hues = functional.normalize(hues - hues.mean(-1, keepdim=True), dim=-1)
+    nearest = torch.tensordot(hues, pixels - pixels.mean(0), dims=1).argmax(0)
+    vivid = pixels.amax(0) - pixels.amin(0) > 0.3
+    labels = torch.where(vivid, nearest, -1).cpu().numpy()
+    seen = set()
+    for index, colour in enumerate(COLOURS):
+        masks = labels == index
+        areas = masks.sum((1, 2))
+        if np.median(areas) >= 40:
+            seen.add(Thing(colour, _shape_of(masks, areas), _move_of(masks, areas)))
+    return seen
+
+
+def _shape_of(masks: np.ndarray, areas: np.ndarray) -> str:
+    """By the share of its bounding box that it fills, in the frames that show most of it."""
+    fills = []
+    for mask in masks[areas >= 0.85 * areas.max()]:
+        rows, columns = (np.flatnonzero(mask.sum(axis) >= 2) for axis in (1, 0))
+        if len(rows) and len(columns):
+            fills.append(mask.sum() / np.ptp(rows[[0, -1]] + [0, 1]) / np.ptp(columns[[0, -1]] + [0, 1]))
+    fill = np.median(fills) if fills else 0.0
+    bounds = ((0.38, 0.68, "triangle"), (0.72, 0.88, "circle"), (0.90, 1.01, "square"))
+    return next((shape for low, high, shape in bounds if low <= fill <= high), "")
+
+
+def _move_of(masks: np.ndarray, areas: np.ndarray) -> str:
+    """By a straight line through its centres, in the frames in which it is not hidden."""
+    time = np.flatnonzero(areas >= 0.6 * areas.max())
+    centres = np.array([np.argwhere(masks[t]).mean(0) for t in time])  # y, x
+    line = np.polyfit(time, centres, 1)
+    misses = (centres - (line[0] * time[:, None] + line[1])).std(0)
+    (down, right) = line[0] * (FRAMES - 1)
+    if misses[0] > 2.5 and misses[1] < 2 and abs(right) < 8:
+        return "bounces"
+    if misses.max() > 2 or min(abs(down), abs(right)) > 8 or max(abs(down), abs(right)) < 16:
+        return ""
+    if abs(right) > abs(down):
+        return "moves right" if right > 0 else "moves left"
+    return "moves down" if down > 0 else "moves up"
+
+
+def make_pipeline(transformer: WanTransformer3DModel) -> WanPipeline:
+    """diffusers' own pipeline and Wan's scheduler around a transformer, without text encoder and VAE."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_pipeline(
+    path: str | Path = DEMO, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> WanPipeline:
+    """The `WanPipeline` saved at `path`; its weights are bf16 and computed in `dtype`."""
+    pipe = WanPipeline.from_pretrained(path, tokenizer=None, text_encoder=None, vae=None, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def generate(pipe: WanPipeline, prompts: Sequence[str], seed: int, steps: int = 12, guidance: float = 3.0) -> Tensor:
+    """Latents `[len(prompts), CHANNELS, FRAMES, SIZE / 2, SIZE / 2]` for prompts, each from its own noise.
+
+    Prompt i starts from the noise of seed + i, drawn on the CPU, whatever the batch and the device.
+    """
+    embeds = embed(encode(prompts).to(pipe.device))
+    side = SIZE // UNSHUFFLE * pipe.vae_scale_factor_spatial  # the pipeline divides by a VAE's factors
+    return pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=torch.zeros_like(embeds),  # of NEGATIVE
+        height=side,
+        width=side,
+        num_frames=(FRAMES - 1) * pipe.vae_scale_factor_temporal + 1,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed + index) for index in range(len(prompts))],
+        output_type="latent",
+    ).frames
+
+
+def save_gif(frames: Tensor, path: str | Path, scale: int = 3, milliseconds: int = 110) -> None:
+    """Write frames `[F, H, W, 3]` in 0..1 as an endless GIF, `scale` times larger, all in one palette."""
+    array = (frames.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    array = array.repeat(scale, axis=1).repeat(scale, axis=2)
+    pictures = [Image.fromarray(frame) for frame in array]
+    # One palette for all frames: a palette of each frame's own would make the still ground flicker.
+    palette = Image.fromarray(np.concatenate(list(array[::3]))).quantize(255)
+    first, *others = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)

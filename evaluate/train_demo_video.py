@@ -1,0 +1,344 @@
+"""Train the demo Wan: a small text-to-video transformer, on clips of moving shapes that the program draws itself.
+
+    python evaluate/train_demo_video.py --out out/demo_wan --minutes 8                         # one GPU
+    python evaluate/train_demo_video.py --out out/demo_wan2 --minutes 8 --resume out/demo_wan  # go on from its weights
+    python evaluate/train_demo_video.py --out /tmp/demo --tiny --device cpu                    # a smoke test, seconds
+
+Flow matching on freshly drawn clips, a share of them without their prompt for classifier-free guidance. `--out` gets
+the pipeline (averaged weights, bf16), pictures of generated clips, and `training.json` with the share of generated
+clips in which a simple recogniser sees what the prompt says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from _demo_clips import (
+    CHANNELS,
+    FRAMES,
+    PROMPTS,
+    SIZE,
+    TEXT_DIM,
+    draw_batch,
+    embed,
+    generate,
+    load_pipeline,
+    make_pipeline,
+    parse,
+    random_prompts,
+    random_things,
+    recognise,
+    save_gif,
+    to_frames,
+    to_latents,
+)
+from diffusers import WanPipeline, WanTransformer3DModel
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SHIFT = 3.0  # of the noise levels, as in the pipeline's scheduler
+DROPPED = 0.12  # share of the prompts that training replaces by the empty one
+AVERAGE = 0.998  # per step, of the weights that are saved
+SETTINGS = ((12, 1.0), (12, 3.0), (12, 5.0), (16, 3.0), (24, 3.0))  # steps and guidance of the evaluation
+
+
+def make_transformer(tiny: bool) -> WanTransformer3DModel:
+    """The demo's architecture: 4,096 tokens for a clip, as 16 frames of 16 × 16 tokens of 4 × 4 pixels."""
+    heads, layers = (1, 1) if tiny else (4, 6)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=64, in_channels=CHANNELS,
+        out_channels=CHANNELS, text_dim=TEXT_DIM, freq_dim=256, ffn_dim=256 * heads, num_layers=layers,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
+    )  # fmt: skip
+    nn.init.zeros_(transformer.proj_out.weight)
+    return transformer
+
+
+class Batches:
+    """Training batches, drawn on the device."""
+
+    def __init__(self, size: int, device: torch.device, seed: int) -> None:
+        self.size, self.device = size, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents `[n, C, F, h, w]`, noise like them, noise levels `[n]` in 0..1, prompts `[n, tokens, dim]`."""
+        things = random_things(self.size, self.generator)
+        latents = to_latents(draw_batch(things, self.generator)).contiguous()
+        dropped = torch.rand(self.size, generator=self.generator, device=self.device) < DROPPED
+        embeds = embed(torch.where(dropped[:, None, None], -1, things))
+        # Logit-normal levels, one from each of n equal parts of the distribution (less variance than n free draws),
+        # then shifted towards noise like the sampler's.
+        part = torch.rand(self.size, generator=self.generator, device=self.device)
+        part = (part + torch.arange(self.size, device=self.device)) / self.size
+        level = torch.sigmoid(torch.special.ndtri(part.clamp(1e-4, 1 - 1e-4)))
+        level = SHIFT * level / (1 + (SHIFT - 1) * level)
+        return latents, torch.randn(latents.shape, generator=self.generator, device=self.device), level, embeds
+
+
+class DirectionProbe:
+    """Tells whether a model in training uses the direction words, long before its clips can be recognised."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(99)
+        things = random_things(count, generator, two=0.0)
+        things[:, 0, 2] %= 4  # no bouncing
+        opposite = things.clone()
+        opposite[:, 0, 2] ^= 1
+        self.latents = to_latents(draw_batch(things, generator)).contiguous()
+        self.noise = torch.randn(self.latents.shape, generator=generator, device=device)
+        self.level = torch.full((count,), 0.9, device=device)  # where a clip's layout is decided
+        self.embeds, self.opposite = embed(things), embed(opposite)
+
+    @torch.no_grad()
+    def gap(self, compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> float:
+        """By what share the loss of the same noisy clips rises with the opposite words: 0 if they are all one to it."""
+        right, wrong = (
+            compute(self.latents, self.noise, self.level, words).item() for words in (self.embeds, self.opposite)
+        )
+        return wrong / right - 1
+
+
+def flow_loss(transformer: nn.Module) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Mean squared error of the predicted velocity, noise − clip (flow matching, arXiv 2210.02747; 2403.03206)."""
+
+    def loss(latents: Tensor, noise: Tensor, level: Tensor, embeds: Tensor) -> Tensor:
+        mixed = torch.lerp(latents, noise, level[:, None, None, None, None])
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.is_cuda):
+            guess = transformer(mixed, level * 1000, embeds, return_dict=False)[0]
+        return nn.functional.mse_loss(guess.float(), noise - latents)
+
+    return loss
+
+
+def make_optimizers(transformer: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for everything else."""
+    matrices = [
+        weight for name, weight in transformer.named_parameters() if name.startswith("blocks.") and weight.ndim == 2
+    ]
+    chosen = set(map(id, matrices))
+    others = [weight for weight in transformer.parameters() if id(weight) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=4 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+class Trainer:
+    """A model in training: its optimizers, the running average of its weights, and what was trained so far."""
+
+    def __init__(self, transformer: WanTransformer3DModel, lr: float, stages: list[dict]) -> None:
+        self.transformer, self.stages = transformer, stages
+        self.weights = list(transformer.parameters())
+        self.average = [weight.detach().clone() for weight in self.weights]
+        self.optimizers = make_optimizers(transformer, lr)
+        self.highest = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        self.steps = 0
+        loss_of = flow_loss(transformer)
+        self.compute = torch.compile(loss_of) if self.weights[0].is_cuda else loss_of
+
+    def step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], share: float) -> Tensor:
+        """One update at a `share` of the time: 2% warm-up, then constant, over the last 60% linearly to zero."""
+        factor = min(1.0, share / 0.02 + 0.01, (1 - share) / 0.6)
+        loss = self.compute(*batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for optimizer, lr in zip(self.optimizers, self.highest, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.step()
+        self.transformer.zero_grad()
+        self.steps += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.weights, 1 - min(AVERAGE, self.steps / (self.steps + 9)))
+        return loss.detach()
+
+    def save_state(self, path: Path) -> None:
+        """Everything that training needs to go on as if it had not stopped, in full precision (about 100 MB)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"weights": self.transformer.state_dict(), "average": self.average, "optimizers": optimizers}
+        torch.save(state | {"steps": self.steps, "stages": self.stages}, path)
+
+    def load_state(self, path: Path) -> None:
+        """Put back what `save_state` wrote."""
+        state = torch.load(path, map_location=self.weights[0].device, weights_only=True)
+        self.transformer.load_state_dict(state["weights"])
+        torch._foreach_copy_(self.average, state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.steps, self.stages = state["steps"], state["stages"]
+
+    @torch.no_grad()
+    def finish(self) -> WanTransformer3DModel:
+        """The model with its averaged weights; training cannot go on after it."""
+        torch._foreach_copy_(self.weights, self.average)
+        return self.transformer
+
+
+class Progress:
+    """A bar on a terminal; elsewhere (logs) a line about every 10 seconds."""
+
+    def __init__(self, limit: float) -> None:
+        layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+        self.bar = tqdm(
+            total=limit, desc="training", bar_format=layout, mininterval=5, disable=None
+        )  # off: no terminal
+        self.limit, self.began, self.next = limit, time.perf_counter(), 0.0
+
+    def show(self, done: float, loss: float, steps: int, gap: float) -> None:
+        """Report the work `done` of the limit, a mean loss and the last direction gap."""
+        seconds = time.perf_counter() - self.began
+        if not self.bar.disable:
+            self.bar.set_postfix(loss=f"{loss:.4f}", direction=f"{gap:+.1%}", steps=steps)
+            self.bar.update(done - self.bar.n)
+        elif seconds >= self.next or done >= self.limit:
+            self.next = seconds + 10
+            text = f"training {done / self.limit:4.0%}  {seconds:.0f} s  step {steps}  loss {loss:.4f}"
+            print(f"{text}  direction gap {gap:+.1%}", file=sys.stderr, flush=True)
+
+
+def train(trainer: Trainer, args: argparse.Namespace, device: torch.device) -> dict:
+    """Train to the time limit (or the number of steps); returns steps, speed and a loss curve."""
+    batches, probe = Batches(args.batch, device, args.seed), DirectionProbe(args.batch, device)
+    trainer.compute(*batches.next()).backward()  # compiles, outside the time limit
+    trainer.transformer.zero_grad()
+    gap = probe.gap(trainer.compute)  # compiles too
+    limit = float(args.steps) if args.steps else 60.0 * args.minutes
+    curve: list[dict] = []
+    losses: list[Tensor] = []
+    steps, done = 0, 0.0
+    began = time.perf_counter()
+    progress = Progress(limit)
+    while done < limit:
+        share = done / limit
+        losses.append(trainer.step(batches.next(), share))
+        steps += 1
+        done = min(limit, float(steps) if args.steps else time.perf_counter() - began)
+        if steps % (1 if args.tiny else 10) == 0:
+            mean = torch.stack(losses).mean().item()  # waits for the device: the clock is true
+            losses = []
+            if not curve or share - curve[-1]["done"] >= 0.025:
+                gap = probe.gap(trainer.compute)
+                curve.append({"done": round(share, 3), "step": steps, "loss": round(mean, 5), "gap": round(gap, 4)})
+            progress.show(done, mean, steps, gap)
+    progress.bar.close()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    return {
+        "steps": steps, "seconds": round(seconds, 1), "clips": steps * args.batch, "batch": args.batch,
+        "clips_per_second": round(steps * args.batch / seconds, 1), "learning_rate": args.lr, "seed": args.seed,
+        "loss_curve": curve,
+    }  # fmt: skip
+
+
+def save(transformer: WanTransformer3DModel, out: Path) -> None:
+    """The pipeline in bf16, with the modules that diffusers computes in float32 (norms, time embedder) in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        transformer.save_pretrained(folder)
+        halved = WanTransformer3DModel.from_pretrained(folder, dtype=torch.bfloat16)
+    make_pipeline(halved).save_pretrained(out, max_shard_size="15MB")
+
+
+@torch.inference_mode()
+def evaluate(pipe: WanPipeline, count: int, steps: int, guidance: float) -> dict:
+    """Share of generated clips in which exactly the prompt's objects, colours, shapes and moves are recognised."""
+    result: dict = {"steps": steps, "guidance": guidance}
+    for name, objects in (("one", 1), ("two", 2)):
+        prompts = random_prompts(count, objects, seed=1)
+        clips = [
+            to_frames(generate(pipe, prompts[at : at + 32], 1000 + at, steps, guidance)) for at in range(0, count, 32)
+        ]
+        pairs = [(set(parse(prompt)), recognise(clip)) for prompt, clip in zip(prompts, torch.cat(clips), strict=True)]
+        result[name] = {"all": round(sum(want == seen for want, seen in pairs) / count, 3)}
+        for place, part in enumerate(("colour", "shape", "move")):
+            right = sum(
+                {(t.colour, t[place]) for t in want} == {(t.colour, t[place]) for t in seen} for want, seen in pairs
+            )
+            result[name][part] = round(right / count, 3)
+    return result
+
+
+@torch.inference_mode()
+def show(pipe: WanPipeline, out: Path, steps: int, guidance: float) -> None:
+    """`samples.png`: a row of frames for each example prompt; `samples.gif`: the same clips, moving."""
+    prompts = [*PROMPTS["calibration"], *PROMPTS["unseen"]]
+    clips = to_frames(generate(pipe, prompts, 0, steps, guidance)).cpu()
+    rows = torch.cat([torch.cat(list(clip[::3]), dim=1) for clip in clips])
+    Image.fromarray((rows.numpy() * 255).round().astype(np.uint8)).save(out / "samples.png")
+    half = len(clips) // 2
+    save_gif(
+        torch.cat([torch.cat(list(some), dim=2) for some in (clips[:half], clips[half:])], dim=1), out / "samples.gif"
+    )
+    for prompt, clip in zip(prompts, clips, strict=True):
+        seen = recognise(clip)
+        print(f"{'right' if seen == set(parse(prompt)) else 'WRONG'}  {prompt}  |  seen: {sorted(map(str, seen))}")
+
+
+def main() -> None:
+    """Train, save, reload what was saved, evaluate it, and write `training.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline, samples and training.json")
+    limits = parser.add_mutually_exclusive_group()
+    limits.add_argument("--minutes", type=float, default=8.0, help="training time; the learning rate ends with it")
+    limits.add_argument("--steps", type=int, help="train this many steps instead")
+    parser.add_argument("--resume", type=Path, help="go on from an --out folder (weights) or a --state file (all)")
+    parser.add_argument("--state", type=Path, help="also write weights and optimizers in full precision to this file")
+    parser.add_argument("--batch", type=int, default=32, help="clips per step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW; Muon's is 4 times it")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the clips and the noise")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--tiny", action="store_true", help="smoke test: a tiny model, 3 steps of 2 clips")
+    args = parser.parse_args()
+    if args.tiny:
+        args.steps, args.batch = args.steps or 3, 2
+    device = torch.device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+
+    if args.resume is not None and args.resume.is_dir():
+        stages = json.loads((args.resume / "training.json").read_text(encoding="utf-8"))["stages"]
+        trainer = Trainer(load_pipeline(args.resume, device).transformer.train(), args.lr, stages)
+    else:
+        trainer = Trainer(make_transformer(args.tiny).to(device), args.lr, [])
+        if args.resume is not None:
+            trainer.load_state(args.resume)
+    trainer.stages.append(train(trainer, args, device))
+    if args.state is not None:
+        trainer.save_state(args.state)
+    save(trainer.finish(), args.out)
+
+    pipe = load_pipeline(args.out, device, torch.bfloat16)
+    count, settings = (2, ((2, 3.0),)) if args.tiny else (64, SETTINGS)
+    results: dict = {
+        "date": date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers")},
+        "parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters()),
+        "clip": {"frames": FRAMES, "size": SIZE},
+        "recognised": [],
+        "stages": trainer.stages,
+    }
+    for steps, guidance in settings:
+        results["recognised"].append(evaluate(pipe, count, steps, guidance))
+        print(json.dumps(results["recognised"][-1]), flush=True)
+    (args.out / "training.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    show(pipe, args.out, *settings[-1])
+    print(f"{trainer.stages[-1]['clips_per_second']} clips/s, {trainer.stages[-1]['steps']} steps")
+
+
+if __name__ == "__main__":
+    main()
