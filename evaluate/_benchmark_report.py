@@ -124,6 +124,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
             axis.set_xticks(densities)
+            low, high = axis.get_ylim()
+            axis.set_ylim(min(low, (low * high) ** 0.5 / 2.1), max(high, (low * high) ** 0.5 * 2.1))  # two powers of 2
             for ticks in (axis.xaxis, axis.yaxis):
                 ticks.set_minor_formatter(NullFormatter())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}%"))

@@ -262,9 +262,9 @@ def sparse_attention_fwd_kernel(
     stride_cb, stride_ch, stride_ib, stride_ih, stride_in, stride_valid_b, stride_valid_n,
     heads, group, q_len, k_len, window, softmax_scale,
     D: tl.constexpr, Q_D: tl.constexpr, QK_D: tl.constexpr, V_D: tl.constexpr, DPAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_Q: tl.constexpr, MASK_K: tl.constexpr, SPARSE: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, PADDING: tl.constexpr, RAGGED: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr,
-    SKIP: tl.constexpr, WITH_LSE: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_Q: tl.constexpr, MASK_K: tl.constexpr, SPARSE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr, RAGGED: tl.constexpr, INT8: tl.constexpr,
+    FP8: tl.constexpr, SKIP: tl.constexpr, WITH_LSE: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
 ):
     # fmt: on
     tiles_m, tiles_n = tl.cdiv(q_len, BLOCK_M), tl.cdiv(k_len, BLOCK_N)

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import llama_tune_example
@@ -87,11 +86,11 @@ def test_compile_compiles(tuned: Path, capsys: pytest.CaptureFixture[str], monke
 def test_interrupted(tuned: Path, tmp_path: Path, number: signal.Signals) -> None:
     path = tmp_path / "demo.pt"
     arguments = command("--tune", *SHORT, "--model_out_path", path)
-    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     partial = tmp_path / "demo.pt.partial.rank0"
-    deadline = time.monotonic() + 100
-    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    halting = [arguments[0], Path(__file__).with_name("paused.py"), *arguments[1:]]
+    process = subprocess.Popen(halting, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert any(line == b"halted\n" for line in process.stdout)
     process.send_signal(number)
     _, shown = process.communicate(timeout=100)
     assert partial.exists() and not path.exists()

@@ -180,10 +180,10 @@ def test_pv_threshold_without_a_mask_skips_nothing() -> None:
 @pytest.mark.parametrize("precision", backend.PRECISIONS)
 @pytest.mark.parametrize("padding", [None, "right"])
 def test_outlier_key_channels(padding: str | None, precision: str) -> None:
-    """Channels of K around 50: what smoothing is for. Padded keys hold garbage, which must not enter the mean."""
+    """Three channels of K around 50: what smoothing is for. Padded keys hold garbage, which must not enter the mean."""
     call = Case(200, 300, dim=128, dtype=HALF, padding=padding).call(device=DEVICE, precision=precision)
     k = call.k.clone()
-    k[..., [3, 70]] += torch.tensor([50.0, -50.0], dtype=HALF, device=DEVICE)
+    k[..., [3, 70, 101]] += torch.tensor([50.0, -50.0, 50.0], dtype=HALF, device=DEVICE)
     if call.attn_mask is not None:
         k[(~call.attn_mask)[:, None].expand(k.shape[:3])] = 6e4
     call = call.replace(k=k)
@@ -238,7 +238,14 @@ def test_kept_blocks_that_nobody_sees() -> None:
     assert_close(out, call)
 
 
-GPUS = [("RTX 4090", (8, 9), 101_376), ("A100", (8, 0), 166_912), ("H200", (9, 0), 232_448), ("B200", (10, 0), 232_448)]
+GPUS = [
+    ("A100", (8, 0), 166_912),
+    ("RTX 3090", (8, 6), 101_376),
+    ("RTX 4090", (8, 9), 101_376),
+    ("H200", (9, 0), 232_448),
+    ("B200", (10, 0), 232_448),
+    ("RTX 5090", (12, 0), 101_376),
+]
 
 
 @pytest.mark.parametrize(("architecture", "shared_memory"), [gpu[1:] for gpu in GPUS], ids=[gpu[0] for gpu in GPUS])
