@@ -29,6 +29,11 @@ def tail_bound(text: str) -> float | None:
         raise argparse.ArgumentTypeError(f"expected a number or 'none', got {text!r}") from None
 
 
+def sparse_backend(device: torch.device | str) -> str:
+    """The sparse kernels of a device, for scripts that measure quality: "auto" runs dense where that is faster."""
+    return {"cuda": "triton", "cpu": "cpu"}[torch.device(device).type]
+
+
 def run_parallel(script: str, arguments: Sequence[str]) -> int:
     """Start a script in one process per GPU (two on a processor) with torchrun and wait; returns the exit code."""
     count = torch.cuda.device_count() or min(2, os.cpu_count() or 1)

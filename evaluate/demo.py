@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from _command_line import sparse_backend
 from _llama import DEMO, load_model, negative_log_likelihood, record_density, token_windows
 from llama_tune_example import NO_FILTER, PROMPT, generate, tune
 from torch import Tensor, nn
@@ -22,8 +23,7 @@ from torch import Tensor, nn
 import autotune
 from autotune import report
 from autotune.module import sparse_modules
-from modify_model.modify_llama import set_spas_sage_attn_llama
-from modify_model.patching import verify
+from modify_model import patch, verify
 
 # The bounds of the demo: chosen from the frontier in the README for a perplexity change of at most 0.3%.
 L1, PV_L1, TAIL = 0.2, 0.24, 0.9
@@ -83,7 +83,8 @@ def main() -> None:
     print(f"1/6  tune: {args.samples} samples of {args.max_length} bytes, bounds l1={L1} pv_l1={PV_L1} tail={TAIL}")
     model, tokenizer = load_model(DEMO)
     device = next(model.parameters()).device
-    set_spas_sage_attn_llama(model, l1=L1, pv_l1=PV_L1, tail=TAIL)
+    backend = sparse_backend(device)
+    patch(model, l1=L1, pv_l1=PV_L1, tail=TAIL, backend=backend)
     samples = token_windows(tokenizer, None, args.max_length, args.samples, 0, group="calibration")
     calibration = tune(model, samples, grid=NO_FILTER)
     print(report.table(calibration.statistics))
@@ -95,7 +96,7 @@ def main() -> None:
 
     print("3/6  load into a fresh model")
     model, tokenizer = load_model(DEMO)
-    set_spas_sage_attn_llama(model)
+    patch(model, backend=backend)
     autotune.load_sparse_attention_state_dict(model, args.out_path)
 
     print("4/6  verify")

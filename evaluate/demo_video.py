@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from _command_line import sparse_backend
 from _demo_clips import DEMO, PROMPTS, parse, recognise
 from _diffusion import tune
 from _diffusion_compare import Comparison, compare, density_table, table, write
@@ -67,7 +68,7 @@ def make_file(args: argparse.Namespace, path: Path) -> None:
     began = time.perf_counter()
     sampler = load_demo(args, args.steps)
     transformer = sampler.pipe.transformer
-    patch(sampler.pipe, l1=L1, pv_l1=PV_L1, tail=TAIL, selector=SELECTOR)
+    patch(sampler.pipe, l1=L1, pv_l1=PV_L1, tail=TAIL, selector=SELECTOR, backend=sparse_backend(transformer.device))
     calibration = tune(sampler, prompts, seed=1000, every=2, grid=GRID, query_blocks=QUERY_BLOCKS)
     print(report.table(calibration.statistics))
     size = f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f} M parameters"
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     make_file(args, path)
     print("3/6  load into a fresh model")
     sampler = load_demo(args, args.steps)
-    patch(sampler.pipe)
+    patch(sampler.pipe, backend=sparse_backend(sampler.pipe.transformer.device))
     autotune.load_sparse_attention_state_dict(sampler.pipe, path)
     print("4/6  verify")
     verify(sampler.pipe)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _command_line import sparse_backend
 from _demo_text import BYTE_OFFSET, copy_tests, load_texts
 from _llama import DEMO, load_model, token_windows
 from torch import Tensor, nn
@@ -130,7 +131,8 @@ def setting(
 ) -> dict[str, Any]:
     """Calibrate with one pair of bounds and measure."""
     selector, grid, _, _ = SELECTORS[name]
-    patch(model, l1=l1, pv_l1=l1 * 1.2, tail=tail, selector=selector)
+    backend = sparse_backend(next(model.parameters()).device)
+    patch(model, l1=l1, pv_l1=l1 * 1.2, tail=tail, selector=selector, backend=backend)
     work = keep.with_suffix(".work")
     saved = keep.with_name(keep.name + ".rank0")
     if saved.exists():

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from _benchmark_report import versions
+from _command_line import sparse_backend
 from _demo_clips import DEMO, PROMPTS, generate, parse, recognise, to_frames
 from _diffusion import shares_of_steps, tune
 from _diffusion_compare import Densities
@@ -106,7 +107,8 @@ def measure(
     """Calibrate with one pair of bounds and generate."""
     setting = SETTINGS[name]
     steps = None if not setting.dense_first else shares_of_steps(sampler, "", setting.dense_first, 0)
-    patch(sampler.pipe, l1=l1, pv_l1=1.2 * l1, tail=tail, selector=setting.selector, dense_steps=steps)
+    backend = sparse_backend(sampler.pipe.transformer.device)
+    patch(sampler.pipe, l1=l1, pv_l1=1.2 * l1, tail=tail, selector=setting.selector, dense_steps=steps, backend=backend)
     began = time.perf_counter()
     calibration = calibrated(sampler, setting.grid, keep, seed)
     seconds = time.perf_counter() - began
