@@ -25,6 +25,7 @@ _STATE = (
     "_all_dense",
     "_filters",
     "_skips",
+    "_served",
     "_warned_length",
 )
 

@@ -124,6 +124,7 @@ class SparseAttention(nn.Module):
         self._all_dense = False
         self._filters = self._skips = False  # any similarity filter, any PV skip: known without asking the device
         self._warned_length = False
+        self._served: dict[torch.device, tuple[Tensor, Tensor | float, Tensor]] = {}  # see _effective
         for name in BUFFERS:
             self.register_buffer(name, None, persistent=False)
 
@@ -177,6 +178,7 @@ class SparseAttention(nn.Module):
         for name in BUFFERS:
             tensor = getattr(values, name).detach().to(device, torch.bool if name == "is_sparse" else torch.float32)
             setattr(self, name, tensor.clone())
+        self._served = {}
         sparse = values.is_sparse.bool()
         self._all_dense = not bool(sparse.any())
         self._filters = bool((values.simthreshd1[sparse] > 0).any())  # no similarity is negative
@@ -258,14 +260,26 @@ class SparseAttention(nn.Module):
 
         Heads with ``is_sparse == False`` keep everything.
         """
+        cdf, sim, pv = self._effective(device)
+        selector = replace(self.selector, cdf_threshold=cdf, sim_threshold=sim)
+        sink = self.sink_of(text)
+        return (selector if sink is None else selector | sink), pv
+
+    def _effective(self, device: torch.device) -> tuple[Tensor, Tensor | float, Tensor]:
+        """Thresholds of cdf, similarity and PV skip on ``device``, dense heads keeping everything.
+
+        Made once for each device: a call must not wait for copies, nor launch kernels for a few numbers.
+        """
+        if device in self._served and not torch.compiler.is_compiling():
+            return self._served[device]
         values = self.thresholds()
         sparse = values.is_sparse.to(device)
         cdf = torch.where(sparse, values.cdfthreshd.to(device), 1.0)
         sim = torch.where(sparse, values.simthreshd1.to(device), -1.0) if self._filters else -1.0
         pv = torch.where(sparse, values.pvthreshd.to(device), PV_OFF)
-        selector = replace(self.selector, cdf_threshold=cdf, sim_threshold=sim)
-        sink = self.sink_of(text)
-        return (selector if sink is None else selector | sink), pv
+        if not torch.compiler.is_compiling():
+            self._served[device] = cdf, sim, pv
+        return cdf, sim, pv
 
     def sink_of(self, text: Ranges) -> Tokens | None:
         """The selector that keeps the text's blocks, None without a text or with ``text_sink=False``."""
@@ -290,6 +304,7 @@ class SparseAttention(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseAttention:
         """Move with the model, but never change dtype: bfloat16 cannot hold a threshold of 0.98 to three digits."""
         saved = {name: getattr(self, name) for name in BUFFERS}
+        self._served = {}
         super()._apply(fn, recurse)
         for name, tensor in saved.items():
             if tensor is not None:
@@ -301,7 +316,7 @@ class SparseAttention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A calibration in progress belongs to this process; a copied or pickled model is not part of it.
         state = dict(self.__dict__)
-        state["observer"], state["last_density"] = None, None
+        state["observer"], state["last_density"], state["_served"] = None, None, {}
         return state
 
     def extra_repr(self) -> str:

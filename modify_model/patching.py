@@ -347,6 +347,9 @@ def _install(
         attention._spas_attn = record  # type: ignore[assignment]
         return
     inner.set_heads(family.num_heads(attention))
+    device = next((p.device for p in attention.parameters()), torch.device("cpu"))
+    if device.type != "meta":  # where weights are offloaded, thresholds follow the calls
+        inner.to(device)
     inner.train(attention.training)
     new, original = family.install(attention, inner)
     new._spas_attn = Installed(original, layer_range)  # type: ignore[assignment]

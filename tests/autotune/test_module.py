@@ -298,3 +298,47 @@ def test_paths() -> None:
     assert list(sparse_modules(tuned_model())) == ["layers.0.inner_attention", "layers.1.inner_attention"]
     with pytest.raises(ValueError, match=r"Linear has no SparseAttention layers: patch it first"):
         sparse_modules(nn.Linear(1, 1))
+
+
+@pytest.mark.gpu
+def test_a_layer_in_a_cuda_graph_on_a_stream_of_its_own() -> None:
+    layer = SparseAttention(backend="triton", precision="int8_bf16").cuda()
+    layer.set_thresholds(
+        Thresholds(
+            torch.tensor([True, False]), torch.tensor([0.6, 1.0]), torch.full((2,), -1.0), torch.full((2,), 50.0)
+        )
+    )
+    q, k, v = (torch.randn(1, 2, 1000, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+
+    def attend() -> torch.Tensor:
+        return layer(q, k, v, dense=lambda: q, is_causal=False, scale=0.125, text=((0, 70),))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = attend()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = attend()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+    assert layer.last_density is None
+
+
+def test_thresholds_on_a_device_are_made_once_and_anew_when_they_change() -> None:
+    layer = SparseAttention()
+    cpu = torch.device("cpu")
+    two = torch.tensor([True, False]), torch.tensor([0.6, 0.7]), torch.full((2,), -1.0), torch.full((2,), 50.0)
+    layer.set_thresholds(Thresholds(*two))
+    first = layer.tuned(cpu)[0]
+    assert isinstance(first, MeanSimilarity)
+    assert layer.tuned(cpu)[0].cdf_threshold is first.cdf_threshold  # type: ignore[union-attr]
+    assert torch.equal(first.cdf_threshold, torch.tensor([0.6, 1.0]))  # type: ignore[arg-type]
+    assert first.sim_threshold == -1.0  # no similarity filter: not even measured
+    assert torch.equal(copy.deepcopy(layer).tuned(cpu)[0].cdf_threshold, torch.tensor([0.6, 1.0]))  # type: ignore
+    layer.set_thresholds(Thresholds(two[0], two[1], torch.tensor([0.4, 0.4]), two[3]))
+    changed = layer.tuned(cpu)[0]
+    assert isinstance(changed, MeanSimilarity)
+    assert torch.equal(changed.sim_threshold, torch.tensor([0.4, -1.0]))  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ A test can then interrupt or kill it at a known point, however fast the machine 
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 from autotune.checkpoint import Checkpoint
@@ -18,9 +19,11 @@ save = Checkpoint.save
 def save_and_halt(self: Checkpoint, rank: int, layers: list) -> None:
     save(self, rank, layers)
     print("halted", flush=True)
-    signal.pause()
+    while True:  # signal.pause() could miss a signal that comes just before it
+        time.sleep(0.1)
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 Checkpoint.save = save_and_halt  # type: ignore[method-assign]
 sys.argv = sys.argv[1:]
 sys.path[0] = str(Path(sys.argv[0]).parent)  # where Python looks first when it runs the script itself
