@@ -270,16 +270,18 @@ class SparseAttention(nn.Module):
 
         Made once for each device: a call must not wait for copies, nor launch kernels for a few numbers.
         """
-        if device in self._served and not torch.compiler.is_compiling():
-            return self._served[device]
+        if torch.compiler.is_compiling():  # a traced graph must not depend on what is kept here
+            return self._made_for(device)
+        if device not in self._served:
+            self._served[device] = self._made_for(device)
+        return self._served[device]
+
+    def _made_for(self, device: torch.device) -> tuple[Tensor, Tensor | float, Tensor]:
         values = self.thresholds()
         sparse = values.is_sparse.to(device)
         cdf = torch.where(sparse, values.cdfthreshd.to(device), 1.0)
         sim = torch.where(sparse, values.simthreshd1.to(device), -1.0) if self._filters else -1.0
-        pv = torch.where(sparse, values.pvthreshd.to(device), PV_OFF)
-        if not torch.compiler.is_compiling():
-            self._served[device] = cdf, sim, pv
-        return cdf, sim, pv
+        return cdf, sim, torch.where(sparse, values.pvthreshd.to(device), PV_OFF)
 
     def sink_of(self, text: Ranges) -> Tokens | None:
         """The selector that keeps the text's blocks, None without a text or with ``text_sink=False``."""
