@@ -13,16 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rounding import narrow
-
-
-@triton.jit
-def _dot(a, b, acc, INTERPRET: tl.constexpr):
-    """a @ b + acc in float32; the interpreter's matrix product cannot take 16-bit operands."""
-    if INTERPRET:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+from .arithmetic import dot, narrow, nearest_int8
 
 
 @triton.jit
@@ -166,11 +157,11 @@ def _absorb(
         p = narrow(p, tl.float8e4nv, INTERPRET)
         # In this order of the keys (prepare.py stores V in it) a thread's scores are what it feeds to the next product.
         p = p.reshape(BLOCK_M, BLOCK_N // 32, 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(BLOCK_M, BLOCK_N)
-        acc = _dot(p, v, acc * decay[:, None], INTERPRET)
+        acc = dot(p, v, acc * decay[:, None], INTERPRET)
     else:
         p = _probabilities(scores, scale, anchor, SHIFT, INT8)
         total = total * decay + tl.sum(p, 1)
-        acc = _dot(narrow(p, v.dtype, INTERPRET), v, acc * decay[:, None], INTERPRET)
+        acc = dot(narrow(p, v.dtype, INTERPRET), v, acc * decay[:, None], INTERPRET)
     return acc, total, new_peak
 
 
@@ -206,7 +197,7 @@ def _walk(
             # Beyond the cap, where a step of the integers is half a power of two, the subtrahend could not be rounded.
             scale = tl.minimum(q_scale * tl.load(k_scales + start // MASK_K), 0.5)
         else:
-            scores = _dot(q, k, None, INTERPRET)
+            scores = dot(q, k, None, INTERPRET)
             scale = q_scale
         scores = _hide(
             scores, cols, limit, k_len, window, key_valid, stride_valid, tile_valid + start // BLOCK_N,
@@ -238,9 +229,7 @@ def _quantise_rows(q, softmax_scale):
     """int8 of each row and its scale, softmax factor included."""
     q = q.to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / 127.0
-    # Adding 1.5 * 2^23 leaves the nearest integer in the low bits, on every device alike.
-    integer = (q / scale[:, None] + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    return integer.to(tl.int8), scale * softmax_scale
+    return nearest_int8(q / scale[:, None]), scale * softmax_scale
 
 
 @triton.jit
@@ -332,6 +321,3 @@ def sparse_attention_fwd_kernel(
     o_first = Out + b * stride_ob + h * stride_oh + far * stride_on
     o_at = o_first + offs_m[:, None] * stride_on + offs_d[None, :] * stride_od
     tl.store(o_at, _finish(acc, total, Out.dtype.element_ty, INTERPRET), mask=inside[:, None] & (offs_d < D)[None, :])
-
-
-INTERPRETED = not isinstance(sparse_attention_fwd_kernel, triton.JITFunction)

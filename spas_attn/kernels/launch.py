@@ -12,8 +12,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..block_mask import BlockMask, cdiv
 from . import config as configs
-from .forward import INTERPRETED, sparse_attention_fwd_kernel
+from .arithmetic import INTERPRETED
+from .forward import sparse_attention_fwd_kernel
 from .prepare import LOG2E, as_bytes, key_sums, prepare, prepare_v
+from .prepare import padded_dim as padded_dim_8_bits
 
 KINDS = {"int8_fp8": "fp8", "int8_bf16": "int8"}  # other precisions compute in the inputs' own type
 
@@ -53,7 +55,7 @@ def kind_of(q: Tensor, precision: str) -> str:
 
 def padded_dim(dim: int, int8: bool) -> int:
     """Head dim as the kernels hold it: a power of two, at least what the matrix units take."""
-    return max(32 if int8 else 16, triton.next_power_of_2(dim))
+    return padded_dim_8_bits(dim) if int8 else max(16, triton.next_power_of_2(dim))
 
 
 def whole_block_config(q: Tensor, mask: BlockMask, precision: str) -> configs.Config | None:

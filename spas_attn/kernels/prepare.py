@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_mask import BlockMask, cdiv
+from .arithmetic import INTERPRETED, narrow, nearest_int8
 from .columns import partial_columns
-from .rounding import narrow
 
 LOG2E = 1.4426950408889634
 SAMPLES = 256  # keys, at most, whose mean smooths K where nothing needs the exact mean: one program's work
@@ -139,9 +139,7 @@ def _store_int8(
         if SMOOTH:
             x = tl.where(take, x - centre[None, :], 0.0)
         step = tl.sum(tl.where(tl.arange(0, ROWS // TILE) == start // TILE, steps, 0.0), 0)
-        # Adding 1.5 * 2^23 leaves the nearest integer in the low bits, on every device alike.
-        integer = (x * step + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-        tl.store(to + rows[:, None] * DPAD + offs_d[None, :], integer.to(tl.int8), mask=inside[:, None])
+        tl.store(to + rows[:, None] * DPAD + offs_d[None, :], nearest_int8(x * step), mask=inside[:, None])
 
 
 # fmt: off
@@ -181,9 +179,6 @@ def _prepare_v_kernel(
     tl.store(to, tl.trans(eighth))
     if tile == 0:
         tl.store(Scale + head * DPAD + offs_d, amax / 448.0)
-
-
-INTERPRETED = not isinstance(_prepare_kernel, triton.JITFunction)
 
 
 @dataclass(frozen=True)

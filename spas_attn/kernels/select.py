@@ -18,16 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_mask import BlockMask, cdiv
+from .arithmetic import INTERPRETED, dot
 from .config import capability, shared_memory_limit
-from .prepare import INTERPRETED, LOG2E, Side
-
-
-@triton.jit
-def _dot(a, b, acc, INTERPRET: tl.constexpr):
-    if INTERPRET:  # whose matrix product cannot take bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+from .prepare import LOG2E, Side
 
 
 # fmt: off
@@ -47,9 +40,9 @@ def _scores(
     inside = (cols < fine_k)[None, :]
     k_high = tl.load(at, mask=inside, other=0.0)
     k_low = tl.load(at + DPAD, mask=inside, other=0.0)
-    scores = _dot(q_high, k_high, None, INTERPRET)
-    scores = _dot(q_high, k_low, scores, INTERPRET)
-    scores = _dot(q_low, k_high, scores, INTERPRET)
+    scores = dot(q_high, k_high, None, INTERPRET)
+    scores = dot(q_high, k_low, scores, INTERPRET)
+    scores = dot(q_low, k_high, scores, INTERPRET)
     seen = cols[None, :] <= high[:, None]
     if WINDOW:
         seen &= cols[None, :] >= low[:, None]
