@@ -50,7 +50,7 @@ setup(
         "matplotlib>=3.7",
     ],
     extras_require={
-        "diffusers": ["diffusers>=0.33", "accelerate>=1.0", "scikit-image>=0.22"],
+        "diffusers": ["diffusers>=0.37", "accelerate>=1.0", "scikit-image>=0.22"],
         "sage": ["sageattention>=1.0.6"],
         "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],  # pre-releases only: pip install --pre
         "test": TEST,
