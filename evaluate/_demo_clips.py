@@ -24,6 +24,7 @@ FRAMES, SIZE = 16, 64  # frames of SIZE × SIZE pixels
 UNSHUFFLE = 2  # latent = 2 × 2 pixels as channels; with the patch (1, 2, 2) a token is 4 × 4 pixels of one frame
 CHANNELS = 3 * UNSHUFFLE**2
 MEAN, SCALE = 0.42, 0.25  # latents = (frames − MEAN) / SCALE: about as wide as the noise
+SHIFT = 8.0  # of the noise levels: a large flat shape shows through noise in which a detail would be lost
 
 PALETTE = {
     "red": (0.88, 0.15, 0.15),
@@ -35,6 +36,7 @@ PALETTE = {
 COLOURS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle")
 MOVES = ("moves left", "moves right", "moves up", "moves down", "bounces")
+GUIDANCE = 1.0  # of generation: none. More is no better here (training.json), and twice the work
 NEGATIVE = ""  # the empty prompt of classifier-free guidance; training drops prompts to it
 
 # Thresholds may be tuned on the first group; comparisons use the second.
@@ -234,9 +236,9 @@ def _tracks(move: Tensor, radius: Tensor, chance: Tensor) -> Tensor:
     """Centres `[n, tries, 2, FRAMES, 2]` of moves `[n, 1, 2]`; `chance` `[5, n, tries, 2]` is uniform in 0..1."""
     near, far = radius + 1, SIZE - radius - 1
     time = torch.arange(FRAMES, device=move.device)
-    # Along a straight line, at constant speed, from one place inside the picture to another.
-    distance = 24 + 14 * chance[0]
-    start = near + (far - near - distance) * chance[1]
+    # Along a straight line, at constant speed, from about the middle towards the edge.
+    distance = 20 + 12 * chance[0]
+    start = near + (far - near - distance) * (0.7 + 0.3 * chance[1])
     along = start[..., None] + distance[..., None] * time / (FRAMES - 1)
     along = torch.where((move % 2 == 1)[..., None], along, SIZE - along)  # left and up run backwards
     across = (near + (far - near) * chance[2])[..., None].expand_as(along)
@@ -270,8 +272,7 @@ def _ground(count: int, generator: torch.Generator) -> Tensor:
 def _light(device: torch.device) -> Tensor:
     """What the light adds to the ground `[FRAMES, SIZE, SIZE, 3]`: brighter to the right, greener below, warmer later.
 
-    It is the same in all clips, and tells place and time apart. Rotary positions are relative: over a ground that
-    looks the same everywhere and at all times the model learned that "moves left" is sideways, but not which way.
+    It is the same in all clips. It makes the ground less plain, and places a little easier to tell apart.
     """
     time, place = (torch.linspace(-1, 1, size, device=device) for size in (FRAMES, SIZE))
     bright, green, warm = (
@@ -341,9 +342,32 @@ def _move_of(masks: np.ndarray, areas: np.ndarray) -> str:
     return "moves down" if down > 0 else "moves up"
 
 
+def marks(device: torch.device) -> Tensor:
+    """The mean of the noise `[CHANNELS, FRAMES, SIZE / 2, SIZE / 2]`: cosines over time, rows and columns.
+
+    It tells the model where a token stands. Wan's rotary positions are relative, so that in pure noise all places are
+    alike to it, while a prompt speaks of places: what moves left is late on the left.
+    """
+    shape = (FRAMES, SIZE // UNSHUFFLE, SIZE // UNSHUFFLE)
+    orders = torch.arange(1, CHANNELS // 3 + 1, device=device)
+    waves = []
+    for axis, size in enumerate(shape):
+        place = (torch.arange(size, device=device) + 0.5) / size
+        view = [-1 if other == axis else 1 for other in range(3)]
+        waves += [torch.cos(torch.pi * order * place).view(view).expand(shape) for order in orders]
+    return torch.stack(waves)
+
+
+def make_noise(seeds: Sequence[int], device: str | torch.device = "cpu") -> Tensor:
+    """Where generation starts, `[n, *marks]`: normal noise around the marks, drawn on the CPU for each of n seeds."""
+    mean = marks(torch.device("cpu"))
+    drawn = [torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return (torch.stack(drawn) + mean).to(device)
+
+
 def make_pipeline(transformer: WanTransformer3DModel) -> WanPipeline:
     """diffusers' own pipeline and Wan's scheduler around a transformer, without text encoder and VAE."""
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -358,7 +382,9 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def generate(pipe: WanPipeline, prompts: Sequence[str], seed: int, steps: int = 12, guidance: float = 3.0) -> Tensor:
+def generate(
+    pipe: WanPipeline, prompts: Sequence[str], seed: int, steps: int = 12, guidance: float = GUIDANCE
+) -> Tensor:
     """Latents `[len(prompts), CHANNELS, FRAMES, SIZE / 2, SIZE / 2]` for prompts, each from its own noise.
 
     Prompt i starts from the noise of seed + i, drawn on the CPU, whatever the batch and the device.
@@ -373,7 +399,7 @@ def generate(pipe: WanPipeline, prompts: Sequence[str], seed: int, steps: int = 
         num_frames=(FRAMES - 1) * pipe.vae_scale_factor_temporal + 1,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed + index) for index in range(len(prompts))],
+        latents=make_noise([seed + index for index in range(len(prompts))], pipe.device),
         output_type="latent",
     ).frames
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _demo_clips import FRAMES, SIZE, generate, to_frames
+from _demo_clips import FRAMES, GUIDANCE, SIZE, generate, to_frames
 from _demo_clips import load_pipeline as load_demo
 from _diffusion_tiny import TINY
 from diffusers import DiffusionPipeline
@@ -99,7 +99,7 @@ class Sampler:
 class DemoSampler(Sampler):
     """The demo Wan: prompts of a small vocabulary, and latents that are pixels."""
 
-    def __init__(self, pipe: Any, steps: int, guidance: float = 3.0) -> None:
+    def __init__(self, pipe: Any, steps: int, guidance: float = GUIDANCE) -> None:
         self.pipe, self.size, self.guidance = pipe, Size(SIZE, SIZE, FRAMES, steps), guidance
 
     def watch(self, prompt: str, seed: int, steps: int | None = None) -> Tensor:

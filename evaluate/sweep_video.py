@@ -6,9 +6,10 @@
     python evaluate/sweep_video.py --selectors "64x64, pool 8" --clips 4 --steps 8
 
 For every selector two sweeps: the mean bound alone (tail off, the way of the original SpargeAttn), and the tail bound
-with an l1 that does not bind. Every setting is a real calibration on the calibration prompts; clips of other prompts
-are then generated dense and sparse from the same noise. Curves are computed once per selector and taken up again from
-its checkpoint. Writes the JSON after every setting. Made for a GPU; a processor takes minutes for each setting.
+with an l1 that does not bind, or with the `--l1_beside_tail` given. `--guidance 1 3` does all of it twice. Every
+setting is a real calibration on the calibration prompts; clips of other prompts are then generated dense and sparse
+from the same noise. Curves are computed once per selector and taken up again from its checkpoint. Writes the JSON after
+every setting. Made for a GPU; a processor takes minutes for each setting.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from _benchmark_report import versions
 from _command_line import sparse_backend
-from _demo_clips import DEMO, PROMPTS, generate, parse, recognise, to_frames
+from _demo_clips import DEMO, GUIDANCE, PROMPTS, generate, parse, recognise, to_frames
 from _diffusion import shares_of_steps, tune
 from _diffusion_compare import Densities
 from _diffusion_models import DTYPES, DemoSampler, load, usable_device
@@ -38,7 +39,7 @@ from wan_example import EXAMPLE
 
 from autotune.calibration import Calibration
 from autotune.observe import Grid
-from modify_model import patch
+from modify_model import patch, restore
 from spas_attn import fallback_counts
 from spas_attn.metrics import psnr
 from spas_attn.selectors import MeanSimilarity, PeakMass
@@ -49,6 +50,7 @@ TAIL_BOUNDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FREE_L1 = 0.3  # beside a tail bound; not binding
 AIM = 30.0  # dB
 TO_BEAT, GOAL = 0.34, 0.42  # sparsity at AIM
+WORST_GOAL = 22.0  # dB
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ SETTINGS = {
     "64x64, pool 8, no sink": Setting(_mean(8, 64, sink=False)),
     "64x64, pool 8, similarity filter": Setting(_mean(8, 64), Grid()),
     "64x64, pool 8, 2 steps dense": Setting(_mean(8, 64), dense_first=2),
+    "64x64, peak mass, 2 steps dense": Setting(PeakMass(), dense_first=2),
 }
 
 
@@ -123,6 +126,7 @@ def measure(
     _, density = densities.result()
     return {
         "setting": name,
+        "guidance": sampler.guidance,
         "l1": l1,
         "tail": tail,
         "sparsity": 1 - float(density.nanmean()),
@@ -163,35 +167,43 @@ def sweep(args: argparse.Namespace, path: Path) -> None:
     sampler = load(EXAMPLE, args.model_name, device=args.device, dtype=args.dtype, steps=args.steps)
     if not isinstance(sampler, DemoSampler):
         raise ValueError(f"--model_name must be the demo model, got {args.model_name!r}")
-    prompts = list(PROMPTS["unseen"][-args.clips :])
-    unseen = [Unseen.of(sampler, prompts, seed * 100) for seed in range(args.seeds)]
-    right = sum(recognised(group.prompts, group.dense) for group in unseen) / len(unseen)
-    patch(sampler.pipe)
-    facts = {
+    facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "processor",
         "versions": versions(),
-        "dtype": str(next(sampler.pipe.transformer.parameters()).dtype),
+        "dtype": str(sampler.pipe.transformer.blocks[0].ffn.net[0].proj.weight.dtype),  # norms are always float32
         "steps": args.steps,
-        "clips": len(prompts) * args.seeds,
-        "recognised_dense": right,
+        "clips": args.clips * args.seeds,
+        "recognised_dense": {},
     }
-    print(f"{len(prompts) * args.seeds} clips, {right:.0%} recognised dense\n{HEADER}", flush=True)
     results: list[dict[str, Any]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(args.selectors or SETTINGS):
-            bounds = [*((l1, None) for l1 in args.mean_bounds), *((FREE_L1, tail) for tail in args.tail_bounds)]
-            for l1, tail in bounds:
-                results.append(measure(sampler, name, l1, tail, unseen, Path(folder) / f"curves{number}", args.seed))
-                path.write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n", "utf-8")
-                print(row(results[-1]), flush=True)
+    print(HEADER, flush=True)
+    for guidance in args.guidance:
+        sampler.guidance = guidance
+        restore(sampler.pipe)
+        prompts = list(PROMPTS["unseen"][-args.clips :])
+        unseen = [Unseen.of(sampler, prompts, seed * 100) for seed in range(args.seeds)]
+        right = sum(recognised(group.prompts, group.dense) for group in unseen) / len(unseen)
+        facts["recognised_dense"][f"{guidance:g}"] = right
+        with tempfile.TemporaryDirectory() as folder:
+            for number, name in enumerate(args.selectors or SETTINGS):
+                for l1, tail in bounds_of(args):
+                    keep = Path(folder) / f"curves{number}"
+                    results.append(measure(sampler, name, l1, tail, unseen, keep, args.seed))
+                    path.write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n", "utf-8")
+                    print(row(results[-1]), flush=True)
     for reason, calls in fallback_counts().items():
         print(f"{calls} calls ran dense: {reason}")
 
 
+def bounds_of(args: argparse.Namespace) -> list[tuple[float, float | None]]:
+    """The pairs of l1 and tail bound to measure."""
+    return [*((l1, None) for l1 in args.mean_bounds), *((args.l1_beside_tail, tail) for tail in args.tail_bounds)]
+
+
 HEADER = (
-    "| selector | l1 | tail | sparsity | sparse heads | PSNR, mean | worst clip | recognised | seconds |\n"
-    + "|---" * 9
+    "| selector | guidance | l1 | tail | sparsity | sparse heads | PSNR, mean | worst clip | recognised | seconds |\n"
+    + "|---" * 10
     + "|"
 )
 
@@ -199,8 +211,8 @@ HEADER = (
 def row(r: dict[str, Any]) -> str:
     """One line of the table."""
     cells = (
-        r["setting"], f"{r['l1']:g}", "–" if r["tail"] is None else f"{r['tail']:g}", f"{r['sparsity']:.1%}",
-        f"{r['sparse_heads']:.0%}", f"{_mean_of(r):.2f}", f"{min(r['psnr']):.2f}", f"{r['recognised']:.0%}",
+        r["setting"], f"{r['guidance']:g}", f"{r['l1']:g}", "–" if r["tail"] is None else f"{r['tail']:g}",
+        f"{r['sparsity']:.1%}", f"{r['sparse_heads']:.0%}", f"{_mean_of(r):.2f}", f"{min(r['psnr']):.2f}", f"{r['recognised']:.0%}",
         f"{r['seconds']:.0f}",
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
@@ -210,12 +222,19 @@ def _mean_of(r: dict[str, Any]) -> float:
     return sum(r["psnr"]) / len(r["psnr"])
 
 
-def lines(results: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The results by setting and kind of bound ("mean" or "tail"), by rising sparsity."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def kind_of(r: dict[str, Any]) -> str:
+    """Which bound binds: "mean", "tail", or "both"."""
+    if r["tail"] is None:
+        return "mean"
+    return "tail" if r["l1"] >= FREE_L1 else f"l1 {r['l1']:g} and tail"
+
+
+def lines(results: list[dict[str, Any]]) -> dict[tuple[float, str, str], list[dict[str, Any]]]:
+    """The results by guidance, setting and kind of bound, by rising sparsity."""
+    found: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
     for r in sorted(results, key=lambda r: r["sparsity"]):
-        found.setdefault((r["setting"], "mean" if r["tail"] is None else "tail"), []).append(r)
-    return found
+        found.setdefault((r["guidance"], r["setting"], kind_of(r)), []).append(r)
+    return dict(sorted(found.items(), key=lambda item: item[0][0]))
 
 
 def at_aim(some: list[dict[str, Any]], aim: float = AIM) -> tuple[float, float]:
@@ -230,39 +249,48 @@ def at_aim(some: list[dict[str, Any]], aim: float = AIM) -> tuple[float, float]:
 
 def summary(results: list[dict[str, Any]]) -> str:
     """What every setting gives at the aim, as a table."""
-    text = [f"| at {AIM:g} dB mean | bound | sparsity | worst clip |", "|---|---|---|---|"]
-    for (name, kind), some in lines(results).items():
+    text = [f"| at {AIM:g} dB mean | guidance | bound | sparsity | worst clip |", "|---" * 5 + "|"]
+    for (guidance, name, kind), some in lines(results).items():
         sparsity, worst = at_aim(some)
         figures = "not reached | –" if math.isnan(sparsity) else f"{sparsity:.1%} | {worst:.1f} dB"
-        text.append(f"| {name} | {kind} | {figures} |")
+        text.append(f"| {name} | {guidance:g} | {kind} | {figures} |")
     return "\n".join(text)
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    """PSNR against sparsity, of the mean and of the worst clip; a line per setting and kind of bound."""
+    """PSNR against sparsity, of the mean and of the worst clip; a row per guidance, a line per setting and bound."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharex=True)
+    guidances = sorted({r["guidance"] for r in data["results"]})
     names = list(dict.fromkeys(r["setting"] for r in data["results"]))
-    for axis, title in zip(axes, ("mean over the clips", "worst clip"), strict=True):
-        for (name, kind), some in lines(data["results"]).items():
-            values = [_mean_of(r) if axis is axes[0] else min(r["psnr"]) for r in some]
+    size = (12, 0.6 + 4.2 * len(guidances))
+    figure, axes = plt.subplots(len(guidances), 2, figsize=size, sharex=True, sharey="col", squeeze=False)
+    for (guidance, name, kind), some in lines(data["results"]).items():
+        pair = axes[guidances.index(guidance)]
+        for axis, value in zip(pair, (_mean_of, lambda r: min(r["psnr"])), strict=True):
             axis.plot(
-                [100 * r["sparsity"] for r in some], values, marker="os^vDP*Xh"[names.index(name) % 9], markersize=4,
-                color=plt.get_cmap("tab10")(names.index(name) % 10), linestyle="--" if kind == "mean" else "-",
-                label=f"{name}, {kind} bound",
+                [100 * r["sparsity"] for r in some], [value(r) for r in some], marker="os^vDP*Xhd"[names.index(name)],
+                markersize=4, color=plt.get_cmap("tab10")(names.index(name)),
+                linestyle={"mean": "--", "tail": "-"}.get(kind, ":"), label=f"{name}, {kind} bound",
             )  # fmt: skip
-        axis.set_title(f"PSNR, {title}")
+    for pair, guidance in zip(axes, guidances, strict=True):
+        pair[0].axhline(AIM, color="grey", linewidth=0.8)
+        pair[0].plot([100 * TO_BEAT], [AIM], "kx", markersize=8, label="to beat")
+        pair[0].plot([100 * GOAL], [AIM], "k+", markersize=10, label="goal")
+        pair[1].axhline(WORST_GOAL, color="grey", linewidth=0.8)
+        pair[0].set_ylabel("dB")
+        handles = sorted(zip(*pair[0].get_legend_handles_labels(), strict=True), key=lambda pair: pair[1])
+        pair[0].legend(*zip(*handles, strict=True), fontsize=6.5, handlelength=4)
+        text = "no guidance" if guidance <= 1 else f"guidance {guidance:g}"
+        pair[0].set_title(f"PSNR, mean over the clips ({text})")
+        pair[1].set_title(f"PSNR, worst clip ({text})")
+        for axis in pair:
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
         axis.set_xlabel("blocks left out, %")
-        axis.grid(alpha=0.3)
-    axes[0].axhline(AIM, color="grey", linewidth=0.8)
-    axes[0].plot([100 * TO_BEAT], [AIM], "kx", label="to beat")
-    axes[0].plot([100 * GOAL], [AIM], "k+", label="goal")
-    axes[0].set_ylabel("dB")
-    axes[0].legend(fontsize=7)
     facts = data["facts"]
     figure.suptitle(f"Demo Wan, {facts['steps']} steps, {facts['clips']} clips, {facts['device']}", fontsize=10)
     figure.tight_layout()
@@ -281,9 +309,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--selectors", nargs="+", choices=list(SETTINGS), metavar="NAME", help="default: all")
     add("--mean_bounds", nargs="*", type=float, default=MEAN_BOUNDS, metavar="L1", help="bounds of the mean error")
     add("--tail_bounds", nargs="*", type=float, default=TAIL_BOUNDS, metavar="TAIL", help="bounds of the tail")
+    add("--l1_beside_tail", type=float, default=FREE_L1, metavar="L1", help="default: not binding")
     add("--clips", type=int, default=10, help="unseen prompts to generate, of 10 (default: 10)")
     add("--seeds", type=int, default=2, help="how often, from other noise (default: 2)")
     add("--steps", type=int, default=12, help="denoising steps (default: 12)")
+    add("--guidance", nargs="+", type=float, default=[GUIDANCE], help="classifier-free guidance (default: 1, none)")
     add("--seed", type=int, default=0, help="of the calibration (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16, and float32 on a processor")

@@ -28,6 +28,7 @@ from _demo_clips import (
     CHANNELS,
     FRAMES,
     PROMPTS,
+    SHIFT,
     SIZE,
     TEXT_DIM,
     draw_batch,
@@ -35,6 +36,7 @@ from _demo_clips import (
     generate,
     load_pipeline,
     make_pipeline,
+    marks,
     parse,
     random_prompts,
     random_things,
@@ -48,10 +50,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-SHIFT = 3.0  # of the noise levels, as in the pipeline's scheduler
 DROPPED = 0.12  # share of the prompts that training replaces by the empty one
 AVERAGE = 0.998  # per step, of the weights that are saved
-SETTINGS = ((12, 1.0), (12, 3.0), (12, 5.0), (16, 3.0), (24, 3.0))  # steps and guidance of the evaluation
+SETTINGS = ((12, 1.0), (12, 1.5), (12, 2.0), (12, 3.0), (12, 5.0), (24, 1.0))  # steps and guidance of the evaluation
 
 
 def make_transformer(tiny: bool) -> WanTransformer3DModel:
@@ -64,6 +65,11 @@ def make_transformer(tiny: bool) -> WanTransformer3DModel:
     )  # fmt: skip
     nn.init.zeros_(transformer.proj_out.weight)
     return transformer
+
+
+def noise_like(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """What generation starts from, for every clip: normal noise around the marks."""
+    return torch.randn(latents.shape, generator=generator, device=latents.device) + marks(latents.device)
 
 
 class Batches:
@@ -79,13 +85,12 @@ class Batches:
         latents = to_latents(draw_batch(things, self.generator)).contiguous()
         dropped = torch.rand(self.size, generator=self.generator, device=self.device) < DROPPED
         embeds = embed(torch.where(dropped[:, None, None], -1, things))
-        # Logit-normal levels, one from each of n equal parts of the distribution (less variance than n free draws),
-        # then shifted towards noise like the sampler's.
+        # As the sampler's steps lie: evenly, then shifted towards noise. One level from each of n equal parts (less
+        # variance than n free draws).
         part = torch.rand(self.size, generator=self.generator, device=self.device)
         part = (part + torch.arange(self.size, device=self.device)) / self.size
-        level = torch.sigmoid(torch.special.ndtri(part.clamp(1e-4, 1 - 1e-4)))
-        level = SHIFT * level / (1 + (SHIFT - 1) * level)
-        return latents, torch.randn(latents.shape, generator=self.generator, device=self.device), level, embeds
+        level = SHIFT * part / (1 + (SHIFT - 1) * part)
+        return latents, noise_like(latents, self.generator), level, embeds
 
 
 class DirectionProbe:
@@ -98,8 +103,8 @@ class DirectionProbe:
         opposite = things.clone()
         opposite[:, 0, 2] ^= 1
         self.latents = to_latents(draw_batch(things, generator)).contiguous()
-        self.noise = torch.randn(self.latents.shape, generator=generator, device=device)
-        self.level = torch.full((count,), 0.9, device=device)  # where a clip's layout is decided
+        self.noise = noise_like(self.latents, generator)
+        self.level = torch.linspace(0.95, 1.0, count, device=device)  # where a clip's layout is decided
         self.embeds, self.opposite = embed(things), embed(opposite)
 
     @torch.no_grad()
@@ -336,7 +341,7 @@ def main() -> None:
         results["recognised"].append(evaluate(pipe, count, steps, guidance))
         print(json.dumps(results["recognised"][-1]), flush=True)
     (args.out / "training.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    show(pipe, args.out, *settings[-1])
+    show(pipe, args.out, *settings[0])
     print(f"{trainer.stages[-1]['clips_per_second']} clips/s, {trainer.stages[-1]['steps']} steps")
 
 

@@ -31,6 +31,7 @@ from _demo_clips import (
     generate,
     load_pipeline,
     make_pipeline,
+    marks,
     parse,
     prompt_embeds,
     random_prompts,
@@ -132,7 +133,7 @@ def test_light_tells_place_and_time_apart() -> None:
 
 def test_first_object_passes_in_front() -> None:
     """The first square is never hidden, the second one sometimes."""
-    prompt = encode(["a red square moves left and a blue square moves right"]).expand(60, -1, -1)
+    prompt = encode(["a red square moves left and a blue square bounces"]).expand(60, -1, -1)
     clips = draw_batch(prompt, torch.Generator().manual_seed(0))
     least = []
     for colour in ("red", "blue"):
@@ -201,6 +202,7 @@ def test_pipeline_equals_an_euler_loop() -> None:
     found = generate(pipe, [TWO, EVERY_PROMPT[1]], seed=5, steps=3, guidance=2.5)
     shape = (1, CHANNELS, FRAMES, SIZE // 2, SIZE // 2)
     latents = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)])
+    latents = latents + marks(latents.device)
     pipe.scheduler.set_timesteps(3)
     for level, following in zip(pipe.scheduler.sigmas[:-1], pipe.scheduler.sigmas[1:], strict=True):
         timestep = (level * 1000).expand(2)
@@ -208,6 +210,15 @@ def test_pipeline_equals_an_euler_loop() -> None:
         empty = pipe.transformer(latents, timestep, torch.zeros(2, TOKENS, TEXT_DIM), return_dict=False)[0]
         latents = latents + (following - level) * (empty + 2.5 * (given - empty))
     torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_marks_tell_every_place_apart() -> None:
+    mean = marks(torch.device("cpu"))
+    assert mean.shape == (CHANNELS, FRAMES, SIZE // 2, SIZE // 2)
+    torch.testing.assert_close(mean.mean((1, 2, 3)), torch.zeros(CHANNELS), rtol=0, atol=1e-6)
+    places = mean.flatten(1).T
+    nearest = torch.cdist(places[::37], places).topk(2, largest=False).values[:, 1]
+    assert nearest.min() > 0.1
 
 
 def test_gif_has_every_frame(tmp_path: Path) -> None:
