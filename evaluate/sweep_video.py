@@ -212,8 +212,8 @@ def row(r: dict[str, Any]) -> str:
     """One line of the table."""
     cells = (
         r["setting"], f"{r['guidance']:g}", f"{r['l1']:g}", "–" if r["tail"] is None else f"{r['tail']:g}",
-        f"{r['sparsity']:.1%}", f"{r['sparse_heads']:.0%}", f"{_mean_of(r):.2f}", f"{min(r['psnr']):.2f}", f"{r['recognised']:.0%}",
-        f"{r['seconds']:.0f}",
+        f"{r['sparsity']:.1%}", f"{r['sparse_heads']:.0%}", f"{_mean_of(r):.2f}",
+        f"{min(r['psnr']):.2f}", f"{r['recognised']:.0%}", f"{r['seconds']:.0f}",
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

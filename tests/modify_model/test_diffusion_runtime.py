@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from diffusion_models import CASES
@@ -271,8 +272,11 @@ def test_an_exception_leaves_no_layer_behind(set_sparse):
 # -- attention backends and parallelism of diffusers ------------------------------------------------------------------
 
 
-def test_attention_backends_of_diffusers(set_sparse):
+def test_attention_backends_of_diffusers(set_sparse, monkeypatch):
     """What is chosen on a patched model reaches the original processors, and dense calls run on it."""
+    # Choosing a backend on one model chooses it for the whole process, and reset_attention_backend leaves that so.
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
     case = CASES["Flux"]
     model, inputs = patch(case.model()), case.inputs(1)
     model.set_attention_backend("_native_math")
