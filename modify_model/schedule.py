@@ -101,7 +101,9 @@ def dense_steps_of(scheduler: Any, first: int = 0, last: int = 0) -> tuple[float
         first, last: numbers of steps.
 
     Returns:
-        Shares of the noise range; borders lie halfway between two steps.
+        Shares of the noise range; borders lie halfway between two steps. A pipeline that hands its timesteps over in
+        half precision (HunyuanVideo) makes neighbours equal where they are closer than 4 of 1000: bfloat16 turns the
+        second and third of 50 steps into 996 both, and such steps run dense, or sparse, together.
     """
     levels = thousandths(torch.as_tensor(scheduler.timesteps).double().cpu())
     if not (first >= 0 and last >= 0 and first + last < len(levels)):

@@ -17,7 +17,7 @@ import torch
 import train_demo_video
 import verify_diffusion_implementation
 import wan_example
-from _demo_clips import FRAMES, PROMPTS, draw, parse
+from _demo_clips import FRAMES, PROMPTS, draw, generate, load_pipeline, parse, recognise, to_frames
 from _diffusion import main
 from _diffusion_compare import Comparison
 from PIL import Image
@@ -130,12 +130,18 @@ def test_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "demo-video: $(STAMP)\n\t$(PY) evaluate/demo_video.py" in (ROOT / "Makefile").read_text()
 
 
+def test_the_shipped_model_draws_its_prompt() -> None:
+    prompt = "a yellow square bounces and a red triangle moves right"
+    clip = to_frames(generate(load_pipeline(), [prompt], seed=1))[0]
+    assert recognise(clip) == set(parse(prompt))
+
+
 def test_sweep(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Two selectors, a tight mean bound and a loose tail bound; curves are computed once per selector."""
+    """Without and with guidance, two selectors, two bounds; curves are computed once per guidance and selector."""
     base = ["--out", str(tmp_path / "new" / "sweep"), "--model_name", str(model)]
     names = ["64x64, pool 8", "128x128, block means"]
     bounds = ["--mean_bounds", "0.05", "--tail_bounds", "3"]
-    short = ["--clips", "1", "--seeds", "1", "--steps", "2"]
+    short = ["--clips", "1", "--seeds", "1", "--steps", "2", "--guidance", "1", "2"]
     computed = []
     add_curves = autotune.observe.add_curves
 
@@ -145,28 +151,33 @@ def test_sweep(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
     monkeypatch.setattr(autotune.observe, "add_curves", counting)
     assert sweep_video.main([*base, "--selectors", *names, *bounds, *short]) == 0
-    # Three prompts fitted, one of two steps watched, two calls with guidance, one layer, two selectors.
-    assert len(computed) == 3 * 1 * 2 * 1 * 2
+    # Three prompts fitted, one of two steps watched, one call without and two with guidance, one layer, two selectors.
+    assert len(computed) == 3 * 1 * (1 + 2) * 1 * 2
     data = json.loads((tmp_path / "new" / "sweep.json").read_text())
-    assert [(r["setting"], r["tail"]) for r in data["results"]] == [(n, t) for n in names for t in (None, 3.0)]
-    for tight, loose in (data["results"][:2], data["results"][2:]):
+    settings = [(g, n, t) for g in (1.0, 2.0) for n in names for t in (None, 3.0)]
+    assert [(r["guidance"], r["setting"], r["tail"]) for r in data["results"]] == settings
+    assert list(data["facts"]["recognised_dense"]) == ["1", "2"] and data["facts"]["dtype"] == "torch.float32"
+    for at in range(0, len(settings), 2):
+        tight, loose = data["results"][at : at + 2]
         assert tight["sparsity"] < loose["sparsity"] < 1
         assert tight["psnr"][0] > loose["psnr"][0] > 5
     assert all(len(r["sparsity_by_layer"]) == 1 and len(r["sparsity_by_step"]) == 2 for r in data["results"])
     shown = capsys.readouterr().out
     assert sweep_video.main([*base, "--plot"]) == 0
     again = capsys.readouterr().out
-    assert again in shown and "| 64x64, pool 8 | tail |" in again
+    assert again in shown and "| 64x64, pool 8 | 2 | tail |" in again
     assert (tmp_path / "new" / "sweep.png").stat().st_size > 10_000
     assert sweep_video.main(["--out", str(tmp_path / "none"), "--plot"]) == 2
 
 
 def test_at_aim() -> None:
     def result(sparsity: float, *decibels: float) -> dict[str, Any]:
-        return {"setting": "s", "tail": 0.5, "sparsity": sparsity, "psnr": list(decibels)}
+        return {"setting": "s", "guidance": 1.0, "l1": 0.3, "tail": 0.5, "sparsity": sparsity, "psnr": list(decibels)}
 
     some = [result(0.5, 24, 28), result(0.3, 30, 38), result(0.4, 28, 32)]
     assert sweep_video.at_aim(some) == pytest.approx((0.4, 28))
     assert sweep_video.at_aim(some, 32.0) == pytest.approx((0.35, 29))
     assert all(math.isnan(value) for value in sweep_video.at_aim(some, 40.0))
-    assert [r["sparsity"] for r in sweep_video.lines(some)["s", "tail"]] == [0.3, 0.4, 0.5]
+    assert [r["sparsity"] for r in sweep_video.lines(some)[1.0, "s", "tail"]] == [0.3, 0.4, 0.5]
+    assert sweep_video.kind_of({"l1": 0.06, "tail": 0.4}) == "l1 0.06 and tail"
+    assert sweep_video.kind_of({"l1": 0.3, "tail": None}) == "mean"
