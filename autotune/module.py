@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, Protocol
 
 import torch
@@ -43,6 +44,9 @@ class Observer(Protocol):
 
 def check_bounds(l1: float, pv_l1: float, tail: float | None) -> None:
     """Refuse bounds that cannot be meant: 0 < l1 < pv_l1, and tail > 0 or None."""
+    for name, bound in (("l1", l1), ("pv_l1", pv_l1), ("tail", 1.0 if tail is None else tail)):
+        if isinstance(bound, bool) or not isinstance(bound, Real):
+            raise TypeError(f"{name} must be a number (a relative error){' or None' * (name == 'tail')}, got {bound!r}")
     if not l1 > 0:
         raise ValueError(f"l1 must be above 0 (a relative error), got {l1}")
     if not pv_l1 > l1:
@@ -83,6 +87,7 @@ class SparseAttention(nn.Module):
         dense_now: run this call dense whatever the mode, unwatched by a calibration (dense steps of a schedule).
         always_dense: run dense in mode "sparse" (a layer that is to stay dense); a calibration watches it all the same.
         family, layer_idx: name of the model's family, and place among its attention layers; set by the adapter.
+        head_dim: set by the adapter, for the record in the tuned file; None when it does not say.
         dense_steps: what :func:`modify_model.patch` was told, for the record in the tuned file.
     """
 
@@ -108,6 +113,10 @@ class SparseAttention(nn.Module):
             backends.get(backend)  # refuses unknown names
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        if selector is not None and not isinstance(selector, MeanSimilarity):  # its thresholds are what is tuned
+            raise TypeError(f"selector must be a MeanSimilarity or PeakMass, or None, got {selector!r}")
+        if not isinstance(text_sink, bool):
+            raise TypeError(f"text_sink must be True or False, got {text_sink!r}")
         self.l1, self.pv_l1, self.tail = l1, pv_l1, tail
         self.selector = selector or MeanSimilarity()
         self.backend, self.precision, self.text_sink = backend, precision, text_sink
@@ -115,6 +124,7 @@ class SparseAttention(nn.Module):
         self.dense_now = self.always_dense = False
         self.family: str | None = None
         self.layer_idx: int | None = None
+        self.head_dim: int | None = None
         self.dense_steps: tuple[float, float] | None = None
         self.observer: Observer | None = None
         self.lengths: tuple[int, int] | None = None  # shortest and longest calibrated number of keys

@@ -65,10 +65,12 @@ def _metadata(model: Any, module: SparseAttention) -> dict[str, Any]:
             continue
     modules = sparse_modules(model)
     densities = {path: m.expected_density for path, m in modules.items() if m.expected_density is not None}
+    head_dims = {m.head_dim for m in modules.values()}
     return {
         "format": FORMAT,
         "model_class": _model_class(model),
         "family": module.family,
+        "head_dim": head_dims.pop() if len(head_dims) == 1 else None,
         "selector": type(selector).__name__,
         "block_q": selector.block_q,
         "block_k": selector.block_k,
@@ -159,8 +161,9 @@ def load_sparse_attention_state_dict(
         The model.
 
     Raises:
-        ValueError: when the file was made for another family of models, or a layer is missing, left over, has
-            another number of heads, or a value is not finite; the message names the layer. Nothing is installed then.
+        ValueError: when the file was made for another family of models or another head dim, or a layer is missing,
+            left over, has another number of heads, or a value is not finite; the message names the layer. Nothing is
+            installed then.
     """
     state = load(state) if isinstance(state, (str, os.PathLike)) else state
     modules = sparse_modules(model)
@@ -210,8 +213,8 @@ def _info(state: State) -> dict[str, Any] | None:
 
 
 def _check_family(model: Any, info: dict[str, Any] | None, modules: list[SparseAttention]) -> None:
-    """Refuse a file of another family (layers of two families may have the same paths and heads), and warn where the
-    model is denser in the calibration than now.
+    """Refuse a file of another family or head dim (layers of two models may have the same paths and heads), and warn
+    where the model is denser in the calibration than now.
     """
     info = info or {}
     made_for, families = info.get("family"), {module.family for module in modules if module.family}
@@ -219,6 +222,15 @@ def _check_family(model: Any, info: dict[str, Any] | None, modules: list[SparseA
         raise ValueError(
             f"the tuned file was made for {made_for} ({info['model_class']}), and {_model_class(model)} belongs to "
             f"the family {', '.join(sorted(families))}"
+        )
+    # The original's files and our first ones have no head dim, nor do files of models whose layers differ in it.
+    dim, dims = info.get("head_dim"), {module.head_dim for module in modules if module.head_dim}
+    if dim is not None and not isinstance(dim, int):
+        raise ValueError(f"_metadata of the tuned file: head_dim must be a number or None, got {dim!r}")
+    if dim is not None and not dims <= {dim}:
+        raise ValueError(
+            f"the tuned file was made for head dim {dim} ({info['model_class']}), and {_model_class(model)} has "
+            f"{', '.join(map(str, sorted(dims)))}"
         )
     steps = info.get("dense_steps")
     pair = isinstance(steps, (list, tuple)) and len(steps) == 2 and all(isinstance(x, (int, float)) for x in steps)

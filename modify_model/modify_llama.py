@@ -54,7 +54,7 @@ def set_spas_sage_attn_llama(
 
     ``layer_range=(start, stop)`` makes only layers start to stop - 1 sparse.
     """
-    if not find_modules(model, "LlamaAttention"):
+    if not isinstance(model, nn.Module) or not find_modules(model, "LlamaAttention"):
         raise ValueError(f"model must contain LlamaAttention layers, got {type(model).__name__}")
     return patch(model, l1=l1, pv_l1=pv_l1, tail=tail, layer_range=layer_range, verbose=verbose)
 
@@ -355,6 +355,7 @@ register(
         model_classes=("LlamaModel",),
         layers=lambda model: find_modules(model, "LlamaAttention"),
         num_heads=_num_heads,
+        head_dim=lambda attention: int(attention.head_dim),  # type: ignore[arg-type]
         install=_install,
         remove=_remove,
         defaults=lambda: {"selector": MeanSimilarity(pool=8, block_q=64, block_k=64)},

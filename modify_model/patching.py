@@ -25,7 +25,7 @@ from autotune import SparseAttention
 from autotune.module import clean_path, transformers_of
 from spas_attn import count_fallback
 
-from .schedule import DenseSteps, NoiseLevel, check_schedule, remove_hooks, set_schedule
+from .schedule import DenseSteps, NoiseLevel, check_range, check_schedule, remove_hooks, set_schedule
 
 M = TypeVar("M")
 
@@ -52,6 +52,7 @@ class Family:
         model_classes: names of the model classes it serves; subclasses and wrapped models are found too.
         layers: every self-attention layer of a model with its path, in layer order, patched or not.
         num_heads: query heads of an attention layer.
+        head_dim: head dim of an attention layer, for the tuned file; None where it is not known.
         install: makes one layer sparse, with the given SparseAttention as its child ``inner_attention``. Returns the
             module that stands in the layer's place (the layer itself if only a processor was swapped) and what
             ``remove`` needs.
@@ -70,6 +71,7 @@ class Family:
     num_heads: Callable[[nn.Module], int]
     install: Callable[[nn.Module, SparseAttention], tuple[nn.Module, Any]]
     remove: Callable[[nn.Module, Any], nn.Module]
+    head_dim: Callable[[nn.Module], int | None] = lambda attention: None
     defaults: Callable[[], dict[str, Any]] = dict
     switch: Callable[[nn.Module, bool], None] = lambda model, on: None
     problem: Callable[[nn.Module], str | None] = lambda model: None
@@ -176,6 +178,7 @@ def patch(
     Raises:
         ValueError: if no family serves the model, a layer has a processor that cannot be replaced, or on a
             layer_range, dense_steps or dense_layers that make no sense.
+        TypeError: on bounds that are no numbers and options of another type than SparseAttention takes.
     """
     settings = {name: value for name, value in {"l1": l1, "pv_l1": pv_l1, **options}.items() if value is not None}
     if tail is not ...:
@@ -205,10 +208,15 @@ def patch(
 
 
 def patch_family(model: nn.Module, families: Sequence[Family], **arguments: Any) -> nn.Module:
-    """:func:`patch` for one family's own function: a ValueError on models of others."""
+    """:func:`patch` for one family's own function: a ValueError on pipelines and models of others."""
+    allowed = ", ".join(name for family in families for name in family.model_classes)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"transformer must be a model built on {allowed}, got {type(model).__name__}; to patch all transformers "
+            "of a pipeline, call modify_model.patch(pipeline)"
+        )
     found = find_family(model)
     if found not in families:
-        allowed = ", ".join(name for family in families for name in family.model_classes)
         raise ValueError(f"model must be built on {allowed}, got {type(model).__name__} (family {found.name})")
     return patch(model, **arguments)
 
@@ -309,13 +317,8 @@ def _chosen_layers(
     layers = family.layers(root)
     if not layers:
         raise ValueError(f"no attention layer was found in {type(root).__name__}")
-    start, stop = (0, len(layers)) if layer_range is None else layer_range
-    if not 0 <= start < stop <= len(layers):
-        raise ValueError(
-            f"layer_range must be (start, stop) with 0 <= start < stop <= {len(layers)}, got {layer_range}"
-        )
     chosen = {}
-    for index in range(start, stop):
+    for index in check_range(layer_range, len(layers)):
         path, attention = layers[index]
         reason = None if _record(attention) and family.in_place(attention) else family.unsupported(attention)
         if reason is not None:
@@ -324,6 +327,7 @@ def _chosen_layers(
         kept = {name: getattr(present, name) for name in ("l1", "pv_l1", "tail")} if present is not None else {}
         chosen[index] = SparseAttention(**(family.defaults() | kept | settings))
         chosen[index].layer_idx, chosen[index].family = index, family.name
+        chosen[index].head_dim = family.head_dim(attention)
     return chosen
 
 

@@ -84,8 +84,11 @@ class SparseProcessor:
 class _Calling(threading.local):
     """The layer whose processor runs in this thread, and its text."""
 
-    inner: SparseAttention | None = None
-    text: Ranges = ()
+    # Not attributes of the class: torch.compile guards on what the instance holds, and the first call must not add to
+    # it what was missing while it was traced.
+    def __init__(self) -> None:
+        self.inner: SparseAttention | None = None
+        self.text: Ranges = ()
 
 
 _now = _Calling()
@@ -117,7 +120,10 @@ def _dispatch(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
         return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **options).transpose(1, 2)
 
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return _attend(q, k, v, attn_mask, options, dense).transpose(1, 2)
+    mask = attn_mask
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == q.shape[0]:
+        mask = mask[:, None, None]  # key padding to diffusers, where SDPA itself reads queries by keys
+    return _attend(q, k, v, mask, options, dense).transpose(1, 2)
 
 
 def _attend(
@@ -147,16 +153,18 @@ def _attend(
     )
 
 
-def _key_mask(mask: Tensor | None, batch: int, k_len: int) -> tuple[Tensor | None, str | None]:
-    """Key padding ``[B, Lk]`` of a mask, or why it is none."""
+def _key_mask(mask: Any, batch: int, k_len: int) -> tuple[Tensor | None, str | None]:
+    """Key padding ``[B, Lk]`` of a mask as SDPA reads it, or why it is none."""
     if mask is None:
         return None, None
-    shape = tuple(mask.shape)
+    if not isinstance(mask, Tensor):
+        return None, f"the model passed an attention mask of type {type(mask).__name__}, not a tensor"
     if mask.dtype != torch.bool:
         return None, f"the model passed an attention mask of {mask.dtype}, not a boolean one"
-    if mask.dim() == 4 and shape[1:] == (1, 1, k_len):
+    shape = tuple(mask.shape)
+    if shape in ((1, 1, 1, k_len), (batch, 1, 1, k_len)):
         mask = mask[:, 0, 0]
-    elif shape[1:] != (k_len,):
+    elif shape != (1, k_len):  # this one: all queries, hence all samples, see the same keys
         return None, "the model passed a full attention mask, which sparse attention does not represent"
     return mask.expand(batch, -1), None
 
@@ -237,6 +245,7 @@ def processor_family(
         model_classes=model_classes,
         layers=functools.partial(_layers, dict(blocks)),
         num_heads=lambda attention: int(attention.heads),  # type: ignore[arg-type]
+        head_dim=lambda attention: int(attention.inner_dim) // int(attention.heads),  # type: ignore[arg-type]
         install=functools.partial(_install, processor),
         remove=_remove,
         switch=switch,

@@ -1,9 +1,13 @@
-"""Dense steps: which denoising steps run dense, decided by the timestep that the transformer receives."""
+"""Dense steps: which denoising steps run dense, decided by the timestep that the transformer receives.
+
+And the checks of all that patch is told about steps and layers.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -53,10 +57,30 @@ class DenseSteps:
             layer.dense_now = dense
 
 
+def check_range(layer_range: tuple[int, int] | None, count: int) -> range:
+    """``layer_range`` as numbers of layers, all by default; a ValueError on what a model with ``count`` layers cannot
+    have.
+    """
+    if layer_range is None:
+        return range(count)
+    try:
+        start, stop = (operator.index(number) for number in layer_range)
+    except (TypeError, ValueError):
+        start = stop = -1
+    if not 0 <= start < stop <= count:
+        raise ValueError(
+            f"layer_range must be (start, stop) with 0 <= start < stop <= {count}, or None for all layers, "
+            f"got {layer_range!r}"
+        )
+    return range(start, stop)
+
+
 def check_schedule(
     noise_level: NoiseLevel | None, count: int, dense_steps: tuple[float, float] | None, dense_layers: Sequence[int]
 ) -> tuple[float, float] | None:
     """``dense_steps`` as a pair of shares; a ValueError on what a model with ``count`` layers cannot have."""
+    if isinstance(dense_layers, str) or not isinstance(dense_layers, Collection):  # it is gone through several times
+        raise ValueError(f"dense_layers must be a list of numbers from 0 to {count - 1}, got {dense_layers!r}")
     wrong = [index for index in dense_layers if index not in range(count)]
     if wrong:
         raise ValueError(f"dense_layers must be numbers from 0 to {count - 1}, got {wrong}")

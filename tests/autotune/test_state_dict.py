@@ -189,6 +189,26 @@ def test_files_of_another_family(state: dict[str, Any]) -> None:
     refused(state, r"was made for Flux \(FakeModel\), and FakeModel belongs to the family Wan", other)
 
 
+def test_files_of_another_head_dim(state: dict[str, Any]) -> None:
+    """Models of two sizes may have as many layers and heads."""
+    assert state["_metadata"]["head_dim"] is None  # not installed by an adapter
+    model = FakeModel()
+    for dims, recorded in (((64, 128), None), ((64, 64), 64)):
+        for module, dim in zip(model.inner, dims, strict=True):
+            module.head_dim = dim
+        load_sparse_attention_state_dict(model, state)  # one file and one model that do not say
+        assert extract_sparse_attention_state_dict(model)["_metadata"]["head_dim"] == recorded
+    state = extract_sparse_attention_state_dict(model)
+    load_sparse_attention_state_dict(FakeModel(), state)
+    other = FakeModel()
+    for module in other.inner:
+        module.head_dim = 128
+    refused(state, r"made for head dim 64 \(FakeModel\), and FakeModel has 128", other)
+    refused(state | {"_metadata": state["_metadata"] | {"head_dim": "64"}}, "head_dim must be a number or None")
+    del state["_metadata"]["head_dim"]  # a file from before
+    load_sparse_attention_state_dict(other, state)
+
+
 def test_text_sink_belongs_to_the_file(state: dict[str, Any]) -> None:
     model = FakeModel()
     for text_sink in (False, True):

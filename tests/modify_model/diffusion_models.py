@@ -23,7 +23,7 @@ class Case:
         text: (start, stop) of the text among the attention's tokens, or None.
         tokens: number of tokens that attend to each other.
         full_noise: the timestep of pure noise.
-        wider, deeper: changes of the config that give it other heads, or other layers.
+        wider, deeper, finer: changes of the config that give it other heads, other layers, or another head dim.
         shared: names of inputs that have no batch dimension.
     """
 
@@ -35,6 +35,7 @@ class Case:
     full_noise: float = 1000.0
     wider: dict[str, int] = field(default_factory=lambda: {"num_attention_heads": 4})
     deeper: dict[str, int] = field(default_factory=lambda: {"num_layers": 6})
+    finer: dict[str, int] = field(default_factory=lambda: {"attention_head_dim": 32})
     shared: tuple[str, ...] = ("image_rotary_emb", "img_ids", "txt_ids", "num_frames", "height", "width")
 
     def row(self, inputs: dict[str, Any], index: int) -> dict[str, Any]:
@@ -255,6 +256,7 @@ CASES = {
         text=None,
         tokens=576,
         wider={"num_attention_heads": 4, "hidden_size": 256},
+        finer={"attention_head_dim": 32, "hidden_size": 64},
     ),
     "LTX-Video": Case(
         _maker(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -12,7 +13,8 @@ from torch import nn
 
 import autotune
 import autotune.module
-from autotune import SparseAttention
+from autotune import SparseAttention, observe
+from autotune.curves import Partials
 from autotune.observe import Grid
 from modify_model import patch, restore, verify
 from modify_model.processors import SparseProcessor
@@ -175,6 +177,40 @@ def test_tune_save_load_into_a_fresh_model(name, tmp_path, fallbacks):
     assert fallbacks() == {}
 
 
+@pytest.mark.parametrize("text_sink", [True, False])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text is not None])
+def test_curves_never_drop_text_blocks(name, text_sink, monkeypatch):
+    """What serving keeps always, the calibration must not judge by the error of leaving it out."""
+    case, rows, judged = CASES[name], [], []
+    blocks_of, errors_of = observe.query_blocks, Partials.errors
+
+    def blocks(*arguments):
+        for row in blocks_of(*arguments):
+            rows.append(row[0])
+            yield row
+
+    def errors(partials, kept):
+        judged.append((rows[-1], kept))
+        return errors_of(partials, kept)
+
+    monkeypatch.setattr(observe, "query_blocks", blocks)
+    monkeypatch.setattr(Partials, "errors", errors)
+    selector = MeanSimilarity(block_q=128, block_k=128, pool=16, local=0, sink=False)
+    model = patch(case.model(), selector=selector, text_sink=text_sink, l1=0.4, pv_l1=0.5, tail=None)
+    grid = Grid(cdf=(0.05, 0.2), sim=(-1.0,), pv=(50.0,))
+    with contextlib.suppress(InterruptedError), autotune.calibrate(model, grid=grid, query_blocks=None) as calibration:
+        for prompt in calibration.prompts([case.inputs(1)]):
+            if calibration.phase != "curves":
+                raise InterruptedError  # the curves are all that is looked at
+            run(model, prompt)
+    text = slice(case.text[0] // 128, -(-case.text[1] // 128))
+    whole = [kept.all() for row, kept in judged if text.start <= row < text.stop]  # queries of the text
+    others = [kept[..., text].all() for row, kept in judged if not text.start <= row < text.stop]
+    assert len(whole) == len(case.layers) and len(whole) + len(others) == -(-case.tokens // 128) * len(case.layers)
+    assert all(whole) is all(others) is text_sink
+    assert not any(kept.all() for row, kept in judged if not text.start <= row < text.stop)
+
+
 def tuned_state(name, set_sparse, **changes):
     """A tuned file's content, with thresholds set by hand."""
     model = patch(CASES[name].model(**changes))
@@ -191,12 +227,18 @@ def test_files_of_other_models_are_refused(name, set_sparse):
         for other in CASES
         if other.split()[0] != name.split()[0]  # a file of Wan fits Wan I2V of the same size
     }
-    targets |= {"wider": case.model(**case.wider), "deeper": case.model(**case.deeper)}
+    targets |= {kind: case.model(**getattr(case, kind)) for kind in ("wider", "deeper", "finer")}
+    message = {
+        "wider": "has 2 values, the model has 4 heads",
+        "deeper": "layers of the model are not in the file",
+        "finer": f"made for head dim 64 .*, and {state['_metadata']['model_class']} has 32",
+    }
     for other, model in targets.items():
-        message = {"wider": "has 2 values, the model has 4 heads", "deeper": "layers of the model are not in the file"}
         with pytest.raises(ValueError, match=message.get(other, "the tuned file was made for")):
             autotune.load_sparse_attention_state_dict(patch(model), state)
         assert {row.status for row in verify(model).layers} == {"dense"}
+    del state["_metadata"]["head_dim"]  # a file from before
+    autotune.load_sparse_attention_state_dict(targets["finer"], state)
     shallow, deep = case.model(), tuned_state(name, set_sparse, **case.deeper)
     with pytest.raises(ValueError, match="layers of the file are not in the model"):
         autotune.load_sparse_attention_state_dict(patch(shallow), deep)

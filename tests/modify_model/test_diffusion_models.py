@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 
 import pipelines
 import pytest
@@ -141,27 +142,37 @@ def test_flux_single_blocks_know_the_text_of_every_call(set_sparse, monkeypatch)
     assert [row.status for row in verify(model).layers] == ["left", "sparse"]
 
 
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 1), (2, 2)])  # one row of the mask serves the whole batch
 @pytest.mark.parametrize("shape", ["[B, L]", "[B, 1, 1, L]"])
-def test_a_padding_mask_of_the_user_is_honoured(shape, set_sparse, sparse_calls, fallbacks, assert_close):
+def test_a_padding_mask_of_the_user_is_honoured(shape, batch, rows, set_sparse, sparse_calls, fallbacks, assert_close):
     case = CASES["Flux"]
-    model, inputs = case.model(), case.inputs(2)
-    mask = torch.ones(2, case.tokens, dtype=torch.bool)
-    mask[1, 20:64] = False
+    model, inputs = case.model(), case.inputs(batch)
+    mask = torch.ones(rows, case.tokens, dtype=torch.bool)
+    mask[-1, 20:64] = False
     given = mask if shape == "[B, L]" else mask[:, None, None]
     inputs["joint_attention_kwargs"] = {"attention_mask": given}
     expected = run(model, inputs)
     set_sparse(patch(model), cdf=1.0)
     assert_close(run(model, inputs), expected)
-    assert len(sparse_calls) == 2 and all(torch.equal(padding, mask) for _, _, padding in sparse_calls)
+    assert len(sparse_calls) == 2 and all(torch.equal(padding, mask.expand(batch, -1)) for *_, padding in sparse_calls)
     assert fallbacks() == {}
 
 
-@pytest.mark.parametrize("kind", ["full", "additive"])
-def test_other_masks_run_dense_and_are_counted(kind, set_sparse, sparse_calls, fallbacks):
+@pytest.mark.parametrize(
+    ("kind", "batch"),
+    [("[1, 1, L, L]", 1), ("[L, L]", 1), ("[L, L]", 2), ("[1, L, L]", 2), ("[B, H, 1, L]", 2), ("additive", 1)],
+)
+def test_other_masks_run_dense_and_are_counted(kind, batch, set_sparse, sparse_calls, fallbacks):
     case = CASES["Flux"]
-    model, inputs = case.model(), case.inputs(1)
+    model, inputs = case.model(), case.inputs(batch)
     seen = torch.rand(1, 1, case.tokens, case.tokens, generator=torch.Generator().manual_seed(0)) > 0.2
-    mask = seen if kind == "full" else torch.where(seen, 0.0, -1e4)
+    mask = {
+        "[1, 1, L, L]": seen,
+        "[L, L]": seen[0, 0],
+        "[1, L, L]": seen[0],
+        "[B, H, 1, L]": seen[0, 0, : 2 * batch, None].unflatten(0, (batch, 2)),
+        "additive": torch.where(seen, 0.0, -1e4),
+    }[kind]
     inputs["joint_attention_kwargs"] = {"attention_mask": mask}
     expected = run(model, inputs)
     set_sparse(patch(model))
@@ -305,3 +316,7 @@ def test_functions_of_the_families(name, capsys):
     with pytest.raises(ValueError, match="has no adapter"):
         function(nn.Linear(2, 2))
     assert verify(wrong).replaced == 0
+    pipe = types.SimpleNamespace(transformer=CASES[name].model())
+    with pytest.raises(ValueError, match=r"transformer must be .*, got SimpleNamespace; .*patch\(pipeline\)"):
+        function(pipe)
+    assert verify(patch(pipe)).ok

@@ -57,6 +57,24 @@ def test_compiled_whole_without_graph_breaks(name, tuned, set_sparse, fallbacks,
     assert not tuned or float((run(restore(model), inputs) - expected).norm()) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["Flux", "Wan"])
+def test_compiled_before_any_other_sparse_call(name, set_sparse, monkeypatch, assert_close):
+    """As in a fresh process: nothing has touched what tells the replaced attention its layer."""
+    case = CASES[name]
+    model, inputs = patch(case.model()), case.inputs(1)
+    inner = set_sparse(model)
+    for module in inner:
+        module.record_density = False
+    monkeypatch.setattr(processors, "_now", processors._Calling())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    got = [run(compiled, inputs) for _ in range(2)]
+    torch._dynamo.reset()
+    expected = run(model, inputs)
+    for out in got:
+        assert_close(out, expected)
+
+
 @pytest.mark.parametrize("how", ["blocks", "outside", "inside"])
 def test_dense_steps_make_two_graphs_and_no_more(how, set_sparse, assert_close):
     case = CASES["Wan"]

@@ -6,20 +6,26 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from autotune import SparseAttention
+from autotune import SparseAttention, extract_sparse_attention_state_dict, load_sparse_attention_state_dict
 from modify_model import patch, patching, restore, verify
 from modify_model.modify_llama import SparseLlamaAttention, set_spas_sage_attn_llama
+from spas_attn.selectors import TopK
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning"),
     pytest.mark.usefixtures("no_grad"),
 ]
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def snapshot(model):
@@ -96,10 +102,37 @@ def test_layer_range(make_llama, tokens, set_sparse, capsys):
     assert model.model.layers[1].self_attn is originals[1]
 
 
-@pytest.mark.parametrize("layer_range", [(0, 0), (1, 3), (-1, 1), (2, 1)])
+@pytest.mark.parametrize("layer_range", [(0, 0), (1, 3), (-1, 1), (2, 1), 3, (0, 1, 2), (0.0, 1.0), "ab"])
 def test_bad_layer_range(make_llama, layer_range):
-    with pytest.raises(ValueError, match=r"layer_range.*<= 2, got"):
+    with pytest.raises(ValueError, match=rf"layer_range.*<= 2, .*got {re.escape(repr(layer_range))}"):
         patch(make_llama(), layer_range=layer_range)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"l1": "a"}, TypeError, "l1 must be a number .*, got 'a'"),
+        ({"pv_l1": [0.1]}, TypeError, r"pv_l1 must be a number .*, got \[0\.1\]"),
+        ({"tail": True}, TypeError, "tail must be a number .* or None, got True"),
+        ({"selector": "x"}, TypeError, "selector must be a MeanSimilarity or PeakMass, or None, got 'x'"),
+        ({"selector": TopK()}, TypeError, "selector must be a MeanSimilarity or PeakMass, or None, got TopK"),
+        ({"text_sink": "no"}, TypeError, "text_sink must be True or False, got 'no'"),
+        ({"dense_layers": 1}, ValueError, "dense_layers must be a list of numbers from 0 to 1, got 1"),
+        ({"dense_layers": "1"}, ValueError, "dense_layers must be a list of numbers from 0 to 1, got '1'"),
+        ({"dense_layers": iter([1])}, ValueError, "dense_layers must be a list of numbers from 0 to 1, got <list_it"),
+        ({"dense_layers": ["a"]}, ValueError, r"dense_layers must be numbers from 0 to 1, got \['a'\]"),
+    ],
+)
+def test_settings_of_another_type_are_named(make_llama, settings, error, message):
+    model = make_llama()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        patch(model, **settings)
+    assert snapshot(model) == before
+    inner = patch(model).model.layers[0].self_attn.inner_attention
+    with pytest.raises(error, match=message):  # also where the layers are sparse already
+        patch(model, **settings)
+    assert (inner.l1, inner.pv_l1, inner.tail, inner.text_sink) == (0.06, 0.07, 0.5, True)
 
 
 def test_refused_settings_change_nothing(make_llama):
@@ -112,6 +145,26 @@ def test_refused_settings_change_nothing(make_llama):
     assert snapshot(model) == before
 
 
+def test_files_of_a_llama_with_another_head_dim(make_llama, set_sparse):
+    model = patch(make_llama())
+    set_sparse(model)
+    state = extract_sparse_attention_state_dict(model)
+    assert state["_metadata"]["head_dim"] == 32
+    other = patch(make_llama(head_dim=64))
+    with pytest.raises(ValueError, match="made for head dim 32 .*, and LlamaForCausalLM has 64"):
+        load_sparse_attention_state_dict(other, state)
+    assert {row.status for row in verify(other).layers} == {"dense"}
+    del state["_metadata"]["head_dim"]  # a file from before
+    load_sparse_attention_state_dict(other, state)
+
+
+def test_the_shipped_file_loads(make_llama):
+    sizes = dict(num_hidden_layers=6, num_attention_heads=8, head_dim=64)
+    model = patch(make_llama(**sizes))
+    load_sparse_attention_state_dict(model, ROOT / "models_dict" / "demo_llama_tuned.pt")
+    assert {row.status for row in verify(model).layers} == {"sparse"}
+
+
 def test_unknown_models_are_named():
     with pytest.raises(ValueError, match=r"Linear has no adapter; supported are .*LlamaModel"):
         patch(nn.Linear(2, 2))
@@ -119,6 +172,8 @@ def test_unknown_models_are_named():
         patch("llama")
     with pytest.raises(ValueError, match="LlamaAttention"):
         set_spas_sage_attn_llama(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="LlamaAttention layers, got SimpleNamespace"):
+        set_spas_sage_attn_llama(types.SimpleNamespace(transformer=nn.Linear(2, 2)))
     assert not verify(nn.Linear(2, 2)).ok
     assert not verify("llama").ok
 
