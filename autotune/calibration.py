@@ -280,21 +280,18 @@ class Calibration:
                 "checked_on_the_fitted_calls": self._same_calls,
             }
             self.statistics.append(report.layer_statistics(layer, facts))
-        if self._files is not None and self.rank == 0:
-            self._files.remove()
 
     # -- results ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the tuned file, and the statistics beside it as ``<name>.json`` (rank 0 only).
+        """Write the tuned file, and the statistics beside it as ``<name>.json`` (rank 0 only); drop the checkpoint.
 
         Returns:
             The path of the statistics.
         """
         if self._phase != "finished":
             raise RuntimeError("nothing to save: the calibration has not finished")
-        target = Path(path)
-        statistics = target.with_suffix(".json") if target.suffix == ".pt" else target.with_name(target.name + ".json")
+        statistics = report.statistics_path(path)
         if self.rank == 0:
             state = extract_sparse_attention_state_dict(self.model)
             first = self.statistics[0]
@@ -302,6 +299,9 @@ class Calibration:
             state["_metadata"] |= {"prompts": seen}
             save(state, path)
             report.write_statistics(self.statistics, statistics)
+            if self._files is not None:  # no earlier: a save that fails must not cost the whole calibration
+                self._files.remove()
+                self._files = None
         return statistics
 
     # -- interruptions ------------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def calibrate(
         kept_aside: share of the prompts that is kept for the PV pass and the check.
         rounds: how often heads that miss a bound in the check are tightened; then they run dense.
         seed: of the sampling of query blocks.
-        checkpoint: where finished prompts are kept, so that an interrupted calibration can go on.
+        checkpoint: where finished prompts are kept, until ``save()``, so that an interrupted calibration can go on.
         resume: go on from the checkpoint.
 
     Raises:

@@ -71,6 +71,12 @@ def statistics_text(statistics: Statistics) -> str:
     return "[\n" + ",\n".join(layers) + "\n]"
 
 
+def statistics_path(tuned: str | os.PathLike[str]) -> Path:
+    """Where the statistics of a tuned file go."""
+    path = Path(tuned)
+    return path.with_suffix(".json") if path.suffix == ".pt" else path.with_name(path.name + ".json")
+
+
 def write_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
     """Write the statistics as JSON."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _command_line import Help, join_ranks, run_parallel, tail_bound
+from _command_line import (
+    USER_ERROR,
+    Help,
+    check_output,
+    check_tuned_output,
+    checkpoint_of,
+    join_ranks,
+    run_parallel,
+    save,
+    tail_bound,
+)
 from _demo_clips import PROMPTS as DEMO_PROMPTS
 from _diffusion_compare import compare, density_table, show_alone, table, write
-from _diffusion_models import DTYPES, TINY_PREFIX, DemoSampler, Example, Sampler, load
+from _diffusion_models import DTYPES, TINY_PREFIX, DemoSampler, Example, Sampler, check_name, load
 from torch import nn
 from tqdm import tqdm
 
@@ -107,6 +117,10 @@ def check(args: argparse.Namespace) -> None:
         name = Path(args.model_name).name.replace(":", "_")
         folder = "out" if args.model_name.startswith(TINY_PREFIX) else "models_dict"
         args.model_out_path = f"{folder}/{name}_{args.l1:g}_{args.pv_l1:g}.pt"
+    if args.tune:
+        check_tuned_output(args.model_out_path)
+    if args.compare or not args.tune:
+        check_output("out_path", args.out_path, folder=True)
 
 
 def read_prompts(path: str | None, sampler: Sampler | None = None) -> list[str]:
@@ -166,6 +180,7 @@ class EveryNth:
         self.parts, self.every = [part for _, part in transformers_of(pipe)], every
         self.layers = list(sparse_modules(pipe).values())
         self.seen: list[float] = []
+        self.longest = 0  # queries that a layer was called with, at most
 
     def restart(self) -> None:
         """The next step is the first of a generation."""
@@ -173,6 +188,7 @@ class EveryNth:
 
     def __enter__(self) -> EveryNth:
         self.handles = [part.register_forward_pre_hook(self._begin, with_kwargs=True) for part in self.parts]
+        self.handles += [layer.register_forward_pre_hook(self._measure) for layer in self.layers]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -180,6 +196,9 @@ class EveryNth:
             handle.remove()
         for layer in self.layers:
             layer.dense_now = False
+
+    def _measure(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self.longest = max(self.longest, args[0].shape[2])
 
     def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         level = float(torch.as_tensor(argument(part, "timestep", args, kwargs)).max())
@@ -211,6 +230,9 @@ def tune(
         show: a progress bar.
         before_each: called before each run of a prompt.
         options: as in :func:`autotune.calibrate`.
+
+    Raises:
+        ValueError: when there is nothing to watch: too small a picture, or too few steps.
     """
     # All that a prompt's calls depend on, so that a checkpoint of other calls is refused.
     items = [(p, seed + i, str(sampler.size), sampler.size.steps, every) for i, p in enumerate(prompts)]
@@ -223,10 +245,27 @@ def tune(
             before_each(calibration)
             steps.restart()
             sampler.watch(prompt, noise)
+            check_watched(calibration, steps, sampler)
             bar.update()
         bar.total = bar.n
         bar.close()
     return calibration
+
+
+def check_watched(calibration: Calibration, steps: EveryNth, sampler: Sampler) -> None:
+    """Refuse a run of the pipeline in which some layer saw nothing; a ValueError names the arguments to change."""
+    blind = [layer for layer in calibration.layers if layer.open is None]
+    block = max((layer.module.selector.block_q for layer in blind), default=0)
+    if blind and 0 < steps.longest < block:
+        raise ValueError(
+            f"too small for sparse attention (see --height, --width, --frames): at {sampler.size} a layer has "
+            f"{steps.longest} tokens, and one block has {block}"
+        )
+    if blind:
+        raise ValueError(
+            "too few steps are watched (see --steps, --tune_every, --dense_steps): nothing was seen of layer "
+            f"{blind[0].path!r} in {sampler.size.steps} steps, of which every {steps.every}. is watched"
+        )
 
 
 def apply(
@@ -253,14 +292,9 @@ def run_tune(args: argparse.Namespace, sampler: Sampler, prompts: Sequence[str])
     if first:
         steps = f"{sampler.size.steps} steps" + (f", every {every}. of them" if every > 1 else "")
         print(f"tuning on {len(chosen)} prompts: {sampler.size}, {steps}", flush=True)
-    partial = args.model_out_path + ".partial"
-    try:
-        calibration = tune(sampler, chosen, args.seed, every, show=first, checkpoint=partial, resume=args.resume)
-    except RuntimeError as error:
-        if "saw no call" not in str(error):
-            raise
-        raise ValueError(f"too few steps are watched (see --steps, --tune_every, --dense_steps): {error}") from error
-    statistics = calibration.save(args.model_out_path)
+    partial = checkpoint_of(args.model_out_path, args.resume, say=first)
+    calibration = tune(sampler, chosen, args.seed, every, show=first, checkpoint=partial, resume=args.resume)
+    statistics = save(calibration, args.model_out_path)
     if first:
         print(report.table(calibration.statistics))
         print(f"thresholds: {args.model_out_path}\nstatistics: {statistics}")
@@ -273,6 +307,10 @@ def run_generate(args: argparse.Namespace, sampler: Sampler, prompts: Sequence[s
     # Prompts that no threshold was chosen on, as far as there are any.
     start = args.num_tune_samples if len(prompts) > args.num_tune_samples else 0
     chosen = list(enumerate(prompts))[start : start + args.num_compare]
+    if start == 0:
+        say("thresholds may have been tuned on what is generated: --num_tune_samples leaves no other prompt")
+    if len(chosen) < args.num_compare:
+        say(f"--num_compare {args.num_compare}: only {len(chosen)} prompts are left after --num_tune_samples")
     if args.compile:
         compile_transformers(sampler.pipe)
     gpu = any(parameter.is_cuda for parameter in transformers_of(sampler.pipe)[0][1].parameters()) or args.offload
@@ -290,6 +328,11 @@ def run_generate(args: argparse.Namespace, sampler: Sampler, prompts: Sequence[s
     for reason, calls in fallback_counts().items():
         print(f"{calls} calls ran dense: {reason}")
     print("written:", *paths)
+
+
+def say(text: str) -> None:
+    """A note beside the results."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def compile_transformers(pipe: Any) -> None:
@@ -331,16 +374,18 @@ def main(example: Example, script: str, text: str | None, arguments: Sequence[st
     distributed = "RANK" in os.environ
     try:
         if args.parallel_tune and not distributed:
+            check_name(example, args.model_name, vars(args))  # said here once, not by every process
+            read_prompts(args.prompts)
             code = run_parallel(script, given)
             if code or not args.compare:
                 return code
             args.tune = False
         with torch.no_grad():
             work(example, args, distributed)
-    except (ValueError, FileNotFoundError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         hint = ": run with --tune first" if str(error).startswith("no tuned file") else ""
         print(f"{Path(script).name}: error: {error}{hint}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from the last finished sample" if args.tune else ""
         print(f"\ninterrupted{hint}", file=sys.stderr)

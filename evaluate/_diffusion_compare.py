@@ -62,6 +62,10 @@ class Densities:
         for module in self.modules.values():
             module.record_density, module.last_density = False, None
 
+    def restart(self) -> None:
+        """Forget what was recorded so far."""
+        self.calls = []
+
     def _hook(self, prefix: str) -> Callable[..., None]:
         mine = {
             path: module
@@ -147,20 +151,22 @@ def compare(sampler: Any, prompts: Sequence[str], seeds: Sequence[int], *, warm_
     Args:
         sampler: a :class:`_diffusion_models.Sampler` with a tuned pipeline.
         prompts, seeds: one seed for each prompt.
-        warm_up: run two steps of each kind first, untimed, so that no time holds the compilation of a kernel.
+        warm_up: run two steps of each kind first, untimed, so that no time holds a compilation.
     """
-    if warm_up:
-        sampler.watch(prompts[0], seeds[0], steps=2)
-        with dense(sampler.pipe):
-            sampler.watch(prompts[0], seeds[0], steps=2)
     found = []
-    with tqdm(total=2 * len(prompts), desc="generating", unit="clip") as bar:
+    # One recorder for all runs, dense ones and warm-up included: its hooks belong to what a compiled transformer is,
+    # which other hooks, or none, would have compiled again, in the timed run.
+    with Densities(sampler.pipe) as densities, tqdm(total=2 * len(prompts), desc="generating", unit="clip") as bar:
+        if warm_up:
+            sampler.watch(prompts[0], seeds[0], steps=2)
+            with dense(sampler.pipe):
+                sampler.watch(prompts[0], seeds[0], steps=2)
         for prompt, seed in zip(prompts, seeds, strict=True):
             with dense(sampler.pipe):
                 exact, dense_seconds = _timed(sampler, prompt, seed)
             bar.update()
-            with Densities(sampler.pipe) as densities:
-                frames, sparse_seconds = _timed(sampler, prompt, seed)
+            densities.restart()
+            frames, sparse_seconds = _timed(sampler, prompt, seed)
             bar.update()
             found.append(Comparison(prompt, seed, exact, frames, (dense_seconds, sparse_seconds), *densities.result()))
     return found

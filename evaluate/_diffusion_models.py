@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from _demo_clips import load_pipeline as load_demo
 from _diffusion_tiny import TINY
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+from autotune.module import transformers_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TINY_PREFIX = "tiny:"
@@ -137,8 +141,9 @@ def load(
     where = usable_device(device)
     kind = as_dtype(dtype, where)
     given = {"height": height, "width": width, "frames": frames, "steps": steps}
+    check_name(example, name, given)
     if name.startswith(TINY_PREFIX):
-        sampler = _tiny(example, name.removeprefix(TINY_PREFIX), given)
+        sampler = _tiny(name.removeprefix(TINY_PREFIX), given, kind)
     elif _without_text_encoder(name):
         sampler = _demo(example, name, given, kind)
     else:
@@ -152,6 +157,20 @@ def load(
     else:
         pipe.enable_model_cpu_offload(device=where)
     return sampler
+
+
+def check_name(example: Example, name: str, given: Mapping[str, Any]) -> None:
+    """Refuse what is known to be wrong before anything is loaded; a ValueError says why."""
+    folder = Path(name)
+    if name.startswith(TINY_PREFIX):
+        if name.removeprefix(TINY_PREFIX) not in example.tiny:
+            raise ValueError(f"tiny models of this script are {', '.join(TINY_PREFIX + n for n in example.tiny)}")
+        _fixed("a tiny model", given)
+    elif folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"no pipeline in folder {name!r}: it holds no model_index.json")
+    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ValueError(f"no folder {name!r}, and it cannot be a name on the hub")
 
 
 def usable_device(device: str | None) -> torch.device:
@@ -173,26 +192,61 @@ def as_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def _sized(usual: Size, given: dict[str, int | None]) -> Size:
+def _sized(usual: Size, given: Mapping[str, int | None]) -> Size:
     """The usual size with what the user gave."""
     if usual.frames is None and given["frames"] is not None:
         raise ValueError("--frames is for videos, and this model makes pictures")
     return Size(**{name: value if value is not None else getattr(usual, name) for name, value in given.items()})
 
 
-def _fixed(what: str, given: dict[str, int | None]) -> None:
+def _check_size(pipe: Any, size: Size) -> None:
+    """Refuse what the pipeline would round, or fail at: its VAE and patches come in whole numbers only."""
+    patch = getattr(transformers_of(pipe)[0][1].config, "patch_size", 1)
+    patch = patch if isinstance(patch, int) else max(patch[-2:])
+    factor = _first_of(pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
+    # Pipelines that put pixels of latents together before the transformer sees them ask their processor for it.
+    processor = getattr(pipe, "video_processor", None) or getattr(pipe, "image_processor", None)
+    whole = math.lcm(factor * patch, processor.config.vae_scale_factor if processor else 1)
+    for name in ("height", "width"):
+        if getattr(size, name) % whole:
+            raise ValueError(_not_whole(name, getattr(size, name), whole, 0))
+    every = _first_of(pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    if size.frames is not None and (size.frames - 1) % every:
+        raise ValueError(_not_whole("frames", size.frames, every, 1))
+
+
+def _first_of(pipe: Any, *names: str) -> int:
+    return next((getattr(pipe, name) for name in names if hasattr(pipe, name)), 1)
+
+
+def _not_whole(name: str, value: int, whole: int, more: int) -> str:
+    below = (value - more) // whole * whole + more
+    nearest = [str(x) for x in (below, below + whole) if x > 0]
+    what = f"a multiple of {whole}" + (f" plus {more}" if more else "")
+    return f"--{name} must be {what} for this model, got {value}; nearest: {' and '.join(nearest)}"
+
+
+def _fixed(what: str, given: Mapping[str, Any]) -> None:
     wrong = [f"--{name}" for name in ("height", "width", "frames") if given[name] is not None]
     if wrong:
         raise ValueError(f"{what} has one size: leave out {', '.join(wrong)}")
 
 
-def _tiny(example: Example, family: str, given: dict[str, int | None]) -> Sampler:
-    if family not in example.tiny:
-        raise ValueError(f"tiny models of this script are {', '.join(TINY_PREFIX + n for n in example.tiny)}")
-    _fixed("a tiny model", given)
+def _tiny(family: str, given: Mapping[str, int | None], dtype: torch.dtype) -> Sampler:
     tiny = TINY[family]
     size = Size(tiny.size["height"], tiny.size["width"], tiny.size.get("num_frames"), given["steps"] or 4)
-    return Sampler(tiny.make(), size, tiny.arguments, tiny.show, "latent")
+    pipe = tiny.make()
+    for _, part in transformers_of(pipe):
+        _cast(part, dtype)
+    return Sampler(pipe, size, lambda prompt: tiny.arguments(prompt, dtype), tiny.show, "latent")
+
+
+def _cast(part: Any, dtype: torch.dtype) -> None:
+    """What ``from_pretrained(dtype=...)`` does, which leaves buffers and a few parameters as they are."""
+    exact = set(part._keep_in_fp32_modules or ())
+    for path, parameter in part.named_parameters():
+        if exact.isdisjoint(path.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _without_text_encoder(name: str) -> bool:
@@ -204,7 +258,7 @@ def _without_text_encoder(name: str) -> bool:
     return isinstance(index, dict) and index.get("text_encoder") == [None, None]
 
 
-def _demo(example: Example, name: str, given: dict[str, int | None], dtype: torch.dtype) -> Sampler:
+def _demo(example: Example, name: str, given: Mapping[str, int | None], dtype: torch.dtype) -> Sampler:
     if "WanPipeline" not in example.pipelines:
         raise ValueError(f"the pipeline in {name!r} has no text encoder: only the demo Wan can be run without one")
     _fixed("the demo", given)
@@ -217,18 +271,13 @@ def _demo(example: Example, name: str, given: dict[str, int | None], dtype: torc
     return DemoSampler(pipe, given["steps"] or 12)
 
 
-def _real(example: Example, name: str, given: dict[str, int | None], dtype: torch.dtype) -> Sampler:
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ValueError(f"no pipeline in folder {name!r}: it holds no model_index.json")
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
-        raise ValueError(f"no folder {name!r}, and it cannot be a name on the hub")
+def _real(example: Example, name: str, given: Mapping[str, int | None], dtype: torch.dtype) -> Sampler:
     dtypes = {"default": dtype, **dict.fromkeys(example.float32, torch.float32)}
     try:
         pipe = DiffusionPipeline.from_pretrained(name, dtype=dtypes if example.float32 else dtype)
     # OSError: no such file, no such model, no network; the others: damaged or foreign configurations.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        if folder.is_dir():
+        if Path(name).is_dir():
             raise ValueError(f"cannot load the pipeline in folder {name!r}: {_short(error)}") from error
         raise ValueError(
             f"cannot load {name!r} from the hub (no such model, no network, or no access: for a gated model accept its "
@@ -238,7 +287,12 @@ def _real(example: Example, name: str, given: dict[str, int | None], dtype: torc
     if usual is None:
         known = ", ".join(example.pipelines)
         raise ValueError(f"{name!r} is a {type(pipe).__name__}; this script runs {known}")
-    return Sampler(pipe, _sized(usual, given), lambda prompt: {"prompt": prompt}, _as_frames, "np")
+    size = _sized(usual, given)
+    _check_size(pipe, size)
+    # HunyuanDiT would take another size, of a few that it was trained at, without a word.
+    binning = "use_resolution_binning" in inspect.signature(pipe.__call__).parameters
+    fixed = {"use_resolution_binning": False} if binning else {}
+    return Sampler(pipe, size, lambda prompt: {"prompt": prompt}, _as_frames, "np", **fixed)
 
 
 def _as_frames(output: Any) -> Tensor:

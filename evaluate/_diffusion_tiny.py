@@ -36,9 +36,10 @@ class Tiny:
     embed: Callable[[torch.Generator], Embeddings]
     frames: Callable[[Tensor], Tensor]
 
-    def arguments(self, prompt: str) -> Embeddings:
+    def arguments(self, prompt: str, dtype: torch.dtype = torch.float32) -> Embeddings:
         """What the pipeline's call gets for a prompt; the same prompt gives the same."""
-        return self.embed(torch.Generator().manual_seed(zlib.crc32(prompt.encode())))
+        found = self.embed(torch.Generator().manual_seed(zlib.crc32(prompt.encode())))
+        return {k: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in found.items()}
 
     def show(self, latents: Tensor) -> Tensor:
         """Three channels of latents as frames ``[F, h, w, 3]`` in 0..1."""
@@ -101,6 +102,26 @@ def _hunyuan_dit() -> Any:
     )
 
 
+def _ltx() -> Any:
+    torch.manual_seed(0)
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=64, cross_attention_dim=128,
+        num_layers=2, caption_channels=TEXT,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.LTXPipeline(scheduler, None, None, None, _weights(model))
+
+
+def _qwen_image() -> Any:
+    torch.manual_seed(0)
+    model = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=64, num_attention_heads=2,
+        joint_attention_dim=TEXT, axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.QwenImagePipeline(scheduler, None, None, None, _weights(model))
+
+
 def _wan(two: bool = False) -> Any:
     torch.manual_seed(0)
     models = [
@@ -141,6 +162,15 @@ def _hunyuan_dit_text(generator: torch.Generator) -> Embeddings:
     return {**_text(generator, *names), **masks, "use_resolution_binning": False}  # type: ignore[dict-item]
 
 
+def _ltx_text(generator: torch.Generator) -> Embeddings:
+    masks = {f"{kind}prompt_attention_mask": torch.ones(1, 32, dtype=torch.bool) for kind in ("", "negative_")}
+    return {**_pair(generator), **masks}
+
+
+def _qwen_image_text(generator: torch.Generator) -> Embeddings:
+    return {**_text(generator, "prompt_embeds"), "prompt_embeds_mask": torch.ones(1, 32, dtype=torch.long)}
+
+
 def _pair(generator: torch.Generator) -> Embeddings:
     return _text(generator, "prompt_embeds", "negative_prompt_embeds")
 
@@ -154,6 +184,10 @@ TINY = {
     "Flux": Tiny(_flux, dict(height=384, width=384), _flux_text, lambda x: x.unflatten(1, (24, 24))),
     "HunyuanVideo": Tiny(_hunyuan_video, dict(height=256, width=256, num_frames=5), _hunyuan_video_text, _video),
     "HunyuanDiT": Tiny(_hunyuan_dit, dict(height=384, width=384), _hunyuan_dit_text, lambda x: x.permute(0, 2, 3, 1)),
+    "LTX-Video": Tiny(
+        _ltx, dict(height=384, width=384, num_frames=33), _ltx_text, lambda x: x[0].unflatten(0, (5, 12, 12))
+    ),
+    "QwenImage": Tiny(_qwen_image, dict(height=384, width=384), _qwen_image_text, lambda x: x.unflatten(1, (24, 24))),
     "Wan": Tiny(_wan, dict(height=224, width=224, num_frames=9), _pair, _video),
     "Wan2.2": Tiny(lambda: _wan(two=True), dict(height=224, width=224, num_frames=9), _pair, _video),
 }

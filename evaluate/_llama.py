@@ -57,21 +57,26 @@ def load_model(
         dtype = torch.float32
     elif isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"no model in folder {str(name)!r}: it holds no config.json")
-    if not folder.is_dir() and (folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1):
-        raise ValueError(f"no folder {str(name)!r}, and it cannot be a name on the hub")
+    check_name(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
         model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:400]
-        where = "cannot load the model in folder" if folder.is_dir() else "no folder and no model on the hub named"
+        where = "cannot load the model in folder" if Path(name).is_dir() else "no folder and no model on the hub named"
         raise ValueError(f"{where} {str(name)!r}: {reason}") from error
     if next(model.parameters()).device != device and not getattr(model, "is_quantized", False):
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def check_name(name: str | Path) -> None:
+    """Refuse what is known to be no model before anything is loaded; a ValueError says why."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"no model in folder {str(name)!r}: it holds no config.json")
+    if not folder.is_dir() and (folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1):
+        raise ValueError(f"no folder {str(name)!r}, and it cannot be a name on the hub")
 
 
 def layer_range(text: str) -> tuple[int, int]:

@@ -20,8 +20,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _command_line import Help, join_ranks, run_parallel, tail_bound
-from _llama import DEMO, encode, greedy, layer_range, load_model, token_windows, tuned_layers
+from _command_line import (
+    USER_ERROR,
+    Help,
+    check_tuned_output,
+    checkpoint_of,
+    join_ranks,
+    run_parallel,
+    save,
+    tail_bound,
+)
+from _llama import DEMO, check_name, encode, greedy, layer_range, load_model, token_windows, tuned_layers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,6 +93,8 @@ def check(args: argparse.Namespace) -> None:
     for name, least in (("max_length", args.block), ("num_tune_samples", 1), ("max_new_tokens", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.tune:
+        check_tuned_output(args.model_out_path)
 
 
 def make_selector(name: str = "mean", block: int = 64, pool: int = 8) -> MeanSimilarity:
@@ -129,10 +140,10 @@ def run_tune(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> None
         show=first,
         grid=NO_FILTER,
         seed=args.seed,
-        checkpoint=args.model_out_path + ".partial",
+        checkpoint=checkpoint_of(args.model_out_path, args.resume, say=first),
         resume=args.resume,
     )
-    statistics = calibration.save(args.model_out_path)
+    statistics = save(calibration, args.model_out_path)
     if first:
         print(report.statistics_text(calibration.statistics))
         print(report.table(calibration.statistics))
@@ -176,15 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distributed = "RANK" in os.environ
     try:
         if args.parallel_tune and not distributed:
+            check_name(args.model_name)  # said here once, not by every process
             code = run_parallel(__file__, sys.argv[1:] if arguments is None else arguments)
             if code or not args.generate:
                 return code
             args.tune = False
         work(args, distributed)
-    except (ValueError, FileNotFoundError) as error:
-        hint = ": run with --tune first" if isinstance(error, FileNotFoundError) else ""
+    except (ValueError, OSError) as error:
+        hint = ": run with --tune first" if str(error).startswith("no tuned file") else ""
         print(f"llama_tune_example.py: error: {error}{hint}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from the last finished sample" if args.tune else ""
         print(f"\ninterrupted{hint}", file=sys.stderr)

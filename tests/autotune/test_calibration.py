@@ -421,7 +421,30 @@ def test_resume_runs_only_what_is_unfinished(
     assert len(resumed.ran) == len(tuned[0].ran) - min(fail_at, 4)
     assert equal_results(resumed, tuned[0])
     assert calibration.statistics == tuned[1].statistics
-    assert not list(tmp_path.iterdir()), "a finished calibration leaves no checkpoint"
+    calibration.save(tmp_path / "tuned.pt")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tuned.json", "tuned.pt"], (
+        "saved: no checkpoint is left"
+    )
+
+
+def test_a_failed_save_costs_nothing(tuned: tuple[FakeModel, Calibration], tmp_path: Path) -> None:
+    file, taken = tmp_path / "c.rank0", tmp_path / "tuned.pt"
+    calibration = tune(FakeModel(), checkpoint=tmp_path / "c")
+    taken.mkdir()
+    with pytest.raises(IsADirectoryError):
+        calibration.save(taken)
+    assert file.exists()
+    resumed = FakeModel()
+    again = tune(resumed, checkpoint=tmp_path / "c", resume=True)
+    assert {prompt.seed for prompt in resumed.ran} == {4, 5}, "only those kept aside are run again"
+    assert equal_results(resumed, tuned[0])
+    assert again.statistics == tuned[1].statistics
+    taken.rmdir()
+    again.save(taken)
+    assert taken.is_file() and not file.exists()
+    file.touch()  # of a later calibration
+    again.save(taken)
+    assert file.exists()
 
 
 def interrupted(path: Path, fail_at: int = 2, **changes: Any) -> Path:

@@ -13,7 +13,9 @@ import torch
 import wan_example
 from _diffusion import PROMPTS, EveryNth, shares_of_steps, tune
 from _diffusion_compare import Comparison, Densities, animation, compare, dense, ssim, table, write
-from _diffusion_models import Sampler, _sized, load
+from _diffusion_models import Sampler, Size, _check_size, _sized, load
+from _diffusion_tiny import TINY
+from verify_diffusion_implementation import ANY
 
 import autotune
 from autotune.module import Thresholds, sparse_modules
@@ -44,6 +46,75 @@ def test_video_options_of_pictures() -> None:
     assert str(_sized(usual, given)) == "1024 x 512"
     with pytest.raises(ValueError, match="makes pictures"):
         _sized(usual, {**given, "frames": 9})
+
+
+REFUSED = [
+    (
+        "CogVideoX",
+        Size(264, 256, 9, 1),
+        "--height must be a multiple of 16 for this model, got 264; nearest: 256 and 272",
+    ),
+    ("Flux", Size(512, 8, None, 1), "--width must be a multiple of 16 for this model, got 8; nearest: 16"),
+    ("HunyuanDiT", Size(1032, 512, None, 1), "--height must be a multiple of 16 .*, got 1032; nearest: 1024 and 1040"),
+    ("LTX-Video", Size(512, 720, 161, 1), "--width must be a multiple of 32 .*, got 720; nearest: 704 and 736"),
+    ("LTX-Video", Size(512, 704, 160, 1), "--frames must be a multiple of 8 plus 1 .*, got 160; nearest: 153 and 161"),
+    ("Wan", Size(480, 832, 10, 1), "--frames must be a multiple of 4 plus 1 .*, got 10; nearest: 9 and 13"),
+]
+
+
+@pytest.mark.parametrize(("family", "size", "message"), REFUSED)
+def test_sizes_that_a_pipeline_cannot_make(family: str, size: Size, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _check_size(TINY[family].make(), size)
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_usual_sizes_are_accepted(family: str) -> None:
+    pipe = TINY[family].make()
+    _check_size(pipe, ANY.pipelines[type(pipe).__name__])
+
+
+def test_too_small_a_picture_is_named() -> None:
+    sampler = tiny_sampler(steps=2)
+    patch(sampler.pipe)
+    sampler.size = Size(32, 48, 5, 2)
+    with pytest.raises(
+        ValueError, match=r"--height.* at 48 x 32, 5 frames a layer has 12 tokens, and one block has 128"
+    ):
+        tune(sampler, PROMPTS[:1], show=False)
+
+
+@pytest.mark.parametrize("family", ["Flux", "Wan"])
+def test_tiny_models_have_the_dtype_asked_for(family: str) -> None:
+    sampler = load(ANY, f"tiny:{family}", steps=1, device="cpu", dtype="bfloat16")
+    layers = [module for path, module in sampler.pipe.transformer.named_modules() if path.endswith("to_q")]
+    assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+    assert bool(sampler.frames("x", 0).isfinite().all())
+
+
+def test_the_warm_up_compiles_everything() -> None:
+    sampler = tiny_sampler(steps=1)
+    patch(sampler.pipe)
+    set_thresholds(sampler.pipe, 0.3)
+    timed, graphs = [False], []
+
+    def counting(graph: Any, _: Any) -> Any:
+        graphs.append(timed[0])
+        return graph.forward
+
+    frames = sampler.frames
+
+    def timing(*arguments: Any) -> Any:
+        timed[0] = True
+        return frames(*arguments)
+
+    sampler.frames = timing  # type: ignore[method-assign]
+    torch._dynamo.reset()
+    sampler.pipe.transformer.compile(backend=counting)
+    found = compare(sampler, ["x", "y"], [1, 2], warm_up=True)
+    torch._dynamo.reset()
+    assert graphs and not any(graphs), f"{sum(graphs)} of {len(graphs)} graphs were compiled in timed runs"
+    assert all(c.density.shape == (1, 2) and bool((c.density < 1).all()) for c in found)
 
 
 def test_shares_of_steps_use_the_pipelines_schedule() -> None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 import verify_diffusion_implementation
 import wan_example
+from _command_line import run_parallel
 from _diffusion import PROMPTS, main, read_prompts
 from _diffusion_models import Example
 from _diffusion_tiny import TINY
@@ -130,7 +131,9 @@ def test_prompts_file_and_calibrated_schedule(tmp_path: Path, capsys: pytest.Cap
     assert run(flux_example, *base, *LOOSE, "--tune", "--dense_steps", 1, 1) == 0
     steps = load_tuned(path)["_metadata"]["dense_steps"]
     assert steps is not None and 0 < steps[0] < steps[1] < 1
-    assert run(flux_example, *base, "--compare", "--out_path", tmp_path) == 0
+    capsys.readouterr()
+    assert run(flux_example, *base, "--compare", "--out_path", tmp_path, "--num_compare", 9) == 0
+    assert "note: --num_compare 9: only 1 prompts are left" in capsys.readouterr().err
     (clip,) = json.loads((tmp_path / "compare.json").read_text())["clips"]
     assert clip["prompt"] == "three birds"
     density = clip["density_by_step_and_layer"]  # the file's own schedule, without being told again
@@ -238,6 +241,79 @@ def test_user_errors(
     assert message in capsys.readouterr().err
 
 
+BAD_PATHS = [
+    (
+        ["--tune", "--model_out_path", ""],
+        "--model_out_path must name a file that can be written, got '': that is empty",
+    ),
+    (["--tune", "--model_out_path", "{}"], "/folder': that is a folder"),
+    (["--tune", "--model_out_path", "{}/new/"], "/folder/new/': that is a folder"),
+    (["--tune", "--model_out_path", "{}/file/tuned.pt"], "/folder/file' is no folder"),
+    (["--tune", "--model_out_path", "{}/taken.pt"], "its statistics go to"),
+    (["--tune", "--model_out_path", "{}/" + "x" * 300], "File name too long"),
+    (["--parallel_tune", "--model_out_path", "{}"], "/folder': that is a folder"),
+    (["--tune", "--compare", "--out_path", "{}/file"], "--out_path must name a folder that can be written, got "),
+    (["--out_path", "{}/file/out"], "/folder/file' is no folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_PATHS)
+def test_paths_are_checked_first(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    (folder / "taken.json").mkdir(parents=True)
+    (folder / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        run(wan_example, *(argument.format(folder) for argument in arguments))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["file", "taken.json"]  # nothing was made
+
+
+def test_a_failed_save_keeps_the_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    arguments = ["--tune", "--model_name", "tiny:Flux", "--model_out_path", tmp_path / "tuned.pt", *SHORT, *LOOSE]
+    with monkeypatch.context() as context:
+        context.setattr("autotune.calibration.save", full)
+        assert run(flux_example, *arguments) == 2
+    shown = capsys.readouterr().err
+    assert "No space left on device; the calibration is kept in" in shown and "--resume" in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.pt.partial.rank0"]
+    assert run(flux_example, *arguments, "--resume") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned.json", "tuned.pt"]
+    assert "nothing to resume" not in capsys.readouterr().out
+    assert run(flux_example, *arguments, "--resume") == 0
+    assert "nothing to resume at" in capsys.readouterr().out
+
+
+def test_parallel_tune_refuses_what_one_process_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("_diffusion.run_parallel", lambda *_: pytest.fail("it was started"))
+    base = ["--parallel_tune", "--model_out_path", tmp_path / "tuned.pt"]
+    for arguments, message in (
+        (["--model_name", "/nowhere"], "no folder '/nowhere'"),
+        (["--model_name", "tiny:Wan", "--height", 64], "leave out --height"),
+        (["--model_name", "tiny:Wan", "--prompts", "nowhere.txt"], "no file of prompts"),
+    ):
+        assert run(wan_example, *base, *arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ending", "code"), [("sys.exit(2)", 2), ("1 / 0", 1), ("", 0)])
+def test_parallel_exit_codes(ending: str, code: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nprint(*sys.argv[1:])\n{ending}\n")
+    assert run_parallel(str(script), ["--tune", "x y"]) == code
+    shown, said = capfd.readouterr()
+    assert "--tune x y" in shown and "ChildFailedError" not in said
+    assert ("Traceback" in said) == ("ZeroDivisionError" in said) == (code == 1)  # the script's own only
+
+
 def test_empty_prompts(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n  \n")
     with pytest.raises(ValueError, match="nothing to run: no prompt in"):
@@ -270,6 +346,9 @@ def test_whole_pipeline_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 0 < clip["sparsity"] < 1 and clip["psnr"] is not None
     with Image.open(tmp_path / "compare.gif") as pictures:
         assert getattr(pictures, "n_frames", 1) == 9
+    for wrong, message in ((["--height", 264], "got 264; nearest: 256 and 272"), (["--frames", 10], "9 and 13")):
+        assert run(wan_example, *base, *size, *wrong, "--tune") == 2
+        assert message in capsys.readouterr().err
     assert run(flux_example, *base, "--tune") == 2
     assert "is a WanPipeline; this script runs FluxPipeline" in capsys.readouterr().err
     (folder / "transformer" / "config.json").write_text("{")
@@ -277,7 +356,7 @@ def test_whole_pipeline_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "cannot load the pipeline in folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", list(SCRIPTS))
+@pytest.mark.parametrize("family", list(TINY))
 def test_verify(family: str, folders: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model_name", f"tiny:{family}", "--device", "cpu"]
     if family in ("Flux", "HunyuanVideo"):

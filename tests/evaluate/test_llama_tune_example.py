@@ -126,6 +126,9 @@ def test_parallel_tune(tuned: Path, tmp_path: Path) -> None:
         (["--tune", "--max_length", "32"], "--max_length must be at least 64"),
         (["--tune", "--num_tune_samples", "0"], "--num_tune_samples must be at least 1"),
         (["--tune", "--backend", "quick"], "'auto'.*'cpu'"),
+        (["--tune", "--model_out_path", ""], "--model_out_path must name a file .* got '': that is empty"),
+        (["--tune", "--model_out_path", "/"], "--model_out_path must name a file .* got '/': that is a folder"),
+        (["--parallel_tune", "--model_out_path", f"{SCRIPT}/tuned.pt"], "llama_tune_example.py' is no folder"),
     ],
 )
 def test_refuses_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +143,7 @@ def test_refuses_arguments(arguments: list[str], message: str, capsys: pytest.Ca
     [
         (["--generate", "--model_out_path", "nowhere.pt"], "no tuned file at 'nowhere.pt': run with --tune first"),
         (["--generate", "--model_name", "/nowhere/model"], "no folder '/nowhere/model'"),
+        (["--parallel_tune", "--model_name", "/nowhere/model"], "no folder '/nowhere/model'"),
         (["--tune", "--layer_range", "4,99"], "layer_range must be"),
         (["--tune", "--dataset", "/nowhere/text"], "/nowhere/text"),
     ],
