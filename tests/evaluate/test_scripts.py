@@ -328,5 +328,5 @@ def test_load_model_refuses() -> None:
 
 
 def test_patch_and_load_refuses_another_model(tiny: Path, demo_file: Path) -> None:
-    with pytest.raises(ValueError, match="layers of the file are not in the model"):
+    with pytest.raises(ValueError, match="made for head dim 64"):
         patch_and_load(load_model(tiny, device="cpu")[0], demo_file)
