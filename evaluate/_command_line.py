@@ -7,7 +7,7 @@ import glob
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -101,6 +101,45 @@ def run_parallel(script: str, arguments: Sequence[str]) -> int:
     command = [sys.executable, __file__, "--standalone", f"--nproc_per_node={count}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     return subprocess.run([*command, script, *arguments], env=environment).returncode
+
+
+def run_script(
+    script: str,
+    args: argparse.Namespace,
+    given: Sequence[str],
+    check: Callable[[], object],
+    work: Callable[[bool], None],
+    goes_on: bool,
+    errors: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> int:
+    """Run a tuning script after its arguments were read; returns the exit code.
+
+    Args:
+        script: its path.
+        args, given: the arguments, read and as they came.
+        check: refuses with a ValueError, before --parallel_tune starts processes, what each of them would refuse.
+        work: does everything in one process, told whether it is one of several.
+        goes_on: after --parallel_tune, this process goes on with the tuned file.
+        errors: what is the user's to mend, and is told in one line.
+    """
+    distributed = "RANK" in os.environ
+    try:
+        if args.parallel_tune and not distributed:
+            check()
+            code = run_parallel(script, given)
+            if code or not goes_on:
+                return code
+            args.tune = False
+        work(distributed)
+    except errors as error:
+        hint = ": run with --tune first" if str(error).startswith("no tuned file") else ""
+        print(f"{Path(script).name}: error: {error}{hint}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume goes on from the last finished sample" if args.tune else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def launch(arguments: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ An example script describes its family (:class:`_diffusion_models.Example`) and 
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,19 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _command_line import (
-    USER_ERROR,
     Help,
     check_output,
     check_tuned_output,
     checkpoint_of,
     join_ranks,
-    run_parallel,
+    run_script,
     save,
     tail_bound,
 )
 from _demo_clips import PROMPTS as DEMO_PROMPTS
 from _diffusion_compare import compare, density_table, show_alone, table, write
-from _diffusion_models import DTYPES, TINY_PREFIX, DemoSampler, Example, Sampler, check_name, load
+from _diffusion_models import TINY_PREFIX, DemoSampler, Example, Sampler, check_name, load
+from _loading import DTYPES
 from torch import nn
 from tqdm import tqdm
 
@@ -343,6 +343,7 @@ def compile_transformers(pipe: Any) -> None:
         part.compile()
 
 
+@torch.no_grad()
 def work(example: Example, args: argparse.Namespace, distributed: bool) -> None:
     """Everything after the arguments, in one process."""
     state = None if args.tune else autotune.load(args.model_out_path)
@@ -371,23 +372,11 @@ def main(example: Example, script: str, text: str | None, arguments: Sequence[st
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parse_arguments(example, text, given)
-    distributed = "RANK" in os.environ
-    try:
-        if args.parallel_tune and not distributed:
-            check_name(example, args.model_name, vars(args))  # said here once, not by every process
-            read_prompts(args.prompts)
-            code = run_parallel(script, given)
-            if code or not args.compare:
-                return code
-            args.tune = False
-        with torch.no_grad():
-            work(example, args, distributed)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        hint = ": run with --tune first" if str(error).startswith("no tuned file") else ""
-        print(f"{Path(script).name}: error: {error}{hint}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from the last finished sample" if args.tune else ""
-        print(f"\ninterrupted{hint}", file=sys.stderr)
-        return 130
-    return 0
+
+    def check() -> None:
+        check_name(example, args.model_name, vars(args))
+        read_prompts(args.prompts)
+
+    errors = (ValueError, OSError, torch.OutOfMemoryError)
+    run = functools.partial(work, example, args)
+    return run_script(script, args, given, check, run, goes_on=args.compare, errors=errors)

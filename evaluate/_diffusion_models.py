@@ -14,12 +14,12 @@ import torch
 from _demo_clips import FRAMES, GUIDANCE, SIZE, generate, to_frames
 from _demo_clips import load_pipeline as load_demo
 from _diffusion_tiny import TINY
+from _loading import check_dtype, check_source, usable_device
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from autotune.module import transformers_of
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 TINY_PREFIX = "tiny:"
 
 
@@ -161,32 +161,17 @@ def load(
 
 def check_name(example: Example, name: str, given: Mapping[str, Any]) -> None:
     """Refuse what is known to be wrong before anything is loaded; a ValueError says why."""
-    folder = Path(name)
     if name.startswith(TINY_PREFIX):
         if name.removeprefix(TINY_PREFIX) not in example.tiny:
             raise ValueError(f"tiny models of this script are {', '.join(TINY_PREFIX + n for n in example.tiny)}")
         _fixed("a tiny model", given)
-    elif folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"no pipeline in folder {name!r}: it holds no model_index.json")
-    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ValueError(f"no folder {name!r}, and it cannot be a name on the hub")
-
-
-def usable_device(device: str | None) -> torch.device:
-    """The device of that name, by default the GPU if there is one; a ValueError when it cannot be used."""
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return found
+    else:
+        check_source(name, "pipeline", "model_index.json", owner=True)
 
 
 def as_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; "auto" is bfloat16, and float32 on a processor."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_dtype(dtype)
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, dtype)

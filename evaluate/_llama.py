@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from _demo_text import BYTE_OFFSET, load_texts, windows
+from _loading import check_dtype, check_source, usable_device
 from torch import LongTensor, Tensor, nn
 
 from autotune import load, load_sparse_attention_state_dict
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEMO = Path(__file__).resolve().parents[1] / "models_dict" / "demo_llama"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _COLUMNS = ("text", "content")  # of a hub dataset
 _CHARACTERS = 8  # per token at most, when deciding how much of a hub dataset to read
 _ROWS = 512  # positions whose float32 log-probabilities are formed at once
@@ -46,13 +46,9 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    device = usable_device(device)
+    if isinstance(dtype, str):
+        check_dtype(dtype)
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
     elif isinstance(dtype, str) and dtype != "auto":
@@ -72,11 +68,7 @@ def load_model(
 
 def check_name(name: str | Path) -> None:
     """Refuse what is known to be no model before anything is loaded; a ValueError says why."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"no model in folder {str(name)!r}: it holds no config.json")
-    if not folder.is_dir() and (folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1):
-        raise ValueError(f"no folder {str(name)!r}, and it cannot be a name on the hub")
+    check_source(str(name), "model", "config.json", owner=False)
 
 
 def layer_range(text: str) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import torch
 from _benchmark_report import versions, write_csv
-from _diffusion_models import usable_device
+from _loading import usable_device
 from _step_models import MODELS, StepModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel

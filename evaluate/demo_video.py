@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 from _command_line import sparse_backend
-from _demo_clips import DEMO, PROMPTS, parse, recognise
+from _demo_clips import DEMO, PROMPTS, parse
+from _demo_recognise import recognise
 from _diffusion import tune
 from _diffusion_compare import Comparison, compare, density_table, table, write
-from _diffusion_models import DemoSampler, load, usable_device
+from _diffusion_models import DemoSampler, load
+from _loading import usable_device
 from diffusers.utils.logging import disable_progress_bar
 from wan_example import EXAMPLE
 

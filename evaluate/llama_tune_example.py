@@ -12,7 +12,7 @@ Exit code 2: an argument, a model or a file cannot be used; 130: interrupted, --
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _command_line import (
-    USER_ERROR,
     Help,
     check_tuned_output,
     checkpoint_of,
     join_ranks,
-    run_parallel,
+    run_script,
     save,
     tail_bound,
 )
@@ -183,25 +182,10 @@ def work(args: argparse.Namespace, distributed: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = parse_arguments(arguments)
-    distributed = "RANK" in os.environ
-    try:
-        if args.parallel_tune and not distributed:
-            check_name(args.model_name)  # said here once, not by every process
-            code = run_parallel(__file__, sys.argv[1:] if arguments is None else arguments)
-            if code or not args.generate:
-                return code
-            args.tune = False
-        work(args, distributed)
-    except (ValueError, OSError) as error:
-        hint = ": run with --tune first" if str(error).startswith("no tuned file") else ""
-        print(f"llama_tune_example.py: error: {error}{hint}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from the last finished sample" if args.tune else ""
-        print(f"\ninterrupted{hint}", file=sys.stderr)
-        return 130
-    return 0
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = parse_arguments(given)
+    check, run = (functools.partial(check_name, args.model_name), functools.partial(work, args))
+    return run_script(__file__, args, given, check, run, goes_on=args.generate)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,12 @@ import numpy as np
 import torch
 from _benchmark_report import versions
 from _command_line import sparse_backend
-from _demo_clips import DEMO, GUIDANCE, PROMPTS, generate, parse, recognise, to_frames
+from _demo_clips import DEMO, GUIDANCE, PROMPTS, generate, parse, to_frames
+from _demo_recognise import recognise
 from _diffusion import shares_of_steps, tune
 from _diffusion_compare import Densities
-from _diffusion_models import DTYPES, DemoSampler, load, usable_device
+from _diffusion_models import DemoSampler, load
+from _loading import DTYPES, usable_device
 from torch import Tensor
 from wan_example import EXAMPLE
 
@@ -167,24 +169,24 @@ def sweep(args: argparse.Namespace, path: Path) -> None:
     sampler = load(EXAMPLE, args.model_name, device=args.device, dtype=args.dtype, steps=args.steps)
     if not isinstance(sampler, DemoSampler):
         raise ValueError(f"--model_name must be the demo model, got {args.model_name!r}")
+    prompts = list(PROMPTS["unseen"][-args.clips :])
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "processor",
         "versions": versions(),
         "dtype": str(sampler.pipe.transformer.blocks[0].ffn.net[0].proj.weight.dtype),  # norms are always float32
         "steps": args.steps,
-        "clips": args.clips * args.seeds,
+        "clips": len(prompts) * args.seeds,
         "recognised_dense": {},
     }
     results: list[dict[str, Any]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(HEADER, flush=True)
     for guidance in args.guidance:
         sampler.guidance = guidance
         restore(sampler.pipe)
-        prompts = list(PROMPTS["unseen"][-args.clips :])
         unseen = [Unseen.of(sampler, prompts, seed * 100) for seed in range(args.seeds)]
         right = sum(recognised(group.prompts, group.dense) for group in unseen) / len(unseen)
         facts["recognised_dense"][f"{guidance:g}"] = right
+        print(f"{facts['clips']} clips, {right:.0%} recognised dense, guidance {guidance:g}\n{HEADER}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             for number, name in enumerate(args.selectors or SETTINGS):
                 for l1, tail in bounds_of(args):
@@ -223,7 +225,7 @@ def _mean_of(r: dict[str, Any]) -> float:
 
 
 def kind_of(r: dict[str, Any]) -> str:
-    """Which bound binds: "mean", "tail", or "both"."""
+    """What bounds a result: "mean" or "tail" alone, or both, with the l1."""
     if r["tail"] is None:
         return "mean"
     return "tail" if r["l1"] >= FREE_L1 else f"l1 {r['l1']:g} and tail"
@@ -269,11 +271,12 @@ def plot(data: dict[str, Any], path: Path) -> None:
     size = (12, 0.6 + 4.2 * len(guidances))
     figure, axes = plt.subplots(len(guidances), 2, figsize=size, sharex=True, sharey="col", squeeze=False)
     for (guidance, name, kind), some in lines(data["results"]).items():
+        number = names.index(name) % 10
         pair = axes[guidances.index(guidance)]
         for axis, value in zip(pair, (_mean_of, lambda r: min(r["psnr"])), strict=True):
             axis.plot(
-                [100 * r["sparsity"] for r in some], [value(r) for r in some], marker="os^vDP*Xhd"[names.index(name)],
-                markersize=4, color=plt.get_cmap("tab10")(names.index(name)),
+                [100 * r["sparsity"] for r in some], [value(r) for r in some], marker="os^vDP*Xhd"[number],
+                markersize=4, color=plt.get_cmap("tab10")(number),
                 linestyle={"mean": "--", "tail": "-"}.get(kind, ":"), label=f"{name}, {kind} bound",
             )  # fmt: skip
     for pair, guidance in zip(axes, guidances, strict=True):
@@ -282,7 +285,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
         pair[0].plot([100 * GOAL], [AIM], "k+", markersize=10, label="goal")
         pair[1].axhline(WORST_GOAL, color="grey", linewidth=0.8)
         pair[0].set_ylabel("dB")
-        handles = sorted(zip(*pair[0].get_legend_handles_labels(), strict=True), key=lambda pair: pair[1])
+        handles = sorted(zip(*pair[0].get_legend_handles_labels(), strict=True), key=lambda entry: entry[1])
         pair[0].legend(*zip(*handles, strict=True), fontsize=6.5, handlelength=4)
         text = "no guidance" if guidance <= 1 else f"guidance {guidance:g}"
         pair[0].set_title(f"PSNR, mean over the clips ({text})")

@@ -40,11 +40,11 @@ from _demo_clips import (
     parse,
     random_prompts,
     random_things,
-    recognise,
     save_gif,
     to_frames,
     to_latents,
 )
+from _demo_recognise import recognise
 from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor, nn
@@ -67,17 +67,13 @@ def make_transformer(tiny: bool) -> WanTransformer3DModel:
     return transformer
 
 
-def noise_like(latents: Tensor, generator: torch.Generator) -> Tensor:
-    """What generation starts from, for every clip: normal noise around the marks."""
-    return torch.randn(latents.shape, generator=generator, device=latents.device) + marks(latents.device)
-
-
 class Batches:
     """Training batches, drawn on the device."""
 
     def __init__(self, size: int, device: torch.device, seed: int) -> None:
         self.size, self.device = size, device
         self.generator = torch.Generator(device).manual_seed(seed)
+        self.mean = marks(device)
 
     def next(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents `[n, C, F, h, w]`, noise like them, noise levels `[n]` in 0..1, prompts `[n, tokens, dim]`."""
@@ -90,7 +86,8 @@ class Batches:
         part = torch.rand(self.size, generator=self.generator, device=self.device)
         part = (part + torch.arange(self.size, device=self.device)) / self.size
         level = SHIFT * part / (1 + (SHIFT - 1) * part)
-        return latents, noise_like(latents, self.generator), level, embeds
+        noise = torch.randn(latents.shape, generator=self.generator, device=self.device) + self.mean
+        return latents, noise, level, embeds
 
 
 class DirectionProbe:
@@ -103,7 +100,7 @@ class DirectionProbe:
         opposite = things.clone()
         opposite[:, 0, 2] ^= 1
         self.latents = to_latents(draw_batch(things, generator)).contiguous()
-        self.noise = noise_like(self.latents, generator)
+        self.noise = torch.randn(self.latents.shape, generator=generator, device=device) + marks(device)
         self.level = torch.linspace(0.95, 1.0, count, device=device)  # where a clip's layout is decided
         self.embeds, self.opposite = embed(things), embed(opposite)
 

@@ -26,8 +26,9 @@ import torch
 import wan_example
 from _diffusion import read_prompts
 from _diffusion_compare import Densities
-from _diffusion_models import DTYPES, TINY_PREFIX, Example, Sampler, Size, load
+from _diffusion_models import TINY_PREFIX, Example, Sampler, Size, load
 from _diffusion_tiny import TINY
+from _loading import DTYPES
 from _verify import Failure, Step, run_steps, say
 from torch import Tensor, nn
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from _llama import (
     DEMO,
-    DTYPES,
     encode,
     greedy,
     layer_range,
@@ -33,6 +32,7 @@ from _llama import (
     take_density,
     token_windows,
 )
+from _loading import DTYPES
 from _verify import Failure, Step, run_steps, say
 from torch import Tensor, nn
 

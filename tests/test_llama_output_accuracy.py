@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluate"))
 
 from _llama import (
     DEMO,
-    DTYPES,
     encode,
     greedy,
     layer_range,
@@ -41,6 +40,7 @@ from _llama import (
     take_density,
     token_windows,
 )
+from _loading import DTYPES
 
 from autotune import SparseAttention, extract_sparse_attention_state_dict, save
 from autotune.module import Thresholds, sparse_modules

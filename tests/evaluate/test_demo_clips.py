@@ -36,11 +36,11 @@ from _demo_clips import (
     prompt_embeds,
     random_prompts,
     random_things,
-    recognise,
     save_gif,
     to_frames,
     to_latents,
 )
+from _demo_recognise import recognise
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor

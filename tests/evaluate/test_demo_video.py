@@ -17,7 +17,8 @@ import torch
 import train_demo_video
 import verify_diffusion_implementation
 import wan_example
-from _demo_clips import FRAMES, PROMPTS, draw, generate, load_pipeline, parse, recognise, to_frames
+from _demo_clips import FRAMES, PROMPTS, draw, generate, load_pipeline, parse, to_frames
+from _demo_recognise import recognise
 from _diffusion import main
 from _diffusion_compare import Comparison
 from PIL import Image

@@ -293,7 +293,7 @@ def test_a_failed_save_keeps_the_calibration(
 def test_parallel_tune_refuses_what_one_process_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("_diffusion.run_parallel", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setattr("_command_line.run_parallel", lambda *_: pytest.fail("it was started"))
     base = ["--parallel_tune", "--model_out_path", tmp_path / "tuned.pt"]
     for arguments, message in (
         (["--model_name", "/nowhere"], "no folder '/nowhere'"),
