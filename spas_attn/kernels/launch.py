@@ -58,13 +58,11 @@ def padded_dim(dim: int, int8: bool) -> int:
     return padded_dim_8_bits(dim) if int8 else max(16, triton.next_power_of_2(dim))
 
 
-def whole_block_config(q: Tensor, mask: BlockMask, precision: str) -> configs.Config | None:
-    """The configuration that judges PV skip per block of the mask, or None where such tiles do not fit."""
-    limit = configs.shared_memory_limit(q.device)
+def whole_block_config(q: Tensor, blocks: tuple[int, int], precision: str) -> configs.Config | None:
+    """The configuration that judges PV skip per block of (block_q, block_k), or None where such tiles do not fit."""
     kind = kind_of(q, precision)
-    return configs.choose_whole_blocks(
-        kind, padded_dim(q.shape[-1], kind in ("int8", "fp8")), limit, (mask.block_q, mask.block_k)
-    )
+    dim = padded_dim(q.shape[-1], kind in ("int8", "fp8"))
+    return configs.choose_whole_blocks(kind, dim, configs.shared_memory_limit(q.device), blocks)
 
 
 def choose_config(q: Tensor, mask: BlockMask | None, precision: str) -> configs.Config:
@@ -86,7 +84,7 @@ def sparse_attention_fwd(
     window: int | None = None,
     key_mask: Tensor | None = None,
     pv_threshold: Tensor | None = None,
-    precision: str = "bf16",
+    precision: str = "native",
     keys: Keys | None = None,
     values: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
@@ -103,7 +101,7 @@ def sparse_attention_fwd(
         window: with causality, a query sees its last ``window`` keys.
         key_mask: bool ``[B, Lk]``, True = attend.
         pv_threshold: float32 ``[Hq]``, log2 units; only with a mask whose blocks fit (``whole_block_config``).
-        precision: "bf16" (the inputs' own type), "int8_bf16" or "int8_fp8". In 8 bits K is smoothed by a mean over
+        precision: "native" (the inputs' own type), "int8_bf16" or "int8_fp8". In 8 bits K is smoothed by a mean over
             keys: under causality a later token reaches earlier outputs through that and the scales, within the
             quantisation error.
         keys: K in int8 with one scale per key block of the mask, from ``prepare_k`` or a selection.
@@ -118,7 +116,7 @@ def sparse_attention_fwd(
         return out
     skip = pv_threshold is not None and mask is not None and config is None
     if skip and mask is not None:
-        config = whole_block_config(q, mask, precision)
+        config = whole_block_config(q, (mask.block_q, mask.block_k), precision)
         skip = config is not None
     config = config or choose_config(q, mask, precision)
     threshold = pv_threshold if skip else None
