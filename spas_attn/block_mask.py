@@ -18,6 +18,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def blockwise(x: Tensor, block: int, value: float = 0) -> Tensor:
+    """Cut the last dimension into blocks, the ragged last one filled with ``value``: ``[..., n, block]``."""
+    length = x.shape[-1]
+    return torch.nn.functional.pad(x, (0, cdiv(length, block) * block - length), value=value).unflatten(-1, (-1, block))
+
+
 def visible_blocks(
     q_len: int,
     k_len: int,

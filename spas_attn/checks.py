@@ -1,4 +1,4 @@
-"""Argument checks of the public calls: every refusal names the argument, what came and what is allowed."""
+"""Argument checks of a call: every refusal names the argument, what came and what is allowed."""
 
 from __future__ import annotations
 
@@ -7,71 +7,67 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import Call
 from .block_mask import BlockMask
-from .selectors.base import per_head
+
+PerHead = float | Tensor  # one value, or a tensor [Hq]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PRECISIONS = ("bf16", "int8_bf16", "int8_fp8", "auto")
 HEAD_DIMS = (16, 256)
 
 
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    is_causal: bool,
-    scale: float | None,
-    attn_mask: Tensor | None,
-    window: int | None,
-    layout: str,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    pv_threshold: float | Tensor | None,
-    precision: str,
-    expected_density: float | None,
-    mask: BlockMask | None = None,
-) -> tuple[Call, tuple[Tensor, Tensor] | None]:
-    """Check the arguments of a public call.
+def per_head(value: PerHead, heads: int, name: str, device: torch.device) -> Tensor:
+    """``value`` as a float32 tensor ``[heads]``."""
+    tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.shape[0] not in (1, heads)):
+        raise ValueError(f"{name} must be a float or a tensor [{heads}], got shape {tuple(tensor.shape)}")
+    return tensor.expand(heads)
 
-    Returns:
-        The call in HND layout (views, no copies), and the cumulative lengths of packed sequences or None.
+
+def check_range(name: str, value: PerHead, low: float, high: float, *, above: bool = False) -> None:
+    """Reject numbers outside [low, high] (with ``above``: (low, high]) and NaN, in a float or a tensor.
+
+    A tensor's values are read, which waits for its device; under torch.compile they are not.
     """
-    if layout not in ("HND", "NHD"):
-        raise ValueError(f"layout must be 'HND' or 'NHD', got {layout!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    _check_tensors(q, k, v)
-    if layout == "NHD":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    _check_shapes(q, k, v)
-    packed = _check_packed(q, k, cu_seqlens_q, cu_seqlens_k)
-    if is_causal:
-        _check_causal(q, k, packed)
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if isinstance(value, Tensor):
+        if torch.compiler.is_compiling():
+            return
+        fits = (value > low if above else value >= low) & (value <= high)
+        shown = value.tolist()
+        good = bool(fits.all())
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor [Hq], got {type(value).__name__}")
+    else:
+        shown = value
+        good = (value > low if above else value >= low) and value <= high
+    if not good:
+        raise ValueError(f"{name} must be in {'(' if above else '['}{low:g}, {high:g}], got {shown}")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Reject a value that is not among the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_window(window: int | None, is_causal: bool) -> None:
+    """Reject windows that are no numbers of keys, or come without causality."""
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window must be a positive number of keys or None, got {window!r}")
-    if window is not None and not is_causal:
+    if not is_causal:
         raise ValueError("window needs is_causal=True: a query sees its last `window` keys")
-    if mask is not None:
-        _check_mask(mask, q, k)
-    if attn_mask is not None and packed is not None:
-        raise ValueError("attn_mask cannot be combined with packed sequences: leave the padding out of the pack")
-    call = Call(
-        q,
-        k,
-        v,
-        is_causal=bool(is_causal),
-        scale=_check_scale(scale, q.shape[-1]),
-        attn_mask=_check_attn_mask(attn_mask, q, k),
-        window=window,
-        pv_threshold=_check_pv_threshold(pv_threshold, q),
-        precision=precision,
-        expected_density=_check_density(expected_density),
-    )
-    return call, packed
 
 
-def _check_pv_threshold(pv_threshold: float | Tensor | None, q: Tensor) -> Tensor | None:
+def check_error_bound(bound: float) -> float:
+    """``error_bound`` as a number above 0."""
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0:
+        raise ValueError(f"error_bound must be a number above 0 (a relative error), got {bound!r}")
+    return float(bound)
+
+
+def check_pv_threshold(pv_threshold: float | Tensor | None, q: Tensor) -> Tensor | None:
+    """PV thresholds as float32 ``[Hq]``, None when PV skip is off."""
     if pv_threshold is None:
         return None
     if not isinstance(pv_threshold, (int, float, Tensor)):
@@ -81,7 +77,8 @@ def _check_pv_threshold(pv_threshold: float | Tensor | None, q: Tensor) -> Tenso
     return per_head(pv_threshold, q.shape[1], "pv_threshold", q.device)
 
 
-def _check_density(density: float | None) -> float | None:
+def check_density(density: float | None) -> float | None:
+    """An expected density in [0, 1], or None."""
     if density is None:
         return None
     if isinstance(density, bool) or not isinstance(density, (int, float)):
@@ -91,17 +88,19 @@ def _check_density(density: float | None) -> float | None:
     return float(density)
 
 
-def _check_scale(scale: float | None, head_dim: int) -> float:
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The softmax scale; ``head_dim ** -0.5`` by default."""
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and above 0, got {scale}")
     return float(scale)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Reject what is no 4-D floating tensor of one dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -115,7 +114,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Reject shapes (HND) that do not belong together."""
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -128,9 +128,10 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"the head dim must be {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {q.shape[3]}")
 
 
-def _check_packed(
+def check_packed(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
+    """Bounds of packed sequences, checked on the host; None when the call holds none."""
     if cu_seqlens_q is None and cu_seqlens_k is None:
         return None
     if cu_seqlens_q is None or cu_seqlens_k is None:
@@ -152,7 +153,8 @@ def _check_packed(
     return cu_seqlens_q, cu_seqlens_k
 
 
-def _check_causal(q: Tensor, k: Tensor, packed: tuple[Tensor, Tensor] | None) -> None:
+def check_causal(q: Tensor, k: Tensor, packed: tuple[Tensor, Tensor] | None) -> None:
+    """Reject more queries than keys, in any sequence."""
     lengths = [(q.shape[2], k.shape[2])]
     if packed is not None:
         lengths = list(zip(packed[0].diff().tolist(), packed[1].diff().tolist(), strict=True))
@@ -161,7 +163,8 @@ def _check_causal(q: Tensor, k: Tensor, packed: tuple[Tensor, Tensor] | None) ->
             raise ValueError(f"is_causal needs Lq <= Lk (lower-right alignment), got Lq={q_len}, Lk={k_len}")
 
 
-def _check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
+def check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
+    """Reject a block mask of other lengths, heads or device."""
     if (mask.q_len, mask.k_len) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"mask was made for lengths {mask.q_len} x {mask.k_len}, but q and k have {q.shape[2]} x {k.shape[2]}"
@@ -172,7 +175,7 @@ def _check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"mask is on {mask.counts.device}, but q is on {q.device}")
 
 
-def _check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """Key padding as ``[B, Lk]``, a full mask as ``[B, 1 or H, Lq, Lk]``."""
     if attn_mask is None:
         return None

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..block_mask import BlockMask, cdiv
+from ..call import Call
 from . import sdpa
-from .base import Backend, Call, register
+from .base import Backend, register
 
 # Scores held at a time: 2 MiB in float32. Larger chunks fall out of the second-level cache and halve the speed
 # (measured on 2 cores of an AMD EPYC with 1 MiB each, torch 2.13).
@@ -22,16 +23,16 @@ _SCORES = 1 << 19
 def declines(call: Call) -> str | None:
     """The reason why this backend does not serve the call, or None."""
     if call.q.device.type != "cpu":
-        return f"q is on {call.q.device}, this backend runs on the processor"
+        return f"q is on {call.q.device}, this backend runs on a CPU"
     if call.attn_mask is not None and call.attn_mask.dim() == 4:
         return "attn_mask is a full 4-D mask"
-    if call.precision != "bf16":
-        return f"precision {call.precision!r} is not available on a processor"
+    if call.precision != "native":
+        return f"precision {call.precision!r} is not available on a CPU"
     return None
 
 
 def run(call: Call) -> Tensor:
-    """Block-sparse attention on a processor; PV skip is carried out, though it saves no time here."""
+    """Block-sparse attention on a CPU; PV skip is carried out, though it saves no time here."""
     mask = call.mask
     if mask is None:
         return sdpa.run(call)
@@ -48,7 +49,7 @@ def _attend(
     scale: float, attn_mask: Tensor | None, window: int | None, pv_threshold: Tensor | None,
 ) -> Tensor:  # fmt: skip
     mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2])
-    call = Call(q, k, v, mask, is_causal, scale, attn_mask, window, pv_threshold)
+    call = Call(q, k, v, is_causal, scale, attn_mask, window, mask=mask, pv_threshold=pv_threshold)
     return _gather_and_attend(call, mask)
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Backend, Call, declines_int8, register
+from ..call import Call
+from ..traced import constant_when_traced
+from .base import Backend, declines_8_bits, register
 from .block_lists import split_blocks
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -29,7 +31,7 @@ def _module() -> Any:
     return importlib.import_module(_MODULE)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 @functools.cache
 def _import_problem() -> str | None:
     """Why the package cannot be used, or None; importing it takes seconds, once."""
@@ -60,27 +62,23 @@ def _declines(call: Call) -> str | None:
         return "it takes no attention mask"
     if call.window is not None:
         return "it takes no sliding window beside a block mask"
-    if not call.scale > 0:
-        return f"scale has to be positive, not {call.scale}"
-    return declines_int8(call) or _declines_shape(call, major)
+    return declines_8_bits(call) or _declines_shape(call, major)
 
 
 def _declines_shape(call: Call, major: int) -> str | None:
-    dim, mask = call.q.shape[-1], call.mask
+    dim, blocks = call.q.shape[-1], call.blocks
     if dim % 8:
         return f"the head dim has to be a multiple of 8, not {dim}"
     if major == 10 and dim > 128 and dim != 256:
         return f"on Blackwell it serves head dims up to 128, and 256, not {dim}"
-    if mask is None:
+    if blocks is None:
         return None
-    if mask.cu_seqlens_q is not None:
-        return "packed sequences have to come one by one"
-    if major == 9 and dim > 128 and mask.block_k != 64:
-        return f"above head dim 128 it takes key blocks of 64 on Hopper, not {mask.block_k}"
+    if major == 9 and dim > 128 and blocks[1] != 64:
+        return f"above head dim 128 it takes key blocks of 64 on Hopper, not {blocks[1]}"
     if major == 10 and dim != 256 and call.q.shape[2] > 128:
-        return f"on Blackwell it takes query blocks of {_BLACKWELL_ROWS}, not {mask.block_q}"
-    if major == 10 and (mask.block_q, mask.block_k) != (128, 128):
-        return f"on Blackwell it takes blocks of 128 x 128, not {mask.block_q} x {mask.block_k}"
+        return f"on Blackwell it takes query blocks of {_BLACKWELL_ROWS}, not {blocks[0]}"
+    if major == 10 and blocks != (128, 128):
+        return f"on Blackwell it takes blocks of 128 x 128, not {blocks[0]} x {blocks[1]}"
     return None
 
 

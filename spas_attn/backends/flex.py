@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
-from .base import Backend, Call, declines_int8, register
+from ..call import Call
+from .base import Backend, declines_8_bits, register
 from .block_lists import split_blocks
 
 
@@ -25,17 +26,15 @@ def _missing() -> str | None:
 
 def declines(call: Call) -> str | None:
     """The reason why this backend does not serve the call, or None."""
-    if call.mask is None:
+    if call.blocks is None:
         return "it computes block masks; there is none"
-    if call.mask.cu_seqlens_q is not None:
-        return "packed sequences have to come one by one"
     if call.attn_mask is not None:
         return "it is not set up for attention masks"
     if call.window is not None:
         return "it is not set up for sliding windows"
     if call.q.device.type != "cuda":
-        return f"it runs on CUDA tensors, these are on {call.q.device} (on a processor its code breaks as lengths vary)"
-    return declines_int8(call)
+        return f"it runs on CUDA tensors, these are on {call.q.device} (on a CPU its code breaks as lengths vary)"
+    return declines_8_bits(call)
 
 
 @functools.cache
@@ -43,7 +42,7 @@ def _compiled(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # fullgraph: past the limit on recompilations torch would otherwise run it uncompiled, with all scores in memory.
-    # On a processor the C++ that torch 2.13 generates for symbolic shapes does not compile.
+    # On a CPU the C++ that torch 2.13 generates for symbolic shapes does not compile.
     return torch.compile(flex_attention, fullgraph=True, dynamic=False if device == "cpu" else None)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Backend, Call, declines_int8, register
+from ..call import Call
+from .base import Backend, declines_8_bits, register
 
 _ROWS = 1024  # query rows at a time, so that the scores of long sequences fit into memory
 
@@ -61,5 +62,7 @@ def _skipped(call: Call, scores: Tensor, start: int) -> Tensor:
 
 
 register(
-    Backend("reference", lambda: None, declines_int8, run, skips_pv=True, skips_blocks=False, run_with_lse=run_with_lse)
+    Backend(
+        "reference", lambda: None, declines_8_bits, run, skips_pv=True, skips_blocks=False, run_with_lse=run_with_lse
+    )
 )

@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import Backend, Call, register
+from ..call import Call
+from .base import Backend, register
 
 KEY_BLOCK = 64  # keys per block of the Triton kernels
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -53,7 +54,7 @@ def _missing() -> str | None:
 
 
 def _declines(call: Call) -> str | None:
-    if call.mask is not None:
+    if call.blocks is not None:
         return "it is dense and takes no block mask"
     if call.attn_mask is not None:
         return "it takes no attention mask"

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Backend, Call, declines_int8, register
+from ..call import Call
+from .base import Backend, declines_8_bits, register
 
 _ROWS = 1024  # query rows at a time when a token mask has to be written out
 
@@ -33,4 +34,4 @@ def run(call: Call) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-register(Backend("sdpa", lambda: None, declines_int8, run, skips_blocks=False))
+register(Backend("sdpa", lambda: None, declines_8_bits, run, skips_blocks=False))

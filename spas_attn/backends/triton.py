@@ -1,6 +1,6 @@
 """Backend `triton`: block-sparse attention kernels for GPUs, also run by Triton's interpreter on CPU tensors.
 
-Precision "bf16" computes both products in the inputs' own type (fp32 in IEEE arithmetic), "int8_bf16" quantises Q and
+Native precision computes both products in the inputs' own type (fp32 in IEEE arithmetic), "int8_bf16" quantises Q and
 K to 8 bits, "int8_fp8" P and V too. PV skip is judged per block of the mask and needs tiles of that size; where these
 do not fit on the GPU or cost more than they save (``pv_skip_left_out``) it is left out, which only lowers the error.
 """
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..call import Call
 from ..kernels import config
-from .base import Backend, Call, register
+from .base import Backend, register
 
-PRECISIONS = ("bf16", "int8_bf16", "int8_fp8")
+PRECISIONS = ("native", "int8_bf16", "int8_fp8")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_DIM = 256
 _MIN_CAPABILITY = (8, 0)
@@ -35,7 +36,7 @@ def _missing() -> str | None:
     if not _INSTALLED:
         return "Triton is not installed (it comes with PyTorch's CUDA builds for Linux; `pip install triton`)"
     if not torch.cuda.is_available() and not _interpreted():
-        return "no CUDA GPU (TRITON_INTERPRET=1 runs the kernels on a processor, slowly)"
+        return "no CUDA GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
     return None
 
 
@@ -54,10 +55,6 @@ def _declines(call: Call) -> str | None:
         return f"head dim {call.q.shape[-1]} is above {_MAX_DIM}"
     if call.attn_mask is not None and call.attn_mask.dim() != 2:
         return "of attention masks it takes key padding [B, Lk] only, no 4-D mask"
-    if call.mask is not None and call.mask.cu_seqlens_q is not None:
-        return "packed sequences have to come one by one"
-    if not call.scale > 0:
-        return f"scale has to be positive, not {call.scale}"
     return None
 
 
@@ -65,13 +62,13 @@ def pv_skip_left_out(call: Call) -> str | None:
     """Why PV skip is not carried out for a call that asks for it, else None."""
     if call.pv_threshold is None:
         return None
-    if call.mask is None:
+    if call.blocks is None:
         return "there is no block mask"
     from ..kernels import launch
 
     kind, dim = launch.kind_of(call.q, call.precision), call.q.shape[-1]
-    if launch.whole_block_config(call.q, call.mask, call.precision) is None:
-        return f"tiles of {call.mask.block_q} x {call.mask.block_k} at head dim {dim} do not fit on this GPU"
+    if launch.whole_block_config(call.q, call.blocks, call.precision) is None:
+        return f"tiles of {call.blocks[0]} x {call.blocks[1]} at head dim {dim} do not fit on this GPU"
     if not config.skip_pays(kind, launch.padded_dim(dim, kind in ("int8", "fp8")), config.capability(call.q.device)):
         return f"at head dim {dim} it costs more time than it saves on this GPU"
     return None
@@ -96,20 +93,10 @@ def _compute(call: Call, out: Tensor | None = None, lse: Tensor | None = None) -
     from ..kernels.launch import Keys, sparse_attention_fwd
 
     return sparse_attention_fwd(
-        call.q,
-        call.k,
-        call.v,
-        call.mask,
-        scale=call.scale,
-        is_causal=call.is_causal,
-        window=call.window,
-        key_mask=call.key_mask,
-        pv_threshold=call.pv_threshold,
-        precision=call.precision,
-        keys=None if call.keys is None else Keys(*call.keys),
-        out=out,
-        lse=lse,
-    )
+        call.q, call.k, call.v, call.mask, scale=call.scale, is_causal=call.is_causal, window=call.window,
+        key_mask=call.key_mask, pv_threshold=call.pv_threshold, precision=call.precision,
+        keys=None if call.keys is None else Keys(*call.keys), out=out, lse=lse,
+    )  # fmt: skip
 
 
 def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
@@ -128,8 +115,11 @@ def _triton_op(
     mask = None
     if counts is not None and indices is not None:
         mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2])
-    keys = [x for x in (k_int8, k_scale, k_total, k_count) if x is not None]
-    call = Call(q, k, v, mask, is_causal, scale, key_mask, window, pv_threshold, precision, keys=tuple(keys) or None)
+    keys = tuple(x for x in (k_int8, k_scale, k_total, k_count) if x is not None)
+    call = Call(
+        q, k, v, is_causal, scale, key_mask, window, mask=mask, pv_threshold=pv_threshold, precision=precision,
+        keys=keys or None,
+    )  # fmt: skip
     return _compute(call)
 
 
@@ -145,6 +135,7 @@ register(
         _declines,
         run,
         skips_pv=True,
+        takes_keys=True,
         run_with_lse=run_with_lse,
         pv_skip_left_out=pv_skip_left_out,
     )

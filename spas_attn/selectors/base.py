@@ -1,46 +1,25 @@
-"""What every selector is: a small dataclass whose ``select`` turns q and k into a BlockMask."""
+"""What every selector is: a small dataclass with one method, ``levels``, and the rules that hold for all of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..block_mask import BLOCK_SIZES, BlockMask, cdiv, visible_blocks
+from ..block_mask import BLOCK_SIZES, BlockMask, blockwise, visible_blocks
+from ..call import Call
+from ..checks import PerHead, per_head
 
-PerHead = float | Tensor  # one value, or a tensor [Hq]
-
-
-def per_head(value: PerHead, heads: int, name: str, device: torch.device) -> Tensor:
-    """``value`` as a float32 tensor ``[heads]``."""
-    tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
-    if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.shape[0] not in (1, heads)):
-        raise ValueError(f"{name} must be a float or a tensor [{heads}], got shape {tuple(tensor.shape)}")
-    return tensor.expand(heads)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a selector sees of one call: q ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]``, key padding ``[B, Lk]``."""
-
-    q: Tensor
-    k: Tensor
-    is_causal: bool
-    scale: float
-    key_mask: Tensor | None
-    window: int | None
-
-    @property
-    def offset(self) -> int:
-        """Position of query 0 among the keys under (lower-right) causality."""
-        return self.k.shape[2] - self.q.shape[2]
+_KINDS: dict[str, type[Selector]] = {}
 
 
 @dataclass
 class Selector:
-    """Base of the selectors.
+    """Base of the selectors. A selector writes :meth:`levels`; everything else is here.
 
     Attributes:
         block_q, block_k: mask block sizes in tokens (64 or 128).
@@ -48,24 +27,74 @@ class Selector:
         local: under causality, always keep the blocks of the ``local`` keys before each query block. Without them
             the first queries of a block see little of what directly precedes them, and perplexity suffers long before
             any mean error shows it (docs/benchmarks/notes.md).
+        dense_heads: bool ``[Hq]``, heads that keep every visible block; None for none.
+        tuned: name of the field that a calibration tunes; "" for a rule without thresholds.
+        candidates: the thresholds that a calibration tries.
     """
 
-    block_q: int = dataclasses.field(default=128, kw_only=True)
-    block_k: int = dataclasses.field(default=128, kw_only=True)
-    sink: bool = dataclasses.field(default=True, kw_only=True)
-    local: int = dataclasses.field(default=0, kw_only=True)
+    block_q: int = field(default=128, kw_only=True)
+    block_k: int = field(default=128, kw_only=True)
+    sink: bool = field(default=True, kw_only=True)
+    local: int = field(default=0, kw_only=True)
+    dense_heads: Tensor | None = field(default=None, kw_only=True, repr=False)
+    tuned: ClassVar[str] = ""
+    candidates: ClassVar[tuple[float, ...]] = (0.0,)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _KINDS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_k"):
             if getattr(self, name) not in BLOCK_SIZES:
                 raise ValueError(f"{name} must be one of {BLOCK_SIZES}, got {getattr(self, name)!r}")
-        if not isinstance(self.local, int) or self.local < 0:
+        if isinstance(self.local, bool) or not isinstance(self.local, int) or self.local < 0:
             raise ValueError(f"local must be a number of tokens, 0 or more, got {self.local!r}")
+
+    def levels(self, call: Call) -> Tensor:
+        """The threshold from which on each block is kept: kept ⇔ level < threshold.
+
+        Rules without a threshold give -inf (kept) and +inf. Forced blocks and visibility are not this method's matter.
+
+        Returns:
+            float32, broadcastable to ``[B, Hq, nq, nk]``.
+        """
+        raise NotImplementedError
+
+    @property
+    def threshold(self) -> PerHead:
+        """What levels are compared with; 1 and more keeps every visible block."""
+        value: PerHead = getattr(self, self.tuned) if self.tuned else 0.0
+        return value
 
     @property
     def expected_density(self) -> float | None:
         """Share of blocks this selector is expected to keep, None when nothing is known before the call."""
         return None
+
+    def tuned_to(self, threshold: Tensor, sparse: Tensor) -> Selector:
+        """A copy with other thresholds.
+
+        Args:
+            threshold: float32 ``[Hq]``; without meaning for a rule that has none.
+            sparse: bool ``[Hq]``; the other heads keep every visible block.
+        """
+        if not self.tuned:
+            return dataclasses.replace(self, dense_heads=~sparse)
+        return dataclasses.replace(self, **{self.tuned: torch.where(sparse, threshold, 1.0)})
+
+    def final_levels(self, call: Call) -> Tensor:
+        """:meth:`levels` after the rules of every selector, float32 ``[B, Hq, nq, nk]``.
+
+        Forced blocks and the lowest block of a row have -inf, so that no row stays empty; invisible ones have +inf.
+        """
+        levels, visible = self._ruled(call), self.visible(call)
+        lowest = levels.clamp(max=3e38).masked_fill(~visible, torch.inf).argmin(-1, keepdim=True)
+        return levels.scatter(-1, lowest, -torch.inf).masked_fill(~visible, torch.inf)
+
+    def kept(self, call: Call) -> Tensor:
+        """Kept blocks, bool ``[B, Hq, nq, nk]``."""
+        return keeps(self.final_levels(call), self._per_head(call))
 
     def select(
         self,
@@ -79,99 +108,160 @@ class Selector:
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
     ) -> BlockMask:
-        """Choose the blocks of one call.
+        """Choose the blocks of one call, in plain torch (``sparse_attention`` takes fused kernels on a GPU).
 
         Args:
             q: ``[B, Hq, Lq, D]``.
             k: ``[B, Hkv, Lk, D]``.
-            is_causal: lower-right aligned causality.
-            scale: softmax scale, ``D ** -0.5`` by default.
-            attn_mask: bool key-padding mask ``[B, Lk]`` or ``[B, 1, 1, Lk]``, True = attend.
-            window: with causality, a query sees its last ``window`` keys.
-            cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]`` for packed sequences (batch 1; read on the host).
+            others: see :class:`spas_attn.call.CallOptions`; ``attn_mask`` is a key-padding mask here.
         """
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            masks = [
-                self.select(q[:, :, a:b], k[:, :, c:d], is_causal=is_causal, scale=scale, window=window)
-                for (a, b), (c, d) in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True)
-            ]
-            return BlockMask.pack(masks, cu_seqlens_q, cu_seqlens_k)
-        if attn_mask is not None and attn_mask.dim() == 4:
-            if attn_mask.shape[1] != 1 or attn_mask.shape[2] != 1:
-                raise ValueError(
-                    f"attn_mask must be a key-padding mask [B, Lk] or [B, 1, 1, Lk], got {tuple(attn_mask.shape)}"
-                )
-            attn_mask = attn_mask[:, 0, 0]
-        inputs = Inputs(q, k, is_causal, scale, attn_mask, window)
-        from . import fused  # knows the selectors, which are made from this class
+        call = Call.make(
+            q, k, k, is_causal=is_causal, scale=scale, attn_mask=attn_mask, window=window, cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )  # fmt: skip
+        if call.attn_mask is not None and call.key_mask is None:
+            raise ValueError(
+                f"attn_mask must be a key-padding mask [B, Lk] or [B, 1, 1, Lk], got {tuple(call.attn_mask.shape)}"
+            )
+        masks = [self.mask_of(part) for part in call.split()]
+        return masks[0] if cu_seqlens_q is None else BlockMask.pack(masks, call.cu_seqlens_q, call.cu_seqlens_k)
 
-        if fused.serves(self, inputs):
-            return fused.select(self, inputs)
-        visible, kept = self.visible(inputs), self.kept_blocks(inputs)
-        # A rule may keep nothing of a query block that has something to see; then its first visible block is kept.
-        first = visible & (visible.cumsum(-1) == 1)
-        kept = (kept | (first & ~kept.any(-1, keepdim=True))).expand(q.shape[0], q.shape[1], -1, -1)
-        return BlockMask.from_dense(kept, q.shape[2], k.shape[2], self.block_q, self.block_k)
+    def mask_of(self, call: Call) -> BlockMask:
+        """The kept blocks of a call (of one sequence) as a BlockMask."""
+        return BlockMask.from_dense(self.kept(call), call.q_len, call.k_len, self.block_q, self.block_k)
 
-    def kept_blocks(self, inputs: Inputs) -> Tensor:
-        """Kept blocks, bool broadcastable to ``[B, Hq, nq, nk]``; invisible blocks are never kept."""
-        raise NotImplementedError
-
-    def visible(self, inputs: Inputs) -> Tensor:
+    def visible(self, call: Call) -> Tensor:
         """Blocks with something to see: causality, window and padding; bool ``[B or 1, 1, nq, nk]``."""
-        q, k = inputs.q, inputs.k
         visible = visible_blocks(
-            q.shape[2],
-            k.shape[2],
+            call.q_len,
+            call.k_len,
             self.block_q,
             self.block_k,
-            is_causal=inputs.is_causal,
-            window=inputs.window,
-            device=q.device,
+            is_causal=call.is_causal,
+            window=call.window,
+            device=call.q.device,
         )[None, None]
-        if inputs.key_mask is not None:
-            visible = visible & blockwise(inputs.key_mask, self.block_k).any(-1)[:, None, None]
+        if call.key_mask is not None:
+            visible = visible & blockwise(call.key_mask, self.block_k).any(-1)[:, None, None]
         return visible
 
-    def forced(self, inputs: Inputs, visible: Tensor) -> Tensor:
-        """Blocks kept whatever the scores say: the sink, and under causality the diagonal and the local keys."""
+    def forced(self, call: Call) -> Tensor:
+        """Blocks kept whatever the levels say: the sink, and under causality the diagonal and the local keys."""
+        visible = self.visible(call)
         forced = torch.zeros_like(visible)
         nq, nk = visible.shape[-2:]
         device = visible.device
-        if inputs.is_causal:
-            start_q = torch.arange(nq, device=device)[:, None] * self.block_q + inputs.offset
+        if call.is_causal:
+            start_q = torch.arange(nq, device=device)[:, None] * self.block_q + call.offset
             start_k = torch.arange(nk, device=device) * self.block_k
             forced = forced | ((start_k < start_q + self.block_q) & (start_k + self.block_k > start_q - self.local))
         if self.sink:
-            first = torch.zeros(1, dtype=torch.long, device=device)
-            if inputs.key_mask is not None:
-                first = inputs.key_mask.to(torch.int8).argmax(-1) // self.block_k
+            first = first_key(call) // self.block_k
             forced = forced | (torch.arange(nk, device=device) == first[:, None])[:, None, None]
         return forced & visible
 
     def __or__(self, other: Selector) -> Selector:
         """Keeps what either keeps."""
-        from .union import Union
-
         return Union(self, other)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain values that JSON holds; :meth:`from_dict` makes the selector again."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"class": type(self).__name__, **values}
 
-def check_pool(selector: Selector) -> None:
-    """Refuse a ``pool`` that does not divide both block sizes."""
-    length = getattr(selector, "pool")  # noqa: B009 - only some selectors have one
-    sizes = (selector.block_q, selector.block_k)
-    if not isinstance(length, int) or length < 1 or any(size % length for size in sizes):
-        raise ValueError(f"pool must be a divisor of both block sizes {sizes}, got {length!r}")
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> Selector:
+        """The selector that :meth:`to_dict` described; a ValueError on classes and fields that are not known here."""
+        values = dict(content)
+        name = values.pop("class", None)
+        if name not in _KINDS:
+            raise ValueError(f"selector must be one of {sorted(_KINDS)} (import its module first), got {name!r}")
+        kind = _KINDS[name]
+        unknown = values.keys() - {f.name for f in dataclasses.fields(kind) if f.init}
+        if unknown:
+            raise ValueError(f"selector {name} has no fields {sorted(unknown)}")
+        return kind(**{key: _rich(value) for key, value in values.items()})
+
+    def _ruled(self, call: Call) -> Tensor:
+        """Levels with what is forced (-inf) and what is invisible (+inf), float32 ``[B, Hq, nq, nk]``."""
+        visible, forced = self.visible(call), self.forced(call)
+        if self.dense_heads is not None:
+            forced = forced | self.dense_heads.to(call.q.device)[:, None, None]
+        levels = self.levels(call).expand(*call.q.shape[:2], *visible.shape[-2:])
+        return levels.masked_fill(forced, -torch.inf).masked_fill(~visible, torch.inf)
+
+    def _per_head(self, call: Call) -> Tensor:
+        """The threshold as float32 ``[Hq, 1, 1]``."""
+        return per_head(self.threshold, call.q.shape[1], self.tuned, call.q.device)[:, None, None]
 
 
-def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of every packed sequence; reads the tensor on the host."""
-    ends = cu_seqlens.tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+@dataclass
+class Union(Selector):
+    """Keeps what ``first`` or ``second`` keeps; both must use the same block sizes. Written ``a | b``.
+
+    A calibration tunes the first part that has a threshold; what the other one keeps is kept whatever it is, and does
+    not count toward a cdf threshold.
+    """
+
+    first: Selector
+    second: Selector
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_k"):
+            a, b = getattr(self.first, name), getattr(self.second, name)
+            if a != b:
+                raise ValueError(f"selectors joined by | need one {name}, got {a} and {b}")
+            setattr(self, name, a)
+        judged = self._judged
+        self.tuned, self.candidates = judged.tuned, judged.candidates  # type: ignore[misc]
+
+    @property
+    def _judged(self) -> Selector:
+        return self.second if self.second.tuned and not self.first.tuned else self.first
+
+    @property
+    def threshold(self) -> PerHead:
+        return self._judged.threshold
+
+    @property
+    def expected_density(self) -> float | None:
+        first, second = self.first.expected_density, self.second.expected_density
+        return None if first is None or second is None else max(first, second)
+
+    def tuned_to(self, threshold: Tensor, sparse: Tensor) -> Selector:
+        name = "first" if self._judged is self.first else "second"
+        return dataclasses.replace(self, **{name: self._judged.tuned_to(threshold, sparse)})
+
+    def forced(self, call: Call) -> Tensor:
+        return self.first.forced(call) | self.second.forced(call)
+
+    def levels(self, call: Call) -> Tensor:
+        judged = self._judged
+        other = self.second if judged is self.first else self.first
+        return judged._ruled(call).masked_fill(keeps(other._ruled(call), other._per_head(call)), -torch.inf)
 
 
-def blockwise(x: Tensor, block: int, value: float = 0) -> Tensor:
-    """Cut the last dimension into blocks, the ragged last one filled with ``value``: ``[..., n, block]``."""
-    length = x.shape[-1]
-    return torch.nn.functional.pad(x, (0, cdiv(length, block) * block - length), value=value).unflatten(-1, (-1, block))
+def keeps(levels: Tensor, threshold: Tensor) -> Tensor:
+    """Blocks that a threshold keeps; 1 or more keeps every visible block, whatever rounding the levels had."""
+    return (levels < threshold) | ((threshold >= 1.0) & (levels < torch.inf))
+
+
+def first_key(call: Call) -> Tensor:
+    """Position of the first visible key, int64 ``[B or 1]``."""
+    if call.key_mask is None:
+        return torch.zeros(1, dtype=torch.long, device=call.q.device)
+    return call.key_mask.to(torch.int8).argmax(-1)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Selector):
+        return value.to_dict()
+    if isinstance(value, Tensor):
+        return {"tensor": value.tolist()}
+    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
+def _rich(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return torch.tensor(value["tensor"]) if "tensor" in value else Selector.from_dict(value)
+    return tuple(_rich(x) for x in value) if isinstance(value, (list, tuple)) else value

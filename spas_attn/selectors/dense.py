@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .base import Inputs, Selector
+from ..call import Call
+from .base import Selector
 
 
 @dataclass
@@ -17,5 +19,5 @@ class Dense(Selector):
     def expected_density(self) -> float:
         return 1.0
 
-    def kept_blocks(self, inputs: Inputs) -> Tensor:
-        return self.visible(inputs)
+    def levels(self, call: Call) -> Tensor:
+        return torch.full((1, 1, 1, 1), -torch.inf, device=call.q.device)

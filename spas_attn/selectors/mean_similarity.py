@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from .base import Inputs, PerHead, Selector, check_pool, per_head
-from .pooled import Pooled, pool
+from ..call import Call
+from ..checks import PerHead, check_range, per_head
+from .base import Selector
+from .pooled import block_sums, check_pool, mean_row, pooled_rows, probabilities, smoothed_keys
+from .ranking import mass_before
 
 
 @dataclass
 class MeanSimilarity(Selector):
     """Keeps the most probable key blocks until their mass reaches ``cdf_threshold``.
 
-    Block probabilities come from the means of sub-blocks of ``pool`` tokens. Blocks whose rows are not similar to
-    each other are badly described by means: such key blocks are kept for every query block, and such query blocks
-    keep everything.
+    Block probabilities come from the means of sub-blocks of ``pool`` tokens. With the similarity filter on, blocks
+    whose rows are not similar to each other, which means describe badly, are not judged: such key blocks are kept for
+    every query block, and such query blocks keep everything.
 
     Attributes:
         cdf_threshold: mass to keep, a float or a tensor ``[Hq]``; the block that crosses it is kept; 1 keeps all.
@@ -32,30 +36,63 @@ class MeanSimilarity(Selector):
     sim_threshold: PerHead = -1.0
     pool: int = 16
     local: int = dataclasses.field(default=128, kw_only=True)
+    tuned: ClassVar[str] = "cdf_threshold"
+    candidates: ClassVar[tuple[float, ...]] = (
+        0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95, 0.96,
+        0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975, 0.999, 0.9995,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pool(self)
-        if isinstance(self.cdf_threshold, (int, float)) and not 0 <= self.cdf_threshold <= 1:
-            raise ValueError(f"cdf_threshold must be in [0, 1], got {self.cdf_threshold}")
-        if isinstance(self.sim_threshold, (int, float)) and math.isnan(self.sim_threshold):
-            raise ValueError("sim_threshold must be a number, got nan")
+        check_pool(self, self.pool)
+        check_range("cdf_threshold", self.cdf_threshold, 0, 1)
+        check_range("sim_threshold", self.sim_threshold, -float("inf"), float("inf"))
 
-    def pooled(self, inputs: Inputs) -> Pooled:
-        """Scores of one call, before any threshold."""
-        return pool(self, inputs, self.pool)
+    def levels(self, call: Call) -> Tensor:
+        rows, forced, visible = self.rows(call), self.forced(call), self.visible(call)
+        if not self.filters:
+            return self.judge(probabilities(rows), forced, visible)
+        left_out, whole = self._unlike(call)
+        probs = probabilities(rows.masked_fill(left_out[:, :, :, None], -torch.inf))
+        forced = (forced | left_out) & visible
+        return self.judge(probs, forced, visible).masked_fill(forced | whole, -torch.inf)
 
-    def kept_blocks(self, inputs: Inputs) -> Tensor:
-        heads, device = inputs.q.shape[1], inputs.q.device
-        cdf = per_head(self.cdf_threshold, heads, "cdf_threshold", device)
-        sim = per_head(self.sim_threshold, heads, "sim_threshold", device)
-        return within(self.levels(self.pooled(inputs), sim), cdf[:, None, None])
+    def rows(self, call: Call) -> Tensor:
+        """Scores of the rows of sub-blocks, see :func:`spas_attn.selectors.pooled.pooled_rows`."""
+        return pooled_rows(self, call, self.pool)
 
-    def levels(self, pooled: Pooled, sim_threshold: Tensor) -> Tensor:
-        """The cdf threshold from which on each block is kept, ``[B, Hq, nq, nk]``; ``sim_threshold`` is ``[Hq]``."""
-        return pooled.levels(sim_threshold)
+    def judge(self, probs: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """Levels ``[B, Hq, nq, nk]`` from the probabilities ``[B, Hq, nq, rows, nk]``."""
+        return mass_before(mean_row(probs), forced, visible)
+
+    @property
+    def filters(self) -> bool:
+        """Whether the similarity filter may be on; a tensor's values are not read, that would wait for its device."""
+        return not isinstance(self.sim_threshold, (int, float)) or self.sim_threshold > 0  # no similarity is negative
+
+    def _unlike(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Blocks that are not self-similar: of keys, where a query block may judge them, bool ``[B, Hq, nq, nk]``, and
+        of queries, ``[B, Hq, nq, 1]``.
+
+        Under causality key blocks that end after the query block are not judged: their later tokens are unknown to it.
+        """
+        heads, device = call.q.shape[1], call.q.device
+        threshold = per_head(self.sim_threshold, heads, "sim_threshold", device)[:, None]
+        queries = _self_similarity(call.q, self.block_q, None) < threshold
+        keys = _self_similarity(smoothed_keys(call), self.block_k, call.key_mask)
+        mixed = keys.repeat_interleave(call.group, 1) < threshold
+        if not call.is_causal:
+            return mixed[:, :, None], queries[..., None]
+        ends_q = ((torch.arange(queries.shape[-1], device=device)[:, None] + 1) * self.block_q).clamp(max=call.q_len)
+        ends_k = ((torch.arange(mixed.shape[-1], device=device) + 1) * self.block_k).clamp(max=call.k_len)
+        return mixed[:, :, None] & (ends_k <= ends_q + call.offset), queries[..., None]
 
 
-def within(levels: Tensor, cdf: Tensor) -> Tensor:
-    """Blocks that a cdf threshold keeps; 1 or more keeps every visible block, whatever rounding the sums had."""
-    return (levels < cdf) | ((cdf >= 1.0) & levels.isfinite())
+def _self_similarity(x: Tensor, block: int, key_mask: Tensor | None) -> Tensor:
+    """Mean pairwise cosine of the rows of every block, float32 ``[B, H, n]``.
+
+    It equals the squared norm of the mean of the unit rows, so it costs O(L·D) and is never negative.
+    """
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    sums, counts, _ = block_sums(unit, block, key_mask)
+    return (sums / counts.clamp(min=1)).square().sum(-1)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Inputs, PerHead, Selector, per_head
+from ..block_mask import cdiv
+from ..call import Call
+from ..checks import PerHead, check_range, per_head
+from .base import Selector, first_key
 
 
 @dataclass
@@ -25,23 +28,22 @@ class Streaming(Selector):
     sink_tokens: PerHead = 128
     local_tokens: PerHead = 1024
 
-    def kept_blocks(self, inputs: Inputs) -> Tensor:
-        q, device = inputs.q, inputs.q.device
-        heads = q.shape[1]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("sink_tokens", self.sink_tokens, 0, float("inf"))
+        check_range("local_tokens", self.local_tokens, 0, float("inf"))
+
+    def levels(self, call: Call) -> Tensor:
+        heads, device, k_len = call.q.shape[1], call.q.device, call.k_len
         sink = per_head(self.sink_tokens, heads, "sink_tokens", device)[:, None, None]
         local = per_head(self.local_tokens, heads, "local_tokens", device)[:, None, None]
-        visible = self.visible(inputs)
-        nq, nk = visible.shape[-2:]
-        start_k = torch.arange(nk, device=device) * self.block_k
-        last_k = (start_k + self.block_k).clamp(max=inputs.k.shape[2]) - 1
-        first_q = torch.arange(nq, device=device)[:, None] * self.block_q + inputs.offset
-        last_q = (first_q + self.block_q).clamp(max=inputs.k.shape[2]) - 1
+        start_k = torch.arange(cdiv(k_len, self.block_k), device=device) * self.block_k
+        last_k = (start_k + self.block_k).clamp(max=k_len) - 1
+        first_q = torch.arange(cdiv(call.q_len, self.block_q), device=device)[:, None] * self.block_q + call.offset
+        last_q = (first_q + self.block_q).clamp(max=k_len) - 1
         near = (last_k > first_q - local) & (local > 0)
-        if not inputs.is_causal:
+        if not call.is_causal:
             near = near & (start_k < last_q + local)
-        first = torch.zeros(1, dtype=torch.long, device=device)
-        if inputs.key_mask is not None:
-            first = inputs.key_mask.to(torch.int8).argmax(-1)
-        first = first[:, None, None, None]
+        first = first_key(call)[:, None, None, None]
         in_sink = (start_k < first + sink) & (last_k >= first) & (sink > 0)
-        return ((near[None] | in_sink) & visible) | self.forced(inputs, visible)
+        return torch.where(near[None] | in_sink, -torch.inf, torch.inf)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Inputs, Selector
-
-Ranges = tuple[tuple[int, int], ...] | list[tuple[int, int]]
+from ..call import Call, Ranges
+from .base import Selector
 
 
 @dataclass
@@ -26,16 +25,13 @@ class Tokens(Selector):
     queries: bool = True
     keys: bool = True
 
-    def kept_blocks(self, inputs: Inputs) -> Tensor:
-        visible = self.visible(inputs)
-        kept = torch.zeros_like(visible)
-        if self.keys:
-            kept = kept | self._touched(inputs.k.shape[2], self.block_k, visible.device)
-        if self.queries:
-            kept = kept | self._touched(inputs.q.shape[2], self.block_q, visible.device)[:, None]
-        return (kept & visible) | self.forced(inputs, visible)
+    def levels(self, call: Call) -> Tensor:
+        keys = self.touched(call.k_len, self.block_k, call.q.device) & self.keys
+        queries = self.touched(call.q_len, self.block_q, call.q.device) & self.queries
+        return torch.where(keys | queries[:, None], -torch.inf, torch.inf)[None, None]
 
-    def _touched(self, length: int, block: int, device: torch.device) -> Tensor:
+    def touched(self, length: int, block: int, device: torch.device) -> Tensor:
+        """Blocks of ``length`` tokens that touch a range, bool ``[n]``; made on the device."""
         starts = torch.arange(0, length, block, device=device)
         touched = torch.zeros(len(starts), dtype=torch.bool, device=device)
         for start, stop in self.ranges:

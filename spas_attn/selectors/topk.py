@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from .base import Inputs, PerHead, Selector, check_pool, per_head
-from .pooled import pool
+from ..call import Call
+from ..checks import PerHead, check_range
+from .base import Selector
+from .pooled import check_pool, mean_row, pooled_rows, probabilities
+from .ranking import share_before
 
 
 @dataclass
@@ -24,19 +27,18 @@ class TopK(Selector):
     keep: PerHead = 0.5
     pool: int = 16
     local: int = dataclasses.field(default=128, kw_only=True)
+    tuned: ClassVar[str] = "keep"
+    candidates: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in (3, 5, 8, *range(10, 100, 5)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pool(self)
-        if isinstance(self.keep, (int, float)) and not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be in (0, 1], got {self.keep}")
+        check_pool(self, self.pool)
+        check_range("keep", self.keep, 0, 1, above=True)
 
     @property
     def expected_density(self) -> float | None:
         return float(self.keep) if isinstance(self.keep, (int, float)) else None
 
-    def kept_blocks(self, inputs: Inputs) -> Tensor:
-        heads, device = inputs.q.shape[1], inputs.q.device
-        keep = per_head(self.keep, heads, "keep", device)
-        levels = pool(self, inputs, self.pool).levels(torch.full_like(keep, -1.0), by="rank")
-        return levels < keep[:, None, None]
+    def levels(self, call: Call) -> Tensor:
+        probs = mean_row(probabilities(pooled_rows(self, call, self.pool)))
+        return share_before(probs, self.forced(call), self.visible(call))

@@ -1,8 +1,8 @@
-"""Which backend is fastest for a call on this GPU: a small measured table, so that sparse is never slower than dense.
+"""The cost model: times measured per GPU that say which backend is fastest, so that sparse is never slower than dense.
 
-``python -m spas_attn.tune_kernels`` measures a GPU and writes such a table. Two are read: the packaged
-``crossover.json``, and the user's own, which wins: the file named by the environment variable
-``SPAS_ATTN_CROSSOVER``, else ``~/.cache/spas_attn/crossover.json`` (``$XDG_CACHE_HOME`` is honoured).
+``python -m spas_attn.measure`` measures a GPU and writes such a table. Two are read: the packaged
+``cost_model.json``, and the user's own, which wins: the file named by the environment variable
+``SPAS_ATTN_COST_MODEL``, else ``~/.cache/spas_attn/cost_model.json`` (``$XDG_CACHE_HOME`` is honoured).
 
 Every time is modelled by one line, in milliseconds:
 
@@ -24,9 +24,12 @@ from typing import Any
 
 import torch
 
+from .call import Call
+from .traced import constant_when_traced
+
 FORMAT = 1
-PACKAGED = Path(__file__).with_name("crossover.json")
-ENVIRONMENT = "SPAS_ATTN_CROSSOVER"
+PACKAGED = Path(__file__).with_name("cost_model.json")
+ENVIRONMENT = "SPAS_ATTN_COST_MODEL"
 # Of a selector that does not know how much it will keep. Low, so that dense wins only where it nearly always does.
 ASSUMED_DENSITY = 0.25
 
@@ -111,36 +114,24 @@ class Prediction:
         return f"{', '.join(parts)} ({known} {self.density:.0%}; {self.source})"
 
 
-def predict(
-    device: torch.device,
-    batch_heads: int,
-    q_len: int,
-    k_len: int,
-    head_dim: int,
-    *,
-    is_causal: bool,
-    precision: str,
-    density: float | None,
-    selects: bool,
-) -> Prediction | None:
-    """Expected times of a call on ``device``; None when nothing was measured on a GPU like it.
+def predict(call: Call, density: float | None, *, selects: bool) -> Prediction | None:
+    """Expected times of a call on its CUDA device; None when nothing was measured on a GPU like it.
 
     Args:
-        device: a CUDA device.
-        batch_heads: B · Hq.
-        q_len, k_len, head_dim, is_causal, precision: of the call.
+        call: its shapes, causality and precision count.
         density: expected share of kept blocks, None when unknown.
         selects: whether the call's selection has to be paid for (a given mask has none).
     """
-    found = _measured(device.index, head_dim, is_causal)
+    batch, heads, q_len, head_dim = call.q.shape
+    found = _measured(call.q.device.index, head_dim, call.is_causal)
     if found is None:
         return None
     dense, selection, sparse, source = found
-    work = Work.of(batch_heads, q_len, k_len)
+    work = Work.of(batch * heads, q_len, call.k_len)
     kept = ASSUMED_DENSITY if density is None else density
     select = _ms(selection, work, 1.0) if selects else 0.0
     return Prediction(
-        {name: select + _ms(line, work, kept) for name, of, line in sparse if of == precision},
+        {name: select + _ms(line, work, kept) for name, of, line in sparse if of == call.precision},
         {name: _ms(line, work, 1.0) for name, line in dense},
         source,
         kept,
@@ -157,7 +148,7 @@ def _ms(line: _Numbers, work: Work, density: float) -> float:
     return line[0] + line[1] * work.tokens + line[2] * work.pairs * density
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _measured(index: int | None, head_dim: int, is_causal: bool) -> _Plain | None:
     """What the tables say, in tuples of numbers: constants that torch.compile traces through."""
     return _measured_on(torch.cuda.current_device() if index is None else index, head_dim, is_causal)
@@ -211,12 +202,12 @@ def forget() -> None:
 
 
 def user_table() -> Path:
-    """Where the user's own table is read from, and written to by ``tune_kernels``."""
+    """Where the user's own table is read from, and written to by ``measure``."""
     named = os.environ.get(ENVIRONMENT)
     if named:
         return Path(named)
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "spas_attn" / "crossover.json"
+    return (Path(cache) if cache else Path.home() / ".cache") / "spas_attn" / "cost_model.json"
 
 
 def read(path: Path) -> tuple[Row, ...]:
@@ -227,7 +218,7 @@ def read(path: Path) -> tuple[Row, ...]:
             raise ValueError(f"format {content['format']!r}, known here: {FORMAT}")
         return tuple(_row(entry) for entry in content["rows"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no table of spas_attn.tune_kernels: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is no table of spas_attn.measure: {type(error).__name__}: {error}") from error
 
 
 def _row(entry: dict[str, Any]) -> Row:

@@ -1,10 +1,10 @@
 """Measure this GPU, so that ``backend="auto"`` knows where sparse attention is faster than dense.
 
-    python -m spas_attn.tune_kernels                       # writes the user's own table, which is read from then on
-    python -m spas_attn.tune_kernels --out table.json --head-dims 64 96 128 256
+    python -m spas_attn.measure                       # writes the user's own table, which is read from then on
+    python -m spas_attn.measure --out table.json --head-dims 64 96 128 256
 
 For every head dim, causal and not: exact dense backends, and every sparse one at a few lengths and densities, with and
-without selection. To the times lines are fitted (crossover.py), and the crossover to dense is printed. It takes about
+without selection. To the times lines are fitted (cost_model.py), and the crossover to dense is printed. It takes about
 two minutes, in which nothing else should run on the GPU.
 """
 
@@ -22,13 +22,15 @@ from typing import Any
 
 import torch
 
-from . import backends, crossover
+from . import backends, cost_model
 from .attention import block_sparse_attention, sparse_attention
-from .backends import Call
-from .crossover import Line, Row, Work
+from .block_mask import BlockMask
+from .call import Call
+from .cost_model import Line, Row, Work
+from .select import select
 from .selectors import TopK
 
-SPARSE = (("triton", "bf16"), ("triton", "int8_bf16"), ("triton", "int8_fp8"), ("flash", "bf16"))
+SPARSE = (("triton", "native"), ("triton", "int8_bf16"), ("triton", "int8_fp8"), ("flash", "native"))
 DENSE = ("sdpa", "flash")
 LENGTHS = (1024, 4096, 12288, 32768)
 DENSITIES = (1.0, 0.375, 0.0625)
@@ -86,20 +88,12 @@ def measure(
                 times.setdefault(name, []).append(Point(work, 1.0, ms, ms))
         for density in densities:
             selector = TopK(keep=density)
-            mask = selector.select(call.q, call.k, is_causal=is_causal)
+            mask = select(selector, call).mask
             for name, precision in sparse:
-                chosen, masked = backends.get(name), call.replace(mask=mask, precision=precision)
-                if chosen.missing() is not None or chosen.declines(masked) is not None:
+                chosen = backends.get(name)
+                if chosen.missing() is not None or chosen.declines(call.replace(mask=mask, precision=precision)):
                     continue
-                options: dict[str, Any] = {"is_causal": is_causal, "precision": precision, "backend": name}
-                calls: list[tuple[Callable[..., Any], Any]] = [
-                    (block_sparse_attention, mask),
-                    (sparse_attention, selector),
-                ]
-                given, whole = (
-                    timer(functools.partial(function, call.q, call.k, call.v, how, strict=True, **options))
-                    for function, how in calls
-                )
+                given, whole = _given_and_whole(call, mask, selector, timer, backend=name, precision=precision)
                 times.setdefault(f"{name}/{precision}", []).append(Point(work, density, given, given))
                 selection.append(Point(work, 1.0, whole - given, whole))
     if not selection:
@@ -107,6 +101,14 @@ def measure(
     lines = {name: fit(points) for name, points in times.items()}
     kernels = {name: line for name, line in lines.items() if "/" in name}
     return {name: line for name, line in lines.items() if name not in kernels}, fit(selection), kernels
+
+
+def _given_and_whole(call: Call, mask: BlockMask, selector: TopK, timer: Timer, **options: Any) -> tuple[float, float]:
+    """Milliseconds of a call whose mask is given, and of one that selects it."""
+    options |= {"is_causal": call.is_causal, "strict": True}
+    tensors = call.q, call.k, call.v
+    given = timer(functools.partial(block_sparse_attention, *tensors, mask, **options))
+    return given, timer(functools.partial(sparse_attention, *tensors, selector, **options))
 
 
 def _call(device: str, heads: int, length: int, head_dim: int, is_causal: bool) -> Call:
@@ -166,13 +168,13 @@ def _versions() -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=crossover.user_table(), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=cost_model.user_table(), help="default: %(default)s")
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--ms", type=float, default=30, help="milliseconds of repetitions for each time")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        sys.exit("no CUDA GPU: there is nothing to measure (on a processor the backend `cpu` is always chosen)")
+        sys.exit("no CUDA GPU: there is nothing to measure (on a CPU the backend `cpu` is always chosen)")
     from triton.testing import do_bench
 
     def timer(call: Callable[[], object]) -> float:
@@ -185,9 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gpu = (torch.cuda.get_device_name(), torch.cuda.get_device_capability(), head_dim, is_causal)
             rows.append(Row(*gpu, dense, select, sparse, datetime.date.today().isoformat(), _versions()))
             print(report(rows[-1]), flush=True)
-    table = merge(rows, crossover.read(options.out) if options.out.exists() else ())
-    crossover.write(table, options.out)
-    crossover.forget()
+    table = merge(rows, cost_model.read(options.out) if options.out.exists() else ())
+    cost_model.write(table, options.out)
+    cost_model.forget()
     print(f"wrote {options.out}")
 
 

@@ -1,0 +1,249 @@
+"""Call: one attention call, its arguments checked where it is made, passed on whole to everything that serves it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .block_mask import BlockMask
+from .checks import PerHead
+
+Layout = Literal["HND", "NHD"]
+Precision = Literal["native", "int8_bf16", "int8_fp8", "auto"]
+Ranges = tuple[tuple[int, int], ...]  # (start, stop) of tokens
+
+PRECISIONS = ("native", "int8_bf16", "int8_fp8", "auto")
+ALIASES = {"bf16": "native"}  # the name of native precision in tuned files of format 1
+DEFAULT_BOUND = 0.07
+
+
+class CallOptions(TypedDict, total=False):
+    """The keyword arguments of every public call.
+
+    is_causal: query i sees keys up to i + Lk - Lq (needs Lq <= Lk).
+    scale: factor above 0 on q·k, in selection too; ``D ** -0.5`` by default.
+    attn_mask: bool, True = attend: key padding ``[B, Lk]`` or ``[B, 1, 1, Lk]``; a full ``[B, 1 or Hq, Lq, Lk]`` mask
+        runs dense and exact instead (counted; ``strict`` raises).
+    window: with causality, a query sees its last ``window`` keys.
+    layout: of q, k, v and the output: "HND" (``[B, H, L, D]``) or "NHD" (``[B, L, H, D]``).
+    cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]``, packed sequences in a batch of 1; read on the host.
+    pv_threshold: PV skip, a float or ``[Hq]``, in log2 of probability ratios; None or 50 is off.
+    precision: "native" computes in the inputs' own dtype, "int8_bf16" with Q and K in 8 bits, "int8_fp8" with P and V
+        in 8 bits too; "auto" takes the fastest whose quantisation error (plan.py) is at most half of ``error_bound``:
+        errors of selection and of quantisation are independent and add up as squares do.
+    error_bound: relative L1 that the whole call may have, for ``precision="auto"`` only.
+    expected_density: share of blocks expected to be kept, for the choice of the backend; the selector's own estimate by
+        default. Where that knows none, lengths alone decide whether dense attention is faster.
+    """
+
+    is_causal: bool
+    scale: float | None
+    attn_mask: Tensor | None
+    window: int | None
+    layout: Layout
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    pv_threshold: PerHead | None
+    precision: Precision
+    error_bound: float
+    expected_density: float | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call. :meth:`make` checks its arguments; code of the library changes it with :meth:`replace`.
+
+    Attributes:
+        q: ``[B, Hq, Lq, D]``, any strides.
+        k, v: ``[B, Hkv, Lk, D]``, Hq a multiple of Hkv, any strides.
+        is_causal: lower-right aligned causality (query i sees keys up to i + Lk - Lq).
+        scale: factor on q·k before the softmax.
+        attn_mask: bool ``[B, Lk]`` key padding or bool ``[B, 1 or Hq, Lq, Lk]``, True = attend, or None.
+        window: with causality, a query sees its last ``window`` keys, or None.
+        blocks: (block_q, block_k) of the mask that is given or will be selected, None for a dense call.
+        mask: the blocks to compute, None for all, or before they are selected.
+        pv_threshold: float32 ``[Hq]``, PV skip of SpargeAttn (arXiv 2502.18137) in log2 units, or None for off.
+        precision: "native" computes in the inputs' own dtype, the others quantise; see :meth:`make`.
+        error_bound: relative L1 that the call may have, for ``precision="auto"``.
+        expected_density: share of blocks expected to be kept, None when unknown; never read off this call's mask.
+        text: (start, stop) of text tokens among queries and keys.
+        keys: K in 8 bits, where the pass that selected the blocks has made it (``kernels.launch.Keys``).
+        cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]`` of packed sequences, else None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    is_causal: bool = False
+    scale: float = 1.0
+    attn_mask: Tensor | None = None
+    window: int | None = None
+    blocks: tuple[int, int] | None = None
+    mask: BlockMask | None = None
+    pv_threshold: Tensor | None = None
+    precision: str = "native"
+    error_bound: float = DEFAULT_BOUND
+    expected_density: float | None = None
+    text: Ranges = ()
+    keys: tuple[Tensor, ...] | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+    @classmethod
+    def make(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        attn_mask: Tensor | None = None,
+        window: int | None = None,
+        layout: Layout = "HND",
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        pv_threshold: PerHead | None = None,
+        precision: str = "native",
+        error_bound: float = DEFAULT_BOUND,
+        expected_density: float | None = None,
+        text: Ranges = (),
+        mask: BlockMask | None = None,
+    ) -> Call:
+        """Check the arguments of a call; views, no copies.
+
+        Args:
+            q: ``[B, Hq, Lq, D]`` (in layout "HND"); float16, bfloat16 or float32, any strides.
+            k, v: the same with Hkv heads and Lk tokens; Hq is a multiple of Hkv. D is 16 to 256.
+            text: (start, stop) of text tokens among queries and keys, for those who watch a model's calls.
+            mask: the blocks to compute.
+            others: see :class:`CallOptions`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what is allowed.
+        """
+        checks.check_choice("layout", layout, ("HND", "NHD"))
+        precision = ALIASES.get(precision, precision)
+        checks.check_choice("precision", precision, PRECISIONS)
+        checks.check_tensors(q, k, v)
+        if layout == "NHD":
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        checks.check_shapes(q, k, v)
+        packed = checks.check_packed(q, k, cu_seqlens_q, cu_seqlens_k)
+        if is_causal:
+            checks.check_causal(q, k, packed)
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window must be a positive number of keys or None, got {window!r}")
+        if window is not None and not is_causal:
+            raise ValueError("window needs is_causal=True: a query sees its last `window` keys")
+        if mask is not None:
+            checks.check_mask(mask, q, k)
+        if attn_mask is not None and packed:
+            raise ValueError("attn_mask cannot be combined with packed sequences: leave the padding out of the pack")
+        return cls(
+            q,
+            k,
+            v,
+            is_causal=bool(is_causal),
+            scale=checks.check_scale(scale, q.shape[-1]),
+            attn_mask=checks.check_attn_mask(attn_mask, q, k),
+            window=window,
+            blocks=None if mask is None else (mask.block_q, mask.block_k),
+            mask=mask,
+            pv_threshold=checks.check_pv_threshold(pv_threshold, q),
+            precision=precision,
+            error_bound=checks.check_error_bound(error_bound),
+            expected_density=checks.check_density(expected_density),
+            text=tuple(text),
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+
+    @property
+    def q_len(self) -> int:
+        """Lq."""
+        return self.q.shape[2]
+
+    @property
+    def k_len(self) -> int:
+        """Lk."""
+        return self.k.shape[2]
+
+    @property
+    def offset(self) -> int:
+        """Position of query 0 among the keys under (lower-right) causality."""
+        return self.k.shape[2] - self.q.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        """The key-padding mask ``[B, Lk]`` when ``attn_mask`` is one."""
+        return self.attn_mask if self.attn_mask is not None and self.attn_mask.dim() == 2 else None
+
+    def query_mask(self) -> Tensor | None:
+        """Queries that are no padding themselves, bool ``[B, Lq]``: in self-attention the padding of the keys tells."""
+        if self.key_mask is None or not (self.is_causal or self.q_len == self.k_len):
+            return None
+        return self.key_mask[:, self.offset :]
+
+    def replace(self, **changes: object) -> Call:
+        """A copy with some attributes changed; a new mask brings its block sizes."""
+        mask = changes.get("mask")
+        if isinstance(mask, BlockMask):
+            changes["blocks"] = (mask.block_q, mask.block_k)
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def split(self) -> list[Call]:
+        """One call per packed sequence, with its part of the mask; views, nothing is copied."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            return [self]
+        pairs = list(zip(spans(self.cu_seqlens_q), spans(self.cu_seqlens_k), strict=True))
+        masks: Sequence[BlockMask | None] = [None] * len(pairs) if self.mask is None else self.mask.split()
+        parts = [
+            {"q": self.q[:, :, a:b], "k": self.k[:, :, c:d], "v": self.v[:, :, c:d], "mask": mask}
+            for ((a, b), (c, d)), mask in zip(pairs, masks, strict=True)
+        ]
+        return [self.replace(cu_seqlens_q=None, cu_seqlens_k=None, **part) for part in parts]
+
+    def token_mask(self, start: int, stop: int) -> Tensor | None:
+        """Everything that hides keys from query rows ``start`` to ``stop``, as one boolean mask.
+
+        Returns:
+            bool, broadcastable to ``[B, Hq, stop - start, Lk]``, True = attend; None when nothing is hidden.
+        """
+        parts: list[Tensor] = []
+        device = self.q.device
+        if self.is_causal:
+            rows = torch.arange(start, stop, device=device)[:, None] + self.offset
+            columns = torch.arange(self.k_len, device=device)
+            seen = columns <= rows
+            if self.window is not None:
+                seen = seen & (columns > rows - self.window)
+            parts.append(seen[None, None])
+        if self.attn_mask is not None:
+            mask = self.attn_mask
+            parts.append(mask[:, None, None] if mask.dim() == 2 else mask[:, :, start:stop])
+        if self.mask is not None:
+            parts.append(self.mask.token_mask(slice(start, stop)))
+        if not parts:
+            return None
+        combined = parts[0]
+        for part in parts[1:]:
+            combined = combined & part
+        return combined
+
+
+def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of every packed sequence; reads the tensor on the host."""
+    ends = cu_seqlens.tolist()
+    return list(zip(ends[:-1], ends[1:], strict=True))
