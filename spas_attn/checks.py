@@ -32,7 +32,7 @@ def check_range(name: str, value: PerHead, low: float, high: float, *, above: bo
         if torch.compiler.is_compiling():
             return
         fits = (value > low if above else value >= low) & (value <= high)
-        shown = value.tolist()
+        shown: object = value.tolist()
         good = bool(fits.all())
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a tensor [Hq], got {type(value).__name__}")

@@ -96,10 +96,10 @@ def rule_of(selector: Selector, call: Call) -> Rule:
         )
     ranking, tokens = known
     heads, device = call.q.shape[1], call.q.device
-    filters = isinstance(ranking, MeanSimilarity) and ranking.filters
+    sim = ranking.sim_threshold if isinstance(ranking, MeanSimilarity) and ranking.filters else None
     return Rule(
         level=_checked(ranking.threshold, heads, ranking.tuned),
-        sim_threshold=_checked(ranking.sim_threshold, heads, "sim_threshold") if filters else None,
+        sim_threshold=None if sim is None else _checked(sim, heads, "sim_threshold"),
         by_rank=isinstance(ranking, TopK),
         pool=ranking.pool,
         block_q=selector.block_q,

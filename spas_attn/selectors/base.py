@@ -81,7 +81,8 @@ class Selector:
         """
         if not self.tuned:
             return dataclasses.replace(self, dense_heads=~sparse)
-        return dataclasses.replace(self, **{self.tuned: torch.where(sparse, threshold, 1.0)})
+        changes: dict[str, Any] = {self.tuned: torch.where(sparse, threshold, 1.0)}
+        return dataclasses.replace(self, **changes)
 
     def final_levels(self, call: Call) -> Tensor:
         """:meth:`levels` after the rules of every selector, float32 ``[B, Hq, nq, nk]``.
@@ -124,7 +125,9 @@ class Selector:
                 f"attn_mask must be a key-padding mask [B, Lk] or [B, 1, 1, Lk], got {tuple(call.attn_mask.shape)}"
             )
         masks = [self.mask_of(part) for part in call.split()]
-        return masks[0] if cu_seqlens_q is None else BlockMask.pack(masks, call.cu_seqlens_q, call.cu_seqlens_k)
+        if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+            return masks[0]
+        return BlockMask.pack(masks, call.cu_seqlens_q, call.cu_seqlens_k)
 
     def mask_of(self, call: Call) -> BlockMask:
         """The kept blocks of a call (of one sequence) as a BlockMask."""
@@ -229,8 +232,8 @@ class Union(Selector):
         return None if first is None or second is None else max(first, second)
 
     def tuned_to(self, threshold: Tensor, sparse: Tensor) -> Selector:
-        name = "first" if self._judged is self.first else "second"
-        return dataclasses.replace(self, **{name: self._judged.tuned_to(threshold, sparse)})
+        tuned = self._judged.tuned_to(threshold, sparse)
+        return Union(tuned, self.second) if self._judged is self.first else Union(self.first, tuned)
 
     def forced(self, call: Call) -> Tensor:
         return self.first.forced(call) | self.second.forced(call)
