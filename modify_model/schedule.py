@@ -1,19 +1,18 @@
-"""Dense steps: which denoising steps run dense, decided by the timestep that the transformer receives.
+"""What a patched transformer notes of each of its calls, and dense steps: the denoising steps that run dense.
 
-And the checks of all that patch is told about steps and layers.
+The timestep that the transformer receives decides. And the checks of all that patch is told about steps and layers.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from autotune import SparseAttention
 
 NoiseLevel = Callable[[Tensor], Tensor]
 
@@ -28,33 +27,75 @@ def unchanged(timestep: Tensor) -> Tensor:
     return timestep
 
 
-class DenseSteps:
-    """Forward pre-hook of a transformer: runs its layers dense at the first and last noise levels.
+def rising(timestep: Tensor) -> Tensor:
+    """Noise level of timesteps that run from 0 (pure noise) up to 1000."""
+    return 1 - timestep / 1000
+
+
+class _Now(threading.local):
+    """What the layers must know of the transformer's call in progress, one for each thread."""
+
+    # Not attributes of the class: torch.compile guards on what the instance holds, and the first call must not add to
+    # it what was missing while it was traced.
+    def __init__(self) -> None:
+        self.dense = False  # this call runs dense by schedule
+        self.text_length = 0  # tokens of encoder_hidden_states
+
+
+now = _Now()
+
+
+class NoteCall:
+    """Forward pre-hook of a patched transformer: notes in :data:`now` what its layers must know of the call.
 
     A call's noise level is that of its noisiest token or sample (``timestep.max()``, read on the host once per call):
     in a batch, with or without classifier-free guidance, all samples have one level, and image-to-video models give
     the tokens of a known frame level 0.
 
     Args:
-        first, last: shares of the noise range, see :func:`modify_model.patch`.
+        dense_steps: (first, last), shares of the noise range, see :func:`modify_model.patch`; None for no dense steps.
         noise_level: maps the transformer's ``timestep`` to [0, 1], 1 = pure noise.
-        layers: what is switched.
     """
 
-    def __init__(self, first: float, last: float, noise_level: NoiseLevel, layers: list[SparseAttention]) -> None:
-        self.first, self.last, self.noise_level, self.layers = first, last, noise_level, layers
+    def __init__(self, dense_steps: tuple[float, float] | None, noise_level: NoiseLevel) -> None:
+        self.dense_steps, self.noise_level = dense_steps, noise_level
 
     def is_dense(self, timestep: Tensor | float) -> bool:
         """Whether a call with this timestep runs dense."""
+        if self.dense_steps is None:
+            return False
         level = float(self.noise_level(torch.as_tensor(timestep).detach().float()).max())
-        return 1 - level < self.first or level < self.last
+        return 1 - level < self.dense_steps[0] or level < self.dense_steps[1]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        text = _argument(module, "encoder_hidden_states", args, kwargs)
+        now.text_length = text.shape[1] if isinstance(text, Tensor) else 0
+        now.dense = False
+        if self.dense_steps is not None:
+            self._decide(module, args, kwargs)
 
     # Not traced: the decision needs a number on the host. A whole compiled model has one graph break here.
     @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        dense = self.is_dense(argument(module, "timestep", args, kwargs))
-        for layer in self.layers:
-            layer.dense_now = dense
+    def _decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = _argument(module, "timestep", args, kwargs)
+        if timestep is None:
+            raise TypeError(f"{_unwrapped(module)} was called without timestep, which its dense steps need")
+        now.dense = self.is_dense(timestep)
+
+
+def note_calls(root: nn.Module, note: NoteCall) -> None:
+    """Run ``note`` before every forward of a transformer, in place of the one before."""
+    forget_calls(root)
+    root.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def forget_calls(root: nn.Module) -> None:
+    """Undo :func:`note_calls` (not by handle: those get lost when a model is copied)."""
+    for module in root.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, NoteCall):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def check_range(layer_range: tuple[int, int] | None, count: int) -> range:
@@ -100,36 +141,30 @@ def check_schedule(
     return first, last
 
 
-def set_schedule(
-    root: nn.Module,
-    noise_level: NoiseLevel | None,
-    layers: list[SparseAttention],
-    dense_steps: tuple[float, float] | None,
-    dense_layers: Sequence[int],
-) -> None:
-    """Put checked dense steps and layers in force, in place of those before."""
-    remove_hooks(root, DenseSteps)
-    for inner in layers:
-        inner.dense_now, inner.dense_steps = False, dense_steps
-        inner.always_dense = inner.layer_idx in dense_layers
-    if dense_steps is not None and noise_level is not None:
-        add_hook(root, DenseSteps(*dense_steps, noise_level, layers))
-
-
 def dense_steps_of(scheduler: Any, first: int = 0, last: int = 0) -> tuple[float, float]:
     """``dense_steps`` for the first and last few steps of a schedule.
 
     Args:
         scheduler: a scheduler of diffusers after ``set_timesteps`` (as a pipeline calls it: with the same number of
-            steps, ``mu`` or ``sigmas``), with timesteps from 1000 down to 0.
-        first, last: numbers of steps.
+            steps, ``mu`` or ``sigmas``), with timesteps from 1000 down to 0, or (Mochi) from 0 up to 1000.
+        first, last: numbers of steps; a step that a scheduler repeats (Heun) is one step.
 
     Returns:
         Shares of the noise range; borders lie halfway between two steps. A pipeline that hands its timesteps over in
         half precision (HunyuanVideo) makes neighbours equal where they are closer than 4 of 1000: bfloat16 turns the
         second and third of 50 steps into 996 both, and such steps run dense, or sparse, together.
+
+    Raises:
+        ValueError: before ``set_timesteps``, when no step would be left, or when the noise does not fall.
     """
-    levels = thousandths(torch.as_tensor(scheduler.timesteps).double().cpu())
+    if hasattr(scheduler, "set_timesteps") and getattr(scheduler, "num_inference_steps", None) is None:
+        raise ValueError(
+            "scheduler has no timesteps yet: call dense_steps_of after scheduler.set_timesteps, "
+            "or after the pipeline has run once with the same number of steps"
+        )
+    inverted = getattr(getattr(scheduler, "config", None), "invert_sigmas", False)
+    timesteps = torch.as_tensor(scheduler.timesteps).double().cpu()
+    levels = (rising if inverted else thousandths)(timesteps).unique_consecutive()
     if not (first >= 0 and last >= 0 and first + last < len(levels)):
         raise ValueError(f"first and last must be 0 or more and leave one of {len(levels)} steps, got {first}, {last}")
     if bool((levels.diff() > 0).any()):
@@ -139,27 +174,16 @@ def dense_steps_of(scheduler: Any, first: int = 0, last: int = 0) -> tuple[float
     return begin, end
 
 
-def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An argument of a forward call, however it was passed; a TypeError when it was not."""
+def _argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of a forward call, however it was passed; None when it was not."""
     if name in kwargs:
         return kwargs[name]
-    model = getattr(module, "_orig_mod", module)
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    if not args:
+        return None
+    names = list(inspect.signature(type(getattr(module, "_orig_mod", module)).forward).parameters)[1:]
     position = names.index(name) if name in names else len(args)
-    if position >= len(args):
-        raise TypeError(f"{type(model).__name__} was called without {name}, which its dense steps or text sink need")
-    return args[position]
+    return args[position] if position < len(args) else None
 
 
-def add_hook(module: nn.Module, hook: Any) -> None:
-    """Run a hook of this package before every forward of a module; it gets (module, args, kwargs)."""
-    module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def remove_hooks(root: nn.Module, kind: type) -> None:
-    """Remove our hooks of one kind from a model (not by handle: those get lost when a model is copied)."""
-    for module in root.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, kind):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+def _unwrapped(module: nn.Module) -> str:
+    return type(getattr(module, "_orig_mod", module)).__name__

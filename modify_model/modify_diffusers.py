@@ -1,0 +1,296 @@
+"""What the families of diffusers share; a family is a row of facts: :func:`diffusers_family`.
+
+A processor of diffusers makes q, k and v, calls ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``, and
+projects the result. A :class:`SparseProcessor` runs that very code, as the installed version or the user has it, with
+these two functions replaced (rebind.py): projections, norms, rotary embeddings, parameters of the user's own, and
+fused, quantised or LoRA layers remain what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from autotune import SparseAttention
+
+from .families import Family, Layer, count_dense_call, register
+from .rebind import Table, obstacle, rebound
+from .schedule import NoiseLevel, NoteCall, forget_calls, note_calls, now, thousandths
+
+# Where the text stands among the tokens that attend to each other; None: there is none (it is in cross-attention).
+Place = Literal["text first", "text last"] | None
+Ranges = tuple[tuple[int, int], ...]
+
+SDPA = F.scaled_dot_product_attention
+
+
+def diffusers_family(
+    name: str,
+    model_classes: str | tuple[str, ...],
+    places: Mapping[str, Place],
+    *,
+    noise_level: NoiseLevel = thousandths,
+) -> Family:
+    """Make a family of diffusers known.
+
+    Args:
+        name: as users read it in messages.
+        model_classes: names of the model classes that it serves; their subclasses are found too.
+        places: for each self-attention, as ``"<class of the block>.<attribute>"``, where the text stands: "text
+            first", "text last", or None without text. An attention that gets the text as ``encoder_hidden_states`` of
+            its own has it beside ``hidden_states``; one without gets both in one sequence, and its text is as long as
+            the transformer's ``encoder_hidden_states``.
+        noise_level: maps the ``timestep`` that the model receives to [0, 1], 1 = pure noise.
+    """
+    classes = (model_classes,) if isinstance(model_classes, str) else model_classes
+    return register(DiffusersFamily(name, classes, noise_level, dict(places)))
+
+
+@dataclass(frozen=True)
+class DiffusersFamily(Family):
+    """A family whose attention layers keep a processor, which is swapped."""
+
+    places: Mapping[str, Place] = field(default_factory=dict)
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        found = []
+        for path, block in model.named_modules():
+            classes = {cls.__name__ for cls in type(block).__mro__}
+            for key, place in self.places.items():
+                name, attribute = key.split(".")
+                attention = getattr(block, attribute, None) if name in classes else None
+                if attention is not None:
+                    found.append(Layer(f"{path}.{attribute}", attention, place))
+        return found
+
+    def heads(self, attention: Any) -> tuple[int, int]:
+        return int(attention.heads), int(attention.inner_dim) // int(attention.heads)
+
+    def unsupported(self, attention: Any) -> str | None:
+        processor = attention.processor
+        kind = type(processor).__name__
+        if isinstance(processor, nn.Module):
+            return f"{kind} has weights of its own (an image-prompt adapter): unload it first"
+        if not isinstance(inspect.getattr_static(processor, "__call__", None), types.FunctionType):
+            return f"{kind} has no __call__ written in Python: its attention cannot be replaced"
+        where = obstacle(processor, _table())
+        if where is not None:
+            return f"{kind} reaches attention through {where}, which cannot be replaced: call it in __call__ itself"
+        if _sparse_call(type(processor)) is type(processor).__call__:
+            return f"{kind} calls neither {dispatch_attention_fn.__name__} nor F.{SDPA.__name__}"
+        return None
+
+    def is_sparse(self, attention: Any) -> bool:
+        return isinstance(attention.processor, SparseProcessor)
+
+    def install(self, layer: Layer, inner: SparseAttention) -> nn.Module:
+        attention: Any = layer.attention
+        attention.inner_attention = inner
+        attention.processor = sparse_processor(attention.processor, layer.place)
+        return attention
+
+    def remove(self, attention: Any) -> nn.Module:
+        if self.is_sparse(attention):  # else someone has set another processor meanwhile; it stays
+            attention.processor = attention.processor.original
+        del attention.inner_attention
+        return attention
+
+    def switch(self, model: nn.Module, on: bool, dense_steps: tuple[float, float] | None = None) -> None:
+        if on:
+            assert self.noise_level is not None
+            note_calls(model, NoteCall(dense_steps, self.noise_level))
+        else:
+            forget_calls(model)
+
+
+class SparseProcessor:
+    """An attention processor whose attention proper runs through ``attn.inner_attention``.
+
+    :func:`sparse_processor` makes a class for each class of processors, whose ``__call__`` has the original's
+    signature: diffusers drops keyword arguments that a processor does not name. Attributes are the original's, read
+    and set (``set_attention_backend`` and ``enable_parallelism`` of diffusers do that).
+
+    Args:
+        original: the processor that was there; a new one by default, as diffusers makes processors by their class.
+    """
+
+    original_class: ClassVar[type]
+    place: ClassVar[Place]
+    original: Any
+
+    def __init__(self, original: Any = None) -> None:
+        self.__dict__["original"] = self.original_class() if original is None else original
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sparse_processor, (self.original, self.place)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle ask for methods of their own
+            raise AttributeError(name)
+        return getattr(self.__dict__["original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.original, name, value)
+
+    def run(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the original processor returns for these arguments, with sparse attention once the layer is tuned."""
+        inner = getattr(attn, "inner_attention", None)  # None where diffusers brought this processor back after restore
+        if inner is None or inner.mode == "dense" or now.dense:
+            return self.original(attn, *args, **kwargs)
+        with _calling(inner, self._text(args, kwargs)):
+            return _sparse_call(self.original_class)(self.original, attn, *args, **kwargs)
+
+    def _text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ranges:
+        """(start, stop) of the text among the tokens that attend to each other."""
+        if self.place is None:
+            return ()
+        hidden = args[0] if args else kwargs["hidden_states"]
+        encoder = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        total, length = hidden.shape[1], now.text_length
+        if encoder is not None:
+            length = encoder.shape[1]
+            total += length
+        return ((0, length),) if self.place == "text first" else ((total - length, total),)
+
+
+def sparse_processor(original: Any, place: Place) -> SparseProcessor:
+    """The SparseProcessor for a processor of a layer whose text stands at a place."""
+    return _sparse_class(type(original), place)(original)
+
+
+@functools.cache
+def _sparse_class(original: type, place: Place) -> type[SparseProcessor]:
+    def __call__(self: SparseProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run(attn, args, kwargs)
+
+    __call__.__signature__ = inspect.signature(original.__call__)  # type: ignore[attr-defined, operator]
+    return type(
+        f"Sparse{original.__name__}",
+        (SparseProcessor,),
+        {"__call__": __call__, "original_class": original, "place": place},
+    )
+
+
+@functools.cache
+def _sparse_call(original: type) -> Callable[..., Any]:
+    """``__call__`` of a class of processors with our attention inside; one function for all layers of a class, so that
+    torch.compile sees one.
+    """
+    return rebound(original.__call__, _table())  # type: ignore[arg-type, operator]
+
+
+def _table() -> Table:
+    # Twice the same, unless someone has put another function into torch meanwhile.
+    return ((SDPA, _sdpa), (F.scaled_dot_product_attention, _sdpa), (dispatch_attention_fn, _dispatch))
+
+
+class _Calling(threading.local):
+    """The layer whose processor runs in this thread, and its text."""
+
+    # Not attributes of the class: see schedule._Now.
+    def __init__(self) -> None:
+        self.inner: SparseAttention | None = None
+        self.text: Ranges = ()
+
+
+_now = _Calling()
+
+
+@contextlib.contextmanager
+def _calling(inner: SparseAttention, text: Ranges) -> Iterator[None]:
+    before = _now.inner, _now.text
+    _now.inner, _now.text = inner, text
+    try:
+        yield
+    finally:
+        _now.inner, _now.text = before
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+    """``F.scaled_dot_product_attention`` as rebound processors see it; tensors ``[B, H, L, D]``."""
+
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, *args, **options)
+
+    return _attend(query, key, value, _named(args, options), dense)
+
+
+def _dispatch(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+    """``dispatch_attention_fn`` as rebound processors see it; tensors ``[B, L, H, D]``."""
+
+    def dense() -> Tensor:  # on the attention backend that the user has chosen
+        return dispatch_attention_fn(query, key, value, *args, **options).transpose(1, 2)
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    given = _named(args, options)
+    mask = given.get("attn_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == q.shape[0]:
+        given["attn_mask"] = mask[:, None, None]  # key padding to diffusers, where SDPA reads queries by keys
+    return _attend(q, k, v, given, dense).transpose(1, 2)
+
+
+def _named(args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an attention call after q, k and v, by name."""
+    return {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)), **options}
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], dense: Callable[[], Tensor]) -> Tensor:
+    """The attention of the layer in progress; q, k, v and the result ``[B, H, L, D]``."""
+    inner = _now.inner
+    assert inner is not None, "a rebound processor ran outside SparseProcessor.run"
+    key_mask, reason = None, _dense_reason(q, given)
+    if reason is None:
+        key_mask, reason = _key_mask(given.get("attn_mask"), q.shape[0], k.shape[2])
+    if reason is not None:
+        count_dense_call(reason)
+        return dense()
+    # Where a processor drops padded text (Mochi), less of it is left.
+    text = tuple((start, min(stop, k.shape[2])) for start, stop in _now.text)
+    return inner(
+        q,
+        k,
+        v,
+        dense=dense,
+        is_causal=bool(given.get("is_causal")),
+        scale=q.shape[-1] ** -0.5 if given.get("scale") is None else given["scale"],
+        attn_mask=key_mask,
+        text=text,
+    )
+
+
+def _dense_reason(q: Tensor, given: dict[str, Any]) -> str | None:
+    """Why an attention call has to run as the model makes it, masks apart, or None."""
+    if q.dim() != 4:
+        return f"a processor called attention with tensors of {q.dim()} dimensions, not 4"
+    if given.get("parallel_config") is not None:
+        return "context parallelism gives each device a part of the sequence, and blocks are selected on the whole"
+    if given.get("dropout_p"):
+        return "the attention drops out probabilities"
+    return None
+
+
+def _key_mask(mask: Any, batch: int, k_len: int) -> tuple[Tensor | None, str | None]:
+    """Key padding ``[B, Lk]`` of a mask as SDPA reads it, or why it is none."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor):
+        return None, f"the model passed an attention mask of type {type(mask).__name__}, not a tensor"
+    if mask.dtype != torch.bool:
+        return None, f"the model passed an attention mask of {mask.dtype}, not a boolean one"
+    shape = tuple(mask.shape)
+    if shape in ((1, 1, 1, k_len), (batch, 1, 1, k_len)):
+        mask = mask[:, 0, 0]
+    elif shape != (1, k_len):  # this one: all queries, hence all samples, see the same keys
+        return None, "the model passed a full attention mask, which sparse attention does not represent"
+    return mask.expand(batch, -1), None

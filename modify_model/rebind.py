@@ -1,0 +1,130 @@
+"""Run a Python function with other functions inside, in place of those that it calls, however its code spells them.
+
+The processors of diffusers, and those that users write, call attention as ``F.scaled_dot_product_attention``,
+``torch.nn.functional.scaled_dot_product_attention``, by a name of their own, or in a helper function. A rebound
+function is the same code with other globals. Nothing is patched in place: what is not rebound (cross-attention, text
+encoders, VAEs) calls what it always called.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+Table = tuple[tuple[Any, Any], ...]  # (function, what takes its place)
+
+_FOREIGN = {"torch", *sys.stdlib_module_names}  # functions of these are not looked into
+
+
+def rebound(function: types.FunctionType, table: Table) -> types.FunctionType:
+    """A copy of a function that calls, itself and in its helper functions, what the table puts in place of others.
+
+    Names are followed through globals, closures and default values, and through modules (``torch.nn.functional``,
+    aliases). A function that reaches nothing in the table is returned as it is.
+    """
+    return _Search(table).function(function)
+
+
+def obstacle(target: Any, table: Table) -> str | None:
+    """Where calling an object reaches something in the table that :func:`rebound` does not replace, or None.
+
+    A rebound ``__call__`` still finds the object's own methods and attributes, and runs its import statements.
+    """
+    call = type(target).__call__
+    names, search = _names(call.__code__), _Search(table)
+    for owner in (vars(target), *(vars(cls) for cls in type(target).__mro__)):
+        for name in names & owner.keys():
+            value = getattr(owner[name], "__func__", owner[name])  # of a static or class method
+            if value is not call and search.value(value, names) is not value:
+                return f"{type(target).__name__}.{name}" if value is not vars(target).get(name) else f"self.{name}"
+    functions = {old.__name__ for old, _ in table}
+    homes = {old.__module__.split(".")[0] for old, _ in table if old.__module__} | {"torch"}
+    for code in _codes(call.__code__):
+        imports = (step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME")
+        if functions & _names(code) and any(name.split(".")[0] in homes for name in imports):
+            return "an import statement inside __call__"
+    return None
+
+
+class _Search:
+    """One search for what a table replaces; functions are looked into once."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.seen: dict[types.FunctionType, types.FunctionType] = {}
+
+    def value(self, value: Any, names: set[str], path: tuple[Any, ...] = ()) -> Any:
+        """What takes the place of a value that code with these names uses; the value itself if nothing does."""
+        for old, new in self.table:
+            if value is old:
+                return new
+        if isinstance(value, types.FunctionType) and str(value.__module__).split(".")[0] not in _FOREIGN:
+            return self.function(value)
+        if isinstance(value, types.ModuleType) and not any(value is module for module in path):
+            inside = {name: vars(value)[name] for name in names & vars(value).keys()}
+            changed = self._changed(inside, names, (*path, value))
+            if changed:
+                return _Module(value, changed)
+        return value
+
+    def function(self, function: types.FunctionType) -> types.FunctionType:
+        """See :func:`rebound`."""
+        if function in self.seen:
+            return self.seen[function]
+        self.seen[function] = function  # what a recursive function finds
+        names, scope = _names(function.__code__), function.__globals__
+        changed = self._changed({name: scope[name] for name in names & scope.keys()}, names)
+        cells = {cell: cell.cell_contents for cell in function.__closure__ or () if _filled(cell)}
+        other_cells = {cell: types.CellType(new) for cell, new in self._changed(cells, names).items()}
+        defaults = dict(enumerate(function.__defaults__ or ()))
+        other_defaults = self._changed(defaults, names)
+        keywords = self._changed(function.__kwdefaults__ or {}, names)
+        if changed or other_cells or other_defaults or keywords:
+            scope = {**scope, **changed}
+            scope.pop("__name__", None)  # by it, torch.compile would look names up in the original module
+            closure = tuple(other_cells.get(cell, cell) for cell in function.__closure__ or ())
+            values = tuple((defaults | other_defaults).values())
+            new = types.FunctionType(function.__code__, scope, function.__name__, values or None, closure or None)
+            new.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **keywords} or None
+            self.seen[function] = new
+        return self.seen[function]
+
+    def _changed(self, values: dict[Any, Any], names: set[str], path: tuple[Any, ...] = ()) -> dict[Any, Any]:
+        """Those of some values that something else takes the place of."""
+        found = {key: (value, self.value(value, names, path)) for key, value in values.items()}
+        return {key: new for key, (value, new) in found.items() if new is not value}
+
+
+class _Module(types.SimpleNamespace):
+    """A module with some attributes replaced."""
+
+    def __init__(self, module: types.ModuleType, changed: dict[str, Any]) -> None:
+        super().__init__(**{**vars(module), **changed, "_module": module})
+
+    def __getattr__(self, name: str) -> Any:  # what a module makes when it is first asked for
+        return getattr(self.__dict__["_module"], name)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A code object and those of the functions that it defines."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The globals and attributes that code names, also as strings (for ``getattr``)."""
+    constants = (x for part in _codes(code) for x in part.co_consts if isinstance(x, str))
+    return {name for part in _codes(code) for name in part.co_names}.union(constants)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
