@@ -1,17 +1,23 @@
 """Thresholds for sparse attention: find them, keep them, load them."""
 
-from .calibration import Calibration, calibrate
+from .accumulate import Grid
+from .calibration import Calibration, calibrate, enable_tune_mode
+from .files import extract_sparse_attention_state_dict, load, load_sparse_attention_state_dict, save
 from .module import SparseAttention
-from .state_dict import extract_sparse_attention_state_dict, load, load_sparse_attention_state_dict, save
-from .tune_mode import enable_tune_mode
+from .running import dense, record_density
+from .tuned import Tuned
 
 __all__ = [
     "Calibration",
+    "Grid",
     "SparseAttention",
+    "Tuned",
     "calibrate",
+    "dense",
     "enable_tune_mode",
     "extract_sparse_attention_state_dict",
     "load",
     "load_sparse_attention_state_dict",
+    "record_density",
     "save",
 ]

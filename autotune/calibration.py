@@ -14,84 +14,124 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from . import observe, report
-from .checkpoint import Checkpoint, digest, identity
-from .curves import PromptTally
-from .layer import Layer, merge_ranks
-from .module import SparseAttention, check_bounds, sparse_modules
-from .observe import Grid, Sampler, Watched
-from .state_dict import extract_sparse_attention_state_dict, save
+from spas_attn import fallback_counts
+from spas_attn.call import Call
+from spas_attn.checks import HEAD_DIMS
+
+from . import report
+from .accumulate import Grid
+from .checkpoint import Checkpoint, identity
+from .choose import Layer
+from .files import extract_sparse_attention_state_dict, save
+from .module import FULL_MASK, SCHEDULED, SHORT, Mode, clean_path, sparse_modules, transformers_of
+from .passes import CheckPass, CurvePass, FreePass, Pass, Work
+from .sampling import Sampler, Steps
+from .tuned import Tuned, check_bounds
 
 Item = TypeVar("Item")
 RESERVOIR_BYTES = 2 << 30  # for all layers together
 QUERY_BLOCKS = 16  # looked at per call, of however many there are
+NOT_FINITE = "it got values that are not finite (NaN or infinity)"
+SKIPPED_STEP = "its step was left out (every)"
 
 
 class Calibration:
-    """A calibration in progress; made by :func:`calibrate`.
+    """Calibrates a patched model; use as a context manager (see the module's docstring). Also called ``calibrate``.
+
+    Args:
+        model: a patched model, or a pipeline with patched transformers; it runs dense, uncompiled and otherwise
+            unchanged meanwhile.
+        l1, pv_l1: bounds of the mean relative L1 error, per head; None takes the modules' own.
+        tail: bound of the 99.5th percentile of one query's relative error; None switches it off, "module" takes the
+            modules' own.
+        grid: candidate thresholds.
+        query_blocks: query blocks looked at per call, at random, for the curves; None = all. Errors are sums over
+            queries, so a sample estimates them without bias; the check looks at all.
+        kept_aside: share of the prompts that is kept for the PV pass and the check.
+        rounds: how often heads that miss a bound in the check are tightened; then they run dense.
+        seed: of the sampling of query blocks.
+        every: every n-th step of a prompt is observed: of the timesteps of a diffusion model, else of a layer's calls.
+        skip_not_finite: leave prompts out, with a warning, in which a layer gets NaN or infinity, instead of raising.
+        checkpoint: where finished prompts are kept, until ``save()``, so that an interrupted calibration can go on.
+        resume: go on from the checkpoint.
 
     Attributes:
         statistics: after it has finished, one entry per layer (see ``autotune/report.py``).
+
+    Raises:
+        ValueError: when the model is not patched, a layer cannot be sparse, or a bound or option is invalid.
     """
 
     def __init__(
         self,
         model: Any,
+        l1: float | None = None,
+        pv_l1: float | None = None,
+        tail: float | str | None = "module",
         *,
-        l1: float | None,
-        pv_l1: float | None,
-        tail: float | str | None,
-        grid: Grid,
-        query_blocks: int | None,
-        kept_aside: float,
-        rounds: int,
-        seed: int,
-        checkpoint: str | os.PathLike[str] | None,
-        resume: bool,
+        grid: Grid | None = None,
+        query_blocks: int | None = QUERY_BLOCKS,
+        kept_aside: float = 0.25,
+        rounds: int = 3,
+        seed: int = 0,
+        every: int = 1,
+        skip_not_finite: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
     ) -> None:
+        if isinstance(tail, str) and tail != "module":
+            raise ValueError(f"tail must be a number, None or 'module', got {tail!r}")
+        if not 0 < kept_aside < 1:
+            raise ValueError(f"kept_aside must lie in (0, 1), got {kept_aside}")
+        for name, number in (("rounds", rounds), ("every", every), ("query_blocks", query_blocks or 1)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+        if query_blocks == 0:
+            raise ValueError("query_blocks must be at least 1, or None for all, got 0")
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=<path>, got None")
-        modules = sparse_modules(model)
-        self.model = model
-        self.bounds = [
-            (
+        grid, modules = grid or Grid(), sparse_modules(model)
+        layers = []
+        for path, module in modules.items():
+            bounds = (
                 module.l1 if l1 is None else l1,
                 module.pv_l1 if pv_l1 is None else pv_l1,
                 module.tail if isinstance(tail, str) else tail,
             )
-            for module in modules.values()
-        ]
-        for bounds in self.bounds:
             check_bounds(*bounds)
-        self.grid, self.sampler = grid, Sampler(query_blocks, seed)
-        self.kept_aside, self.rounds = kept_aside, rounds
-        self.checkpoint, self.resume = checkpoint, resume
-        budget = RESERVOIR_BYTES // len(modules)
-        self.layers = [Layer(i, path, module, budget, seed) for i, (path, module) in enumerate(modules.items())]
+            grid.check(module.selector)
+            layers.append(Layer(len(layers), path, module, bounds))
+        _check_layers(model, layers)
+        self.model, self.layers = model, layers
         self.statistics: list[dict[str, Any]] = []
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.world = dist.get_world_size() if self.distributed else 1
-        self._phase = "free"  # "free": calls without prompts() around them; "curves", "pv", "check", "finished"
-        self._passes = ("curves", "pv", *["check"] * rounds)
-        self._round = self._prompt = 0
-        self._same_calls = False
-        self._expected = 0
+        self.sampler, self.steps = Sampler(query_blocks, seed), Steps(every)
+        self.kept_aside, self.skip_not_finite = kept_aside, skip_not_finite
+        self.checkpoint, self.resume = checkpoint, resume
+        self._work = Work(layers, grid, rounds)
+        self._pass: Pass | None = FreePass(self._work, RESERVOIR_BYTES, seed)
+        self._prompt = self._expected = 0
+        self._left_out: set[int] = set()
+        self._problem: str | None = None  # why the prompt in progress cannot count
+        self._fallbacks: Counter[str] = Counter()
         self._files: Checkpoint | None = None
+        self._before: list[tuple[Tuned | None, Mode]] = []
+        self._open = contextlib.ExitStack()
 
     @property
     def phase(self) -> str:
         """The pass in progress: "free" (no loop over prompts), "curves", "pv", "check" or "finished"."""
-        return self._phase
+        return "finished" if self._pass is None else self._pass.name
 
     @property
     def expected_passes(self) -> int:
@@ -104,31 +144,35 @@ class Calibration:
         for layer in self.layers:
             if layer.module.observer is not None:
                 raise RuntimeError(f"layer {layer.path!r} is being calibrated already")
-        for layer, bounds in zip(self.layers, self.bounds, strict=True):
+        # Observing is no part of a graph: traced, every call would compile anew.
+        self._open.enter_context(torch.compiler.set_stance("force_eager"))
+        if self.steps.every > 1:
+            for _, part in transformers_of(self.model):
+                self._open.callback(part.register_forward_pre_hook(self.steps.begin, with_kwargs=True).remove)
+        for layer in self.layers:
             module = layer.module
-            layer.remember_module()
-            module.l1, module.pv_l1, module.tail = bounds
+            self._before.append((module.tuned, module.mode))
             module.mode, module.observer = "tune", functools.partial(self._observe, layer)
+        self._fallbacks = Counter(fallback_counts())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and self._phase == "free":
-                self._finish_from_reservoir()
-            elif kind is None and self._phase != "finished":
+            if kind is None and isinstance(self._pass, FreePass):
+                self._finish_from(self._pass)
+            elif kind is None and self._pass is not None:
                 raise RuntimeError(
-                    f"the loop over calibration.prompts(...) ended early, in the {self._phase} pass: no thresholds "
+                    f"the loop over calibration.prompts(...) ended early, in the {self.phase} pass: no thresholds "
                     "were set; let it run to its end (finished prompts are kept in the checkpoint, if one was named)"
                 )
         finally:
-            for layer in self.layers:
+            self._open.close()
+            for layer, before in zip(self.layers, self._before, strict=True):
                 layer.module.observer = None
-                if self._phase == "finished":
-                    layer.module.mode = "sparse"
-                else:
-                    layer.restore_module()
+                if self._pass is not None:
+                    layer.module.tuned, layer.module.mode = before
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -138,150 +182,148 @@ class Calibration:
         Prompts are shared out over ranks by index. Finished ones of an interrupted run are skipped on resume. What
         the model saw before the loop does not count.
         """
-        items = list(prompts)
+        items, work = list(prompts), self._work
         if not items:
             raise ValueError("calibration needs at least one prompt, got none")
-        if self._phase != "free":
-            raise RuntimeError(f"prompts() can be used once per calibration; this one is in the {self._phase} pass")
+        if not isinstance(self._pass, FreePass):
+            raise RuntimeError(f"prompts() can be used once per calibration; this one is in the {self.phase} pass")
         aside = min(len(items) - 1, max(1, round(len(items) * self.kept_aside)))
-        fitted = list(range(len(items) - aside))
-        checked = list(range(len(items) - aside, len(items))) or fitted  # a single prompt serves for both
-        self._same_calls = checked == fitted
+        work.fitted = list(range(len(items) - aside))
+        work.checked = list(range(len(items) - aside, len(items))) or work.fitted  # a single prompt serves for both
         for layer in self.layers:
-            layer.forget()
-        done = self._open_checkpoint(items, len(fitted))
-        mine = [i for i in (*(i for i in fitted if i not in done), *checked, *checked) if i % self.world == self.rank]
-        self._expected = len(mine)
-        for phase in self._passes:
-            self._phase = phase
-            for i in fitted if phase == "curves" else checked:
-                if i % self.world != self.rank or (phase == "curves" and i in done):
+            layer.lengths = None
+        self._pass = curves = CurvePass(work)
+        done = self._open_checkpoint(curves, items)
+        self._expected = sum(i not in done for i in self._mine(work.fitted)) + 2 * len(self._mine(work.checked))
+        while self._pass is not None:
+            current = self._pass
+            for i in self._mine(current.prompts):
+                if current is curves and i in done:
                     continue
                 self._begin(i)
                 yield items[i]
-                self._end(i)
-                if phase == "curves":
-                    self._save_checkpoint()
-            if self._conclude():
-                return
-            self._expected += (phase == "check") * sum(i % self.world == self.rank for i in checked)  # once more
+                self._end()
+                if current is curves:
+                    self._save_checkpoint(curves)
+            self._conclude()
+            if isinstance(current, CheckPass) and self._pass is not None:
+                self._expected += len(self._mine(work.checked))  # once more
+
+    def _mine(self, prompts: list[int]) -> list[int]:
+        return [i for i in prompts if i % self._work.world == self._work.rank and i not in self._left_out]
 
     def _begin(self, prompt: int) -> None:
-        self._prompt = prompt
+        self._prompt, self._problem = prompt, None
+        self._fallbacks = Counter(fallback_counts())
+        self.steps.restart()
         for layer in self.layers:
-            layer.open, layer.calls = None, 0
+            layer.calls, layer.unseen = 0, Counter()
 
-    def _end(self, prompt: int) -> None:
-        for layer in self.layers:
-            if layer.open is None:
-                raise RuntimeError(
-                    f"layer {layer.path!r} saw no call of at least {layer.module.selector.block_q} queries in prompt "
-                    f"{prompt}: run the model inside the loop, with prompts longer than a block"
-                )
-        for layer in self.layers:
-            layer.close(self._phase, prompt)
+    def _end(self) -> None:
+        assert self._pass is not None
+        blind = [layer for layer in self.layers if self._pass.open[layer.index] is None]
+        if self._problem is None and blind:
+            text = (
+                f"layer {blind[0].path!r} saw nothing to calibrate on in prompt {self._prompt}: {self._cause(blind[0])}"
+            )
+            if any(layer.unseen.keys() != {SHORT} for layer in blind):
+                raise RuntimeError(text)
+            self._problem = text
+        if self._problem is None:
+            self._pass.close(self._prompt)
+            return
+        warnings.warn(f"prompt {self._prompt} is left out: {self._problem}", RuntimeWarning, stacklevel=3)
+        self._left_out.add(self._prompt)
+        self._pass.drop()
 
-    def _conclude(self) -> bool:
-        """Use what a pass has seen; says whether the calibration is finished."""
-        if self.distributed:
-            merge_ranks(self.layers, self._phase, self.world)
-        for layer in self.layers:
-            if self._phase == "curves":
-                layer.choose_first(self.grid)
-            elif self._phase == "pv":
-                layer.choose_pv(self.grid)
-        if self._phase != "check" or self._back_off():
-            return False
-        self._finish()
-        return True
+    def _conclude(self) -> None:
+        """Use what a pass has seen, and go on to the next one."""
+        assert self._pass is not None
+        try:
+            self._pass = self._pass.conclude()
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}: {self._problem}" if self._problem else str(error)) from error
+        if self._pass is None:
+            self._finish()
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
-    def _observe(self, layer: Layer, module: SparseAttention, q: Tensor, k: Tensor, v: Tensor, **flags: Any) -> None:
-        if self._phase == "finished":
+    def _observe(self, layer: Layer, call: Call | str) -> None:
+        if self._pass is None:
             return
-        with _float32(q.device.type):
-            self._see(layer, Watched(q, k, v, precision=module.precision, **flags))
+        if isinstance(call, str):
+            layer.unseen[call] += 1
+        elif not self.steps.wanted(layer.calls + layer.unseen[SKIPPED_STEP]):
+            layer.unseen[SKIPPED_STEP] += 1
+        elif self._problem is None:
+            self._see(self._pass, layer, call)
 
-    def _see(self, layer: Layer, call: Watched) -> None:
-        module, heads = layer.module, call.q.shape[1]
-        if module.is_sparse is None:
-            module.set_heads(heads)
-        layer.saw(call.k.shape[2])
-        count = observe.block_count(call, module.selector.block_q)
-        blocks = self.sampler.blocks(count, layer.index, self._prompt, layer.calls)
-        layer.calls += 1
-        if self._phase == "free":  # every call is a sample of its own
-            number = layer.reservoir.seen * self.world + self.rank
-            tally = PromptTally(heads, len(self.grid), call.q.device)
-            observe.add_curves(tally, module, call, self.grid, blocks)
-            layer.add("curves", tally.close(number))
-            layer.reservoir.offer(number, call, module.selector, blocks)
-        else:
-            self._watch(layer, call, blocks)
-
-    def _watch(self, layer: Layer, call: Watched, blocks: list[int]) -> None:
-        """Add a call to the prompt in progress."""
-        if layer.open is None:
-            candidates = {"curves": len(self.grid), "pv": len(self.grid.pv), "check": 2}[self._phase]
-            layer.open = PromptTally(call.q.shape[1], candidates, call.q.device)
-        if self._phase == "check":
-            layer.check_backend = observe.add_check(layer.open, layer.module, call)
-        else:
-            add = observe.add_curves if self._phase == "curves" else observe.add_pv_curves
-            add(layer.open, layer.module, call, self.grid, blocks)
-
-    def _finish_from_reservoir(self) -> None:
-        """Without a loop over prompts: PV pass and check on the calls held in the reservoir."""
-        for layer in self.layers:
-            if layer.curves is None:
-                raise RuntimeError(
-                    f"layer {layer.path!r} saw no call of at least {layer.module.selector.block_q} queries: run the "
-                    "model in tune mode, with prompts longer than a block"
+    def _see(self, current: Pass, layer: Layer, call: Call) -> None:
+        where = f"call {layer.calls} of layer {layer.path!r} in prompt {self._prompt}"
+        if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
+            if not self.skip_not_finite:
+                raise ValueError(
+                    f"{where}: {NOT_FINITE}; leave the prompt out (skip_not_finite=True does), or find out where in "
+                    "the model they begin"
                 )
-        self._same_calls = True
-        for phase in self._passes:
-            self._phase = phase
-            for layer in self.layers if phase != "curves" else []:
-                for number, parts in layer.reservoir.calls:
-                    for call, blocks in parts:
-                        with _float32(call.q.device.type):
-                            self._watch(layer, call, blocks)
-                    layer.close(phase, number)
-            if self._conclude():
-                return
+            if not isinstance(current, FreePass):  # there a call stands for itself
+                self._problem = f"{where}: {NOT_FINITE}"
+            return
+        module = layer.module
+        if module.heads is None:
+            module.set_heads(call.q.shape[1])
+        real = [call.k_len] if call.key_mask is None else call.key_mask.sum(-1).tolist()
+        layer.saw(*(length for length in real if length))
+        blocks = self.sampler.blocks(call, module.selector.block_q, layer.index, self._prompt, layer.calls)
+        layer.calls += 1
+        with _float32(call.q.device.type):
+            current.observe(layer, call, blocks)
 
-    # -- choosing -----------------------------------------------------------------------------------------------------
+    def _cause(self, layer: Layer) -> str:
+        """Why a layer saw nothing."""
+        block = layer.module.selector.block_q
+        texts = {
+            SHORT: f"its calls had fewer than {block} queries, one block; use longer prompts",
+            SCHEDULED: "its calls were dense by schedule; use fewer dense_steps or more steps",
+            SKIPPED_STEP: f"every={self.steps.every} left all of its calls out; use a smaller number or more steps",
+            FULL_MASK: FULL_MASK,
+        }
+        found = [texts[reason] for reason in layer.unseen if reason != SHORT or len(layer.unseen) == 1]
+        if not found:
+            found = [f"calls ran dense: {reason}" for reason in Counter(fallback_counts()) - self._fallbacks]
+        if not found and layer.path.startswith("transformer_2."):
+            found = ["no step of this run reached the second transformer; use more steps"]
+        return "; ".join(found) or (
+            "its attention was never called: the model was not run, or its attention implementation or processor was "
+            "changed after patch() (modify_model.verify(model) tells)"
+        )
 
-    def _back_off(self) -> bool:
-        """Tighten the bounds of heads that missed one in the check; says whether to check again.
-
-        In the last round such heads become dense instead.
-        """
-        self._round += 1
-        last = self._round >= self.rounds
-        missed = [layer.back_off(self.grid, self.rounds if last else None) for layer in self.layers]
-        if last or not any(missed):
-            return False
+    def _finish_from(self, free: FreePass) -> None:
+        """Without a loop over prompts: PV pass and check on the calls that were kept."""
         for layer in self.layers:
-            layer.check = None  # all are checked again: what they record belongs to the final thresholds
-        return True
+            if free.sums[layer.index] is None:
+                raise RuntimeError(f"layer {layer.path!r} saw nothing to calibrate on: {self._cause(layer)}")
+        self._conclude()
+        while self._pass is not None:
+            with _float32():
+                free.replay(self._pass)
+            self._conclude()
+
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        self._phase = "finished"
+        work = self._work
         self.statistics = []
         for layer in self.layers:
-            layer.record_density()
+            layer.finish()
             assert layer.curves is not None and layer.check is not None
             facts = {
                 "query_blocks_per_call": self.sampler.limit,
                 "prompts_fitted": len(layer.curves.sums),
                 "prompts_checked": len(layer.check.sums),
-                "checked_on_the_fitted_calls": self._same_calls,
+                "checked_on_the_fitted_calls": work.fitted == work.checked,
             }
             self.statistics.append(report.layer_statistics(layer, facts))
-
-    # -- results ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the tuned file, and the statistics beside it as ``<name>.json`` (rank 0 only); drop the checkpoint.
@@ -289,14 +331,14 @@ class Calibration:
         Returns:
             The path of the statistics.
         """
-        if self._phase != "finished":
+        if not self.statistics:
             raise RuntimeError("nothing to save: the calibration has not finished")
         statistics = report.statistics_path(path)
-        if self.rank == 0:
+        if self._work.rank == 0:
             state = extract_sparse_attention_state_dict(self.model)
             first = self.statistics[0]
-            seen = first["prompts_fitted"] + (0 if self._same_calls else first["prompts_checked"])
-            state["_metadata"] |= {"prompts": seen}
+            again = first["checked_on_the_fitted_calls"]
+            state["_metadata"] |= {"prompts": first["prompts_fitted"] + (0 if again else first["prompts_checked"])}
             save(state, path)
             report.write_statistics(self.statistics, statistics)
             if self._files is not None:  # no earlier: a save that fails must not cost the whole calibration
@@ -306,94 +348,92 @@ class Calibration:
 
     # -- interruptions ------------------------------------------------------------------------------------------------
 
-    def _open_checkpoint(self, items: Sequence[Any], fitted: int) -> set[int]:
+    def _open_checkpoint(self, curves: CurvePass, items: Sequence[Any]) -> set[int]:
         """Take over the finished prompts of an interrupted run; returns their numbers."""
         if self.checkpoint is None:
             return set()
+        work, done = self._work, set[int]()
         modules = [(layer.path, layer.module) for layer in self.layers]
-        selectors = [(path, repr(m.selector), m.text_sink, m.dense_steps) for path, m in modules]
-        prompts = [digest(item) for item in items]
-        facts = (identity(self.model), selectors, self.grid, self.sampler, fitted, prompts)
-        self._files = Checkpoint(self.checkpoint, facts)
-        done: set[int] = set()
+        selectors = [(path, m.selector.to_dict(), m.text_sink, m.dense_steps) for path, m in modules]
+        facts = (identity(self.model), selectors, work.grid, self.sampler, self.steps.every, len(work.fitted))
+        try:
+            self._files = Checkpoint(self.checkpoint, (facts, items))
+        except ValueError as error:
+            raise ValueError(f"no checkpoint can be kept of these prompts: {error}") from error
         for saved in self._files.load() if self.resume else []:
             for layer, (tally, lengths) in zip(self.layers, saved, strict=True):
+                layer.saw(*(lengths or ()))
                 if tally is not None:
                     done |= tally.sums.keys()
-                    layer.resume(tally, lengths, counts=self.rank == 0)  # the sum over ranks has each prompt once
-        if self.distributed:
+                    if work.rank == 0:  # the sum over ranks has each prompt once
+                        curves.count(layer, tally)
+        if work.distributed:
             dist.barrier()  # all have read
-        if self.rank == 0:
+        if work.rank == 0:
             if done:
-                self._save_checkpoint()
+                self._save_checkpoint(curves)
             self._files.remove(but=self._files.file(0) if done else None)
-        if self.distributed:
+        if work.distributed:
             dist.barrier()
         return done
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, curves: CurvePass) -> None:
         if self._files is not None:
-            self._files.save(self.rank, [(layer.curves, layer.lengths) for layer in self.layers])
+            saved = [(curves.sums[layer.index], layer.lengths) for layer in self.layers]
+            self._files.save(self._work.rank, saved)
+
+
+calibrate = Calibration  # as it reads in a with statement
 
 
 @contextlib.contextmanager
-def _float32(device: str) -> Iterator[None]:
+def _float32(device: str = "cpu") -> Iterator[None]:
     """For sums that are to be exact, and to outlive the inference mode that a model may run in."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
 
 
-def calibrate(
-    model: Any,
-    l1: float | None = None,
-    pv_l1: float | None = None,
-    tail: float | str | None = "module",
-    *,
-    grid: Grid | None = None,
-    query_blocks: int | None = QUERY_BLOCKS,
-    kept_aside: float = 0.25,
-    rounds: int = 3,
-    seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = False,
+def _check_layers(model: Any, layers: list[Layer]) -> None:
+    """Reject layers that sparse attention cannot compute, before anything runs."""
+    parents = {
+        path: module
+        for prefix, part in transformers_of(model)
+        for name, module in part.named_modules()
+        if (path := prefix + clean_path(f"{name}.inner_attention"))
+    }
+    least, most = HEAD_DIMS
+    for layer in layers:
+        dim = layer.module.head_dim
+        if dim is not None and not least <= dim <= most:
+            raise ValueError(f"layer {layer.path!r} has head dim {dim}; sparse attention serves {least} to {most}")
+        if any(parameter.dtype is torch.float64 for parameter in parents[layer.path].parameters()):
+            raise ValueError(
+                f"layer {layer.path!r} computes in float64; sparse attention serves float16, bfloat16 and float32"
+            )
+
+
+_tuning: weakref.WeakKeyDictionary[Any, Calibration] = weakref.WeakKeyDictionary()
+
+
+def enable_tune_mode(
+    model: Any, enabled: bool = True, *, verbose: bool = False, printer: Callable[[str], None] = print
 ) -> Calibration:
-    """Calibrate a patched model; use as a context manager (see the module's docstring).
+    """Tune without a loop over prompts: switch on, run the model as usual, switch off.
 
-    Args:
-        model: a patched model, or a pipeline with patched transformers; it runs dense and unchanged meanwhile.
-        l1, pv_l1: bounds of the mean relative L1 error, per head; None takes the modules' own.
-        tail: bound of the 99.5th percentile of one query's relative error; None switches it off, "module" takes the
-            modules' own.
-        grid: candidate thresholds.
-        query_blocks: query blocks looked at per call, at random, for the curves; None = all. Errors are sums over
-            queries, so a sample estimates them without bias; the check looks at all.
-        kept_aside: share of the prompts that is kept for the PV pass and the check.
-        rounds: how often heads that miss a bound in the check are tightened; then they run dense.
-        seed: of the sampling of query blocks.
-        checkpoint: where finished prompts are kept, until ``save()``, so that an interrupted calibration can go on.
-        resume: go on from the checkpoint.
+    Switching off chooses and checks the thresholds, on a bounded sample of the calls seen (2 GiB of host memory).
 
-    Raises:
-        ValueError: when the model is not patched, or a bound makes no sense.
+    Returns:
+        The calibration; after switching off it has its statistics and can be saved.
     """
-    if isinstance(tail, str) and tail != "module":
-        raise ValueError(f"tail must be a number, None or 'module', got {tail!r}")
-    if not 0 < kept_aside < 1:
-        raise ValueError(f"kept_aside must lie in (0, 1), got {kept_aside}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if query_blocks is not None and query_blocks < 1:
-        raise ValueError(f"query_blocks must be at least 1 or None, got {query_blocks}")
-    return Calibration(
-        model,
-        l1=l1,
-        pv_l1=pv_l1,
-        tail=tail,
-        grid=grid or Grid(),
-        query_blocks=query_blocks,
-        kept_aside=kept_aside,
-        rounds=rounds,
-        seed=seed,
-        checkpoint=checkpoint,
-        resume=resume,
-    )
+    if enabled:
+        if model in _tuning:
+            raise RuntimeError("tune mode is already on for this model")
+        _tuning[model] = Calibration(model).__enter__()
+        return _tuning[model]
+    if model not in _tuning:
+        raise RuntimeError("tune mode is not on for this model: enable_tune_mode(model, True) first")
+    calibration = _tuning.pop(model)
+    calibration.__exit__(None, None, None)
+    if verbose:
+        printer(report.table(calibration.statistics))
+    return calibration

@@ -5,21 +5,19 @@ Every rank writes a file of its own, ``<name>.rank<n>``, after each of its promp
 
 from __future__ import annotations
 
-import dataclasses
 import glob
-import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, uint8
+from torch import Tensor, nn
 
-from .curves import Tally
+from .accumulate import Tally
 from .module import transformers_of
-from .state_dict import read, write_atomically
+from .storage import digest, read, write
 
 Saved = list[tuple[Tally | None, tuple[int, int] | None]]  # curves and lengths, layer by layer
+_SAMPLE = 64  # values of each parameter that tell one model from another
 
 
 class Checkpoint:
@@ -27,12 +25,12 @@ class Checkpoint:
 
     Args:
         path: their common name.
-        facts: everything the curves depend on; files made under other facts are refused.
+        facts: everything the curves depend on; files made under other facts are rejected.
     """
 
     def __init__(self, path: str | os.PathLike[str], facts: Any) -> None:
         self.path = Path(path)
-        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
+        self.fingerprint = digest(facts)
 
     def file(self, rank: int) -> Path:
         """The file of one rank."""
@@ -41,7 +39,7 @@ class Checkpoint:
     def save(self, rank: int, layers: Saved) -> None:
         """Write one rank's file."""
         plain = [(None if tally is None else dict(vars(tally)), lengths) for tally, lengths in layers]
-        write_atomically({"fingerprint": self.fingerprint, "layers": plain}, self.file(rank))
+        write({"fingerprint": self.fingerprint, "layers": plain, "digest": digest(plain)}, self.file(rank))
 
     def load(self) -> list[Saved]:
         """What the files of all ranks hold; no two of them share a prompt.
@@ -68,26 +66,29 @@ class Checkpoint:
         return kept
 
     def _load(self, path: Path) -> Saved:
+        damaged = f"checkpoint {str(path)!r} is damaged: delete it or run without resume"
         try:
             content = read(path)
         except ValueError as error:
-            raise ValueError(
-                f"checkpoint {str(path)!r} is damaged: delete it or run without resume ({error})"
-            ) from error
-        if not isinstance(content, dict) or not {"fingerprint", "layers"} <= content.keys():
+            raise ValueError(f"{damaged} ({error})") from error
+        if not isinstance(content, dict) or not {"fingerprint", "layers", "digest"} <= content.keys():
             raise ValueError(f"{str(path)!r} is not a checkpoint of a calibration")
         if content["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"checkpoint {str(path)!r} belongs to another calibration (other model, prompts, selector, grid or "
                 "seed): delete it or run without resume"
             )
+        if content["digest"] != digest(content["layers"]):
+            raise ValueError(damaged)
         return [(None if plain is None else _tally(plain), lengths) for plain, lengths in content["layers"]]
 
     def remove(self, *, but: Path | None = None) -> None:
-        """Delete the files of all ranks, except one."""
+        """Delete the files of all ranks, except one, and what killed processes left of them."""
         for path in self._files():
             if path != but:
                 path.unlink(missing_ok=True)
+        for path in self.path.parent.glob(f".{glob.escape(self.path.name)}.rank*.tmp"):
+            path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         return sorted(self.path.parent.glob(glob.escape(self.path.name) + ".rank*"))
@@ -100,29 +101,17 @@ def _tally(plain: dict[str, Any]) -> Tally:
     return tally
 
 
-def identity(model: Any) -> str:
-    """Tells one model from another of the same class: the beginning of its first and last parameter."""
-    found = []
-    for _, part in transformers_of(model):
-        parameters = [parameter for parameter in part.parameters() if parameter.device.type != "meta"]
-        ends = [parameter.detach().reshape(-1)[:256] for parameter in (*parameters[:1], *parameters[-1:])]
-        found.append(type(part).__name__ + digest(ends))
-    return "".join(found)
+def identity(model: Any) -> list[Any]:
+    """Tells one model from another of the same class: some values of every parameter and buffer, and their shapes."""
+    return [(type(part).__name__, [_sample(x) for x in _tensors(part)]) for _, part in transformers_of(model)]
 
 
-def digest(item: Any) -> str:
-    """A short name for a prompt's content, the same in every process."""
-    if isinstance(item, Tensor):
-        data = item.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().tobytes()
-        return f"{item.dtype}{list(item.shape)}{hashlib.sha256(data).hexdigest()}"
-    if isinstance(item, Mapping):  # also what tokenizers return
-        return repr([(key, digest(value)) for key, value in item.items()])
-    if isinstance(item, (list, tuple)):
-        return repr([digest(value) for value in item])
-    if isinstance(item, (str, bytes, int, float, type(None))):
-        return repr(item)
-    if dataclasses.is_dataclass(item) and not isinstance(item, type):
-        return type(item).__name__ + digest({f.name: getattr(item, f.name) for f in dataclasses.fields(item)})
-    if hasattr(item, "tobytes"):  # arrays and pictures
-        return type(item).__name__ + hashlib.sha256(item.tobytes()).hexdigest()
-    return type(item).__name__
+def _tensors(part: nn.Module) -> list[Tensor]:
+    return [*part.parameters(), *part.buffers()]
+
+
+def _sample(x: Tensor) -> tuple[str, list[int], Tensor | None]:
+    if x.device.type == "meta":  # offloaded
+        return str(x.dtype), list(x.shape), None
+    flat = x.detach().reshape(-1)
+    return str(x.dtype), list(x.shape), flat[:: max(1, len(flat) // _SAMPLE)].clone()

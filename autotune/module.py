@@ -4,97 +4,64 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from numbers import Real
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spas_attn import backends, count_fallback, sparse_attention
-from spas_attn.attention import Precision
-from spas_attn.checks import PRECISIONS
+from spas_attn import backends, count_fallback
+from spas_attn.attention import attend
+from spas_attn.call import ALIASES, PRECISIONS, Call, Precision, Ranges
 from spas_attn.selectors import MeanSimilarity, Selector, Tokens
-from spas_attn.selectors.tokens import Ranges
+
+from .tuned import FILE_KEYS, Tuned, check_bounds
 
 Mode = Literal["dense", "tune", "sparse"]
-BUFFERS = ("is_sparse", "cdfthreshd", "simthreshd1", "pvthreshd")
-PV_OFF = 50.0  # log2 of a probability ratio; far below float32 resolution, so nothing is skipped
 DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL = 0.06, 0.07, 0.5
 
+# Why a call runs dense whatever the thresholds are, and no calibration looks at it.
+SCHEDULED = "it is dense by schedule (dense_steps)"
+SHORT = "it has fewer queries than a block"
+FULL_MASK = "the model passed a full 4-D attention mask, which sparse attention does not represent"
 
-class Observer(Protocol):
-    """What a calibration hands to the modules it watches."""
-
-    def __call__(
-        self,
-        module: SparseAttention,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        attn_mask: Tensor | None,
-        window: int | None,
-        text: Ranges,
-    ) -> None:
-        """See one call of one layer; shapes as in :meth:`SparseAttention.forward`."""
+# A calibration's view of one layer: gets each call, or the reason why a call cannot be looked at.
+Observer = Callable[[Call | str], None]
 
 
-def check_bounds(l1: float, pv_l1: float, tail: float | None) -> None:
-    """Refuse bounds that cannot be meant: 0 < l1 < pv_l1, and tail > 0 or None."""
-    for name, bound in (("l1", l1), ("pv_l1", pv_l1), ("tail", 1.0 if tail is None else tail)):
-        if isinstance(bound, bool) or not isinstance(bound, Real):
-            raise TypeError(f"{name} must be a number (a relative error){' or None' * (name == 'tail')}, got {bound!r}")
-    if not l1 > 0:
-        raise ValueError(f"l1 must be above 0 (a relative error), got {l1}")
-    if not pv_l1 > l1:
-        raise ValueError(
-            f"pv_l1 bounds selection, PV skip and quantisation together: it must exceed l1={l1}, got {pv_l1}"
-        )
-    if tail is not None and not tail > 0:
-        raise ValueError(f"tail must be above 0 (a relative error of one query) or None for off, got {tail}")
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Tuned values of one layer, one per head: ``is_sparse`` bool, the others float32, all ``[heads]``."""
-
-    is_sparse: Tensor
-    cdfthreshd: Tensor
-    simthreshd1: Tensor
-    pvthreshd: Tensor
+def _of_tuned(name: str) -> Any:
+    return property(lambda self: None if self.tuned is None else getattr(self.tuned, name))
 
 
 class SparseAttention(nn.Module):
     """Attention of one layer: dense until it is tuned, watched while tuning, block-sparse afterwards.
 
-    Thresholds are non-persistent buffers, so a patched model has the state_dict of the unpatched one; they keep
-    their float32 when the model is cast, and follow q's device at call time.
+    Its tuned state is neither parameter nor buffer, so a patched model has the state_dict of the unpatched one, and
+    casting the model leaves the thresholds alone: bfloat16 cannot hold 0.98 to three digits.
 
     Args:
         l1: bound of the mean relative L1 error of selection alone, per head.
         pv_l1: bound of the mean error of everything (selection, PV skip, quantisation); above ``l1``.
         tail: bound of the 99.5th percentile of one query's relative error; None = off.
-        selector: the rule whose thresholds are tuned; its block sizes and pool belong to the tuned file.
+        selector: the rule whose threshold is tuned, ``MeanSimilarity()`` by default; belongs to the tuned file.
         backend, precision: as in :func:`spas_attn.sparse_attention`.
         text_sink: always keep the blocks that hold text tokens, of queries and of keys, where the model says which
             they are (``text`` of :meth:`forward`); prompts are few tokens that everything depends on.
 
     Attributes:
+        tuned: the state that a calibration or a tuned file gave, None before; see :class:`Tuned`.
+        is_sparse, cdfthreshd, simthreshd1, pvthreshd: its tensors under the names of the tuned file.
         mode: "dense" (not tuned yet), "tune" or "sparse".
         dense_now: run this call dense whatever the mode, unwatched by a calibration (dense steps of a schedule).
         always_dense: run dense in mode "sparse" (a layer that is to stay dense); a calibration watches it all the same.
+        heads: number of query heads, None until it is known.
         family, layer_idx: name of the model's family, and place among its attention layers; set by the adapter.
         head_dim: set by the adapter, for the record in the tuned file; None when it does not say.
         dense_steps: what :func:`modify_model.patch` was told, for the record in the tuned file.
+        record_density: keep the densities of calls: of the last in ``last_density`` (``[B, Hq]``, None if it ran
+            dense), and in ``recorded`` (float64 ``[2]``) the sum of their means and their number.
     """
 
-    is_sparse: Tensor | None
-    cdfthreshd: Tensor | None
-    simthreshd1: Tensor | None
-    pvthreshd: Tensor | None
+    is_sparse, cdfthreshd, simthreshd1, pvthreshd = (_of_tuned(name) for name in FILE_KEYS.values())
 
     def __init__(
         self,
@@ -102,97 +69,59 @@ class SparseAttention(nn.Module):
         pv_l1: float = DEFAULT_PV_L1,
         tail: float | None = DEFAULT_TAIL,
         *,
-        selector: MeanSimilarity | None = None,
+        selector: Selector | None = None,
         backend: str = "auto",
-        precision: Precision = "bf16",
+        precision: Precision = "native",
         text_sink: bool = True,
     ) -> None:
         super().__init__()
         check_bounds(l1, pv_l1, tail)
         if backend != "auto":
-            backends.get(backend)  # refuses unknown names
-        if precision not in PRECISIONS:
+            backends.get(backend)  # rejects unknown names
+        if ALIASES.get(precision, precision) not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-        if selector is not None and not isinstance(selector, MeanSimilarity):  # its thresholds are what is tuned
-            raise TypeError(f"selector must be a MeanSimilarity or PeakMass, or None, got {selector!r}")
+        if selector is not None and not isinstance(selector, Selector):
+            raise TypeError(f"selector must be a Selector or None, got {selector!r}")
         if not isinstance(text_sink, bool):
             raise TypeError(f"text_sink must be True or False, got {text_sink!r}")
         self.l1, self.pv_l1, self.tail = l1, pv_l1, tail
         self.selector = selector or MeanSimilarity()
-        self.backend, self.precision, self.text_sink = backend, precision, text_sink
+        self.backend, self.precision, self.text_sink = backend, ALIASES.get(precision, precision), text_sink
         self.mode: Mode = "dense"
         self.dense_now = self.always_dense = False
+        self.heads: int | None = None
         self.family: str | None = None
         self.layer_idx: int | None = None
         self.head_dim: int | None = None
         self.dense_steps: tuple[float, float] | None = None
         self.observer: Observer | None = None
-        self.lengths: tuple[int, int] | None = None  # shortest and longest calibrated number of keys
-        self.expected_density: float | None = None  # of a calibration or a tuned file
-        self.last_density: Tensor | None = None  # of the last sparse call, [B, Hq], when record_density is set
         self.record_density = False
-        self._all_dense = False
-        self._filters = self._skips = False  # any similarity filter, any PV skip: known without asking the device
-        self._warned_length = False
-        self._served: dict[torch.device, tuple[Tensor, Tensor | float, Tensor]] = {}  # see _effective
-        for name in BUFFERS:
-            self.register_buffer(name, None, persistent=False)
+        self.last_density: Tensor | None = None
+        self.recorded = torch.zeros(2, dtype=torch.float64)
+        self._tuned: Tuned | None = None
+        self._device = torch.device("cpu")  # of the model's weights
+        self._warned: set[str] = set()
 
     @property
-    def heads(self) -> int | None:
-        """Number of query heads, known once thresholds exist."""
-        return None if self.is_sparse is None else int(self.is_sparse.shape[0])
+    def tuned(self) -> Tuned | None:
+        return self._tuned
+
+    @tuned.setter
+    def tuned(self, tuned: Tuned | None) -> None:
+        if tuned is not None:
+            self.set_heads(len(tuned.is_sparse))
+            tuned = tuned if tuned.is_sparse.device == self._device else tuned.to(self._device)
+        self._tuned = tuned
 
     def set_heads(self, heads: int) -> None:
-        """Create thresholds that keep everything for ``heads`` query heads; the mode stays as it is."""
-        values = Thresholds(
-            torch.zeros(heads, dtype=torch.bool),
-            torch.ones(heads),
-            torch.full((heads,), -1.0),
-            torch.full((heads,), PV_OFF),
-        )
-        self._store(values)
+        """Say how many query heads the layer has; a ValueError when it is known to have another number."""
+        if self.heads not in (None, heads):
+            raise ValueError(f"this layer has {self.heads} query heads, got {heads}")
+        self.heads = heads
 
-    def set_thresholds(
-        self, values: Thresholds, *, expected_density: float | None = None, lengths: tuple[int, int] | None = None
-    ) -> None:
-        """Install tuned values and switch to mode "sparse".
-
-        Args:
-            values: one value per query head.
-            expected_density: mean share of kept blocks, for the choice of the backend; None when unknown.
-            lengths: shortest and longest calibrated number of keys; serving far outside them warns once.
-
-        Raises:
-            ValueError: when a tensor is not ``[heads]`` or not finite.
-        """
-        heads = values.is_sparse.shape[0]
-        for name in BUFFERS:
-            tensor = getattr(values, name)
-            if tuple(tensor.shape) != (heads,):
-                raise ValueError(f"{name} must have shape [{heads}], got {list(tensor.shape)}")
-            if not bool(torch.isfinite(tensor.float()).all()):
-                raise ValueError(f"{name} must be finite, got {tensor.tolist()}")
-        self._store(values)
-        self.expected_density, self.lengths, self._warned_length = expected_density, lengths, False
-        self.mode = "sparse"
-
-    def thresholds(self) -> Thresholds:
-        """The values in force; a RuntimeError when there are none yet."""
-        if self.is_sparse is None:
-            raise RuntimeError("this layer has no thresholds yet: tune it or load a tuned file first")
-        return Thresholds(*(getattr(self, name) for name in BUFFERS))
-
-    def _store(self, values: Thresholds) -> None:
-        device = torch.device("cpu") if self.is_sparse is None else self.is_sparse.device
-        for name in BUFFERS:
-            tensor = getattr(values, name).detach().to(device, torch.bool if name == "is_sparse" else torch.float32)
-            setattr(self, name, tensor.clone())
-        self._served = {}
-        sparse = values.is_sparse.bool()
-        self._all_dense = not bool(sparse.any())
-        self._filters = bool((values.simthreshd1[sparse] > 0).any())  # no similarity is negative
-        self._skips = bool((values.pvthreshd[sparse] < PV_OFF).any())
+    def set_thresholds(self, tuned: Tuned) -> None:
+        """Install a tuned state and switch to mode "sparse"."""
+        self.tuned, self.mode, self._warned = tuned, "sparse", set()
 
     def forward(
         self,
@@ -221,115 +150,101 @@ class SparseAttention(nn.Module):
             ``[B, Hq, Lq, D]``; in the modes "dense" and "tune", and for fewer queries than a block (decode), exactly
             what ``dense`` returns.
         """
-        if self.mode == "dense" or self.dense_now or q.shape[2] < self.selector.block_q:
-            return dense()
+        unfit = self._unfit(q, attn_mask)
+        options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, text=text)
+        if self.mode == "sparse" and unfit is None and not (self.always_dense or self._in_force().all_dense):
+            return self._sparse(self._call(q, k, v, **options))
+        out = dense()
+        if self.mode == "tune" and self.observer is not None:
+            with torch.no_grad():
+                self.observer(unfit or self._call(q, k, v, **options))
+        if self.record_density and unfit != SHORT:
+            self._record(None, q.device)
+        return out
+
+    def _unfit(self, q: Tensor, attn_mask: Tensor | None) -> str | None:
+        """Why a call runs dense whatever the thresholds are."""
+        if self.dense_now:
+            return SCHEDULED
+        if q.shape[2] < self.selector.block_q:
+            return SHORT
         if attn_mask is not None and attn_mask.dim() == 4:
-            count_fallback("the model passed a full 4-D attention mask, which sparse attention does not represent")
-            return dense()
+            if self.mode != "dense":
+                count_fallback(FULL_MASK)
+            return FULL_MASK
+        return None
+
+    def _call(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Call:
         device = q.device.type
         if torch.is_autocast_enabled(device) and (self.mode == "sparse" or not q.dtype == k.dtype == v.dtype):
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))  # as dense attention does
-        if self.mode == "tune":
-            out = dense()
-            if self.observer is not None:
-                with torch.no_grad():
-                    self.observer(
-                        self, q, k, v, is_causal=is_causal, scale=scale, attn_mask=attn_mask, window=window, text=text
-                    )
-            return out
-        if self._all_dense or self.always_dense:
-            return dense()
-        self._check_length(k.shape[2])
-        selector, pv_threshold = self.tuned(q.device, text)
-        # On a processor PV skip saves no time: leaving it out is faster and more exact. The calibration's check, which
-        # calls the kernels itself, carries it out, so that a file tuned here holds its bounds on a GPU too.
-        skip = pv_threshold if self._skips and device != "cpu" else None
+        return Call.make(q, k, v, precision=self.precision, error_bound=self.pv_l1, **options)
+
+    def _sparse(self, call: Call) -> Tensor:
+        tuned, device = self._in_force(), call.q.device.type
+        self._check_length(call, tuned.lengths)
+        selector, pv = self.serving(call)
+        # On a CPU PV skip saves no time: leaving it out is faster and more exact. The calibration's check, which calls
+        # the kernels itself, carries it out, so that a file tuned here holds its bounds on a GPU too.
+        skip = pv if tuned.skips and device != "cpu" else None
+        call = call.replace(pv_threshold=skip, expected_density=tuned.expected_density)
         with torch.autocast(device, enabled=False):  # kernels choose their precisions themselves
-            out, stats = sparse_attention(
-                q,
-                k,
-                v,
-                selector,
-                is_causal=is_causal,
-                scale=scale,
-                attn_mask=attn_mask,
-                window=window,
-                pv_threshold=skip,
-                precision=self.precision,
-                error_bound=self.pv_l1,
-                backend=self.backend,
-                expected_density=self.expected_density,
-                return_stats=True,
-            )
+            out, stats = attend(call, selector, backend=self.backend)
         if self.record_density:
-            self.last_density = stats.density
+            self._record(stats.density, call.q.device)
         return out
 
-    def tuned(self, device: torch.device, text: Ranges = ()) -> tuple[Selector, Tensor]:
-        """The selector with this layer's thresholds (and text sink), and the PV thresholds ``[Hq]``, on ``device``.
+    def serving(self, call: Call) -> tuple[Selector, Tensor]:
+        """What serves a call: the selector with this layer's thresholds and text sink, and PV thresholds ``[Hq]``."""
+        selector, pv = self._in_force().serve(self.selector, call.q.device)
+        return self.with_text(selector, call.text), pv
 
-        Heads with ``is_sparse == False`` keep everything.
-        """
-        cdf, sim, pv = self._effective(device)
-        selector = replace(self.selector, cdf_threshold=cdf, sim_threshold=sim)
-        sink = self.sink_of(text)
-        return (selector if sink is None else selector | sink), pv
-
-    def _effective(self, device: torch.device) -> tuple[Tensor, Tensor | float, Tensor]:
-        """Thresholds of cdf, similarity and PV skip on ``device``, dense heads keeping everything.
-
-        Made once for each device: a call must not wait for copies, nor launch kernels for a few numbers.
-        """
-        if torch.compiler.is_compiling():  # a traced graph must not depend on what is kept here
-            return self._made_for(device)
-        if device not in self._served:
-            self._served[device] = self._made_for(device)
-        return self._served[device]
-
-    def _made_for(self, device: torch.device) -> tuple[Tensor, Tensor | float, Tensor]:
-        values = self.thresholds()
-        sparse = values.is_sparse.to(device)
-        cdf = torch.where(sparse, values.cdfthreshd.to(device), 1.0)
-        sim = torch.where(sparse, values.simthreshd1.to(device), -1.0) if self._filters else -1.0
-        return cdf, sim, torch.where(sparse, values.pvthreshd.to(device), PV_OFF)
-
-    def sink_of(self, text: Ranges) -> Tokens | None:
-        """The selector that keeps the text's blocks, None without a text or with ``text_sink=False``."""
+    def with_text(self, selector: Selector, text: Ranges) -> Selector:
+        """A selector that keeps the text's blocks too: a union, so that they do not count toward a threshold."""
         if not text or not self.text_sink:
-            return None
-        return Tokens(text, block_q=self.selector.block_q, block_k=self.selector.block_k, sink=False)
+            return selector
+        return selector | Tokens(text, block_q=selector.block_q, block_k=selector.block_k, sink=False)
 
-    def _check_length(self, k_len: int) -> None:
-        """Warn once when the keys are more than twice as many, or fewer than half, as in the calibration."""
-        if self.lengths is None or self._warned_length or torch.compiler.is_compiling():
+    def _in_force(self) -> Tuned:
+        if self._tuned is None:
+            raise RuntimeError("this layer has no thresholds yet: tune it or load a tuned file first")
+        return self._tuned
+
+    def _record(self, density: Tensor | None, device: torch.device) -> None:
+        self.last_density = density
+        mean = torch.ones((), device=device) if density is None else density.mean()
+        self.recorded = self.recorded.to(device) + torch.stack([mean, torch.ones_like(mean)])
+
+    def _check_length(self, call: Call, lengths: tuple[int, int] | None) -> None:
+        """Warn, once for each direction, when there are over twice as many keys, or under half, as calibrated."""
+        if lengths is None or torch.compiler.is_compiling():
             return
-        shortest, longest = self.lengths
-        if k_len > 2 * longest or 2 * k_len < shortest:
-            self._warned_length = True
+        far = "long" if call.k_len > 2 * lengths[1] else "short" if 2 * call.k_len < lengths[0] else None
+        if far is None or far in self._warned:
+            return
+        self._warned.add(far)
+        # Padding makes a call longer than its text; that is looked at once, because it waits for the device.
+        real = call.k_len if call.key_mask is None else int(call.key_mask.sum(-1).max())
+        if real > 2 * lengths[1] or 2 * real < lengths[0]:
             warnings.warn(
-                f"this layer was calibrated with {shortest} to {longest} keys and now gets {k_len}: its error bounds "
-                "were not measured there; calibrate at the lengths you serve",
+                f"this layer was calibrated with {lengths[0]} to {lengths[1]} keys and now gets {real}: its error "
+                "bounds were not measured there; calibrate at the lengths you serve",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseAttention:
-        """Move with the model, but never change dtype: bfloat16 cannot hold a threshold of 0.98 to three digits."""
-        saved = {name: getattr(self, name) for name in BUFFERS}
-        self._served = {}
         super()._apply(fn, recurse)
-        for name, tensor in saved.items():
-            if tensor is not None:
-                device = getattr(self, name).device
-                # Offloading parks weights on `meta`, where values are lost; these few numbers stay where they are.
-                setattr(self, name, tensor if device.type == "meta" else tensor.to(device))
+        device = fn(torch.zeros(0, dtype=torch.bool, device=self._device)).device
+        # Offloading parks weights on `meta`, where values are lost; these few numbers stay where they are.
+        if device.type != "meta":
+            self._device = device
+            self.tuned = self._tuned
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A calibration in progress belongs to this process; a copied or pickled model is not part of it.
-        state = dict(self.__dict__)
-        state["observer"], state["last_density"], state["_served"] = None, None, {}
-        return state
+        return dict(self.__dict__) | {"observer": None, "last_density": None}
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}, heads={self.heads}, l1={self.l1}, pv_l1={self.pv_l1}, tail={self.tail}"
@@ -337,6 +252,7 @@ class SparseAttention(nn.Module):
 
 # Attributes of a pipeline object that hold its transformers, and the prefix of the second one in a tuned file.
 _PIPELINE_PARTS = (("transformer", ""), ("transformer_2", "transformer_2."))
+_WRAPPERS = ("base_model.model.", "module.")  # of PEFT, and of DataParallel and DistributedDataParallel
 
 
 def transformers_of(model: Any) -> list[tuple[str, nn.Module]]:
@@ -351,7 +267,7 @@ def transformers_of(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 def sparse_modules(model: Any) -> dict[str, SparseAttention]:
-    """All SparseAttention modules of a model or pipeline by path, `_orig_mod.` and PEFT prefixes stripped.
+    """All SparseAttention modules of a model or pipeline by path, without what wrappers put into it.
 
     Raises:
         ValueError: when there are none (the model is not patched).
@@ -370,6 +286,8 @@ def sparse_modules(model: Any) -> dict[str, SparseAttention]:
 
 
 def clean_path(path: str) -> str:
-    """A module's path without what torch.compile and PEFT put into it."""
-    parts = [part for part in path.split(".") if part != "_orig_mod"]
-    return ".".join(parts).removeprefix("base_model.model.")
+    """A module's path without what torch.compile, PEFT, DataParallel and DistributedDataParallel put into it."""
+    path = ".".join(part for part in path.split(".") if part != "_orig_mod")
+    while path.startswith(_WRAPPERS):
+        path = path.split(".", 2 if path.startswith(_WRAPPERS[0]) else 1)[-1]
+    return path

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .search import mean_error, tail_error
-
-if TYPE_CHECKING:
-    from .layer import Layer
+from .choose import Layer, mean_error, tail_error
+from .storage import write_text
+from .tuned import FILE_KEYS
 
 Statistics = list[dict[str, Any]]
+_THRESHOLDS = {key: name for key, name in FILE_KEYS.items() if key != "is_sparse"}
 
 
 def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
     error 0.
     """
     assert layer.check is not None
-    values = layer.module.thresholds()
-    sparse = values.is_sparse.cpu()
+    tuned = layer.in_force()
+    sparse = tuned.is_sparse.cpu()
     sparsity = torch.where(sparse, 1 - layer.check.density()[:, 1], 0.0)
     mean, tail = mean_error(layer.check), tail_error(layer.check)
     heads = []
@@ -37,9 +37,7 @@ def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
                 "head": h,
                 "is_sparse": on,
                 "sparsity": round(float(sparsity[h]), 4),
-                "cdfthreshd": round(float(values.cdfthreshd[h]), 6),
-                "simthreshd1": round(float(values.simthreshd1[h]), 6),
-                "pvthreshd": round(float(values.pvthreshd[h]), 6),
+                **{key: round(float(getattr(tuned, name)[h]), 6) for key, name in _THRESHOLDS.items()},
                 "l1_selection": round(float(mean[h, 0]), 6) if on else 0.0,
                 "l1_total": round(float(mean[h, 1]), 6) if on else 0.0,
                 "tail_selection": round(float(tail[h, 0]), 6) if on else 0.0,
@@ -51,9 +49,7 @@ def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
         "layer_idx": layer.index if layer.module.layer_idx is None else layer.module.layer_idx,
         "path": layer.path,
         "mean_sparsity": round(float(sparsity.mean()), 4),
-        "l1": layer.module.l1,
-        "pv_l1": layer.module.pv_l1,
-        "tail": layer.module.tail,
+        **dict(zip(("l1", "pv_l1", "tail"), layer.bounds, strict=True)),
         "lengths": list(layer.lengths) if layer.lengths else None,
         "check_backend": layer.check_backend,
         **facts,
@@ -78,9 +74,8 @@ def statistics_path(tuned: str | os.PathLike[str]) -> Path:
 
 
 def write_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
-    """Write the statistics as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(statistics_text(statistics) + "\n")
+    """Write the statistics as JSON; the file appears whole or not at all."""
+    write_text(statistics_text(statistics) + "\n", path)
 
 
 def table(statistics: Statistics) -> str:

@@ -1,0 +1,107 @@
+"""Tuned: the tuned state of one layer, one frozen value, so that keeping and restoring it is one assignment."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spas_attn.selectors import Selector
+
+Bounds = tuple[float, float, float | None]  # l1, pv_l1, tail
+PV_OFF = 50.0  # log2 of a probability ratio; far below float32 resolution, so nothing is skipped
+# What a tuned file, and users of the original, call the fields of Tuned.
+FILE_KEYS = {"is_sparse": "is_sparse", "cdfthreshd": "threshold", "simthreshd1": "sim", "pvthreshd": "pv"}
+
+
+def check_bounds(l1: float, pv_l1: float, tail: float | None) -> None:
+    """Reject invalid bounds; valid are 0 < l1 < pv_l1, and tail > 0 or None."""
+    for name, bound in (("l1", l1), ("pv_l1", pv_l1), ("tail", 1.0 if tail is None else tail)):
+        if isinstance(bound, bool) or not isinstance(bound, Real):
+            raise TypeError(f"{name} must be a number (a relative error){' or None' * (name == 'tail')}, got {bound!r}")
+    if not l1 > 0:
+        raise ValueError(f"l1 must be above 0 (a relative error), got {l1}")
+    if not pv_l1 > l1:
+        raise ValueError(
+            f"pv_l1 bounds selection, PV skip and quantisation together: it must exceed l1={l1}, got {pv_l1}"
+        )
+    if tail is not None and not tail > 0:
+        raise ValueError(f"tail must be above 0 (a relative error of one query) or None for off, got {tail}")
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """The tuned state of one layer. Whatever follows from it is computed here, once, and never asked of the device.
+
+    Attributes:
+        is_sparse: bool ``[heads]``; the other heads keep every block.
+        threshold: float32 ``[heads]``, what the selector's levels are compared with.
+        sim: float32 ``[heads]``, similarity filter; 0 or less is off.
+        pv: float32 ``[heads]``, PV skip; ``PV_OFF`` or more is off.
+        expected_density: mean share of kept blocks, for the choice of the backend; None when unknown.
+        lengths: fewest and most keys that were calibrated, None when unknown.
+        bounds: l1, pv_l1 and tail that the thresholds were checked against, None when they were not.
+        all_dense, filters, skips: no head is sparse; some sparse head has a similarity filter; some has PV skip.
+
+    Raises:
+        ValueError: when a tensor is not ``[heads]`` or not finite.
+    """
+
+    is_sparse: Tensor
+    threshold: Tensor
+    sim: Tensor
+    pv: Tensor
+    expected_density: float | None = None
+    lengths: tuple[int, int] | None = None
+    bounds: Bounds | None = None
+    all_dense: bool = field(init=False)
+    filters: bool = field(init=False)
+    skips: bool = field(init=False)
+    _served: dict[torch.device, tuple[Selector, Selector, Tensor]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name).detach() for name in FILE_KEYS.values()}
+        heads = len(self.is_sparse)
+        for name, value in values.items():
+            if tuple(value.shape) != (heads,):
+                raise ValueError(f"{name} must have shape [{heads}], got {list(value.shape)}")
+            if not bool(torch.isfinite(value.float()).all()):
+                raise ValueError(f"{name} must be finite, got {value.tolist()}")
+            dtype = torch.bool if name == "is_sparse" else torch.float32
+            object.__setattr__(self, name, value.to(dtype, copy=True))
+        sparse = self.is_sparse
+        object.__setattr__(self, "all_dense", not bool(sparse.any()))
+        object.__setattr__(self, "filters", bool((self.sim[sparse] > 0).any()))  # no similarity is negative
+        object.__setattr__(self, "skips", bool((self.pv[sparse] < PV_OFF).any()))
+        object.__setattr__(self, "_served", {})
+
+    def to(self, device: torch.device) -> Tuned:
+        """The same on another device."""
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in FILE_KEYS.values()})
+
+    def serve(self, selector: Selector, device: torch.device) -> tuple[Selector, Tensor]:
+        """``selector`` with these thresholds, and the PV thresholds ``[heads]``, on ``device``; dense heads keep all.
+
+        Made once for each device: a call must not wait for copies, nor launch kernels for a few numbers.
+        """
+        if torch.compiler.is_compiling():  # a traced graph must not depend on what is kept here
+            return self._serve(selector, device)
+        known = self._served.get(device)
+        if known is None or known[0] is not selector:
+            known = self._served[device] = (selector, *self._serve(selector, device))
+        return known[1:]
+
+    def _serve(self, selector: Selector, device: torch.device) -> tuple[Selector, Tensor]:
+        sparse = self.is_sparse.to(device)
+        if hasattr(selector, "sim_threshold"):
+            sim = torch.where(sparse, self.sim.to(device), -1.0) if self.filters else -1.0
+            selector = dataclasses.replace(selector, sim_threshold=sim)  # type: ignore[call-arg]
+        pv = torch.where(sparse, self.pv.to(device), PV_OFF)
+        return selector.tuned_to(self.threshold.to(device), sparse), pv
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_served": {}}  # tensors on devices that a copy in another process may not have
