@@ -145,7 +145,8 @@ def block_sparse_attention(
     call = Call.make(q, k, v, mask=mask, **(options | packed))
     lse = None
     if return_lse:
-        pairs = [_run_with_lse(part, backend) for part in call.split()]
+        with torch.autocast(q.device.type, enabled=False):
+            pairs = [_run_with_lse(part, backend) for part in call.split()]
         out, lse = (torch.cat(parts, dim=2) for parts in zip(*pairs, strict=True))
     else:
         out, _ = attend(call, backend=backend, strict=strict)
@@ -174,8 +175,15 @@ def explain(
 def attend(
     call: Call, selector: Selector | None = None, *, backend: str = "auto", strict: bool = False
 ) -> tuple[Tensor, AttentionStats]:
-    """Run a call, with the blocks of its mask or those that ``selector`` keeps; the output is ``[B, Hq, Lq, D]``."""
-    call = _with_density(call, selector)
+    """Run a call, with the blocks of its mask or those that ``selector`` keeps; the output is ``[B, Hq, Lq, D]``.
+
+    Autocast is off inside: the inputs' dtype and ``precision`` say what is computed in.
+    """
+    with torch.autocast(call.q.device.type, enabled=False):
+        return _attend(_with_density(call, selector), selector, backend, strict)
+
+
+def _attend(call: Call, selector: Selector | None, backend: str, strict: bool) -> tuple[Tensor, AttentionStats]:
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
         return _attend_one(call, selector, backend, strict)
     parts = [_attend_one(part, selector, backend, strict) for part in call.split()]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -69,6 +69,11 @@ class BlockMask:
         block_q, block_k: block sizes in tokens, 64 or 128.
         q_len, k_len: sequence lengths in tokens (packed: total lengths).
         cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]`` for packed sequences, else None.
+        trusted: (of the constructor only) the library made it; its contents are not checked, which would wait for the
+            device.
+
+    Raises:
+        ValueError, TypeError: on shapes, types, counts and indices that are no selection of blocks.
     """
 
     counts: Tensor
@@ -79,8 +84,9 @@ class BlockMask:
     k_len: int
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    trusted: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, trusted: bool) -> None:
         for name in ("block_q", "block_k"):
             if getattr(self, name) not in BLOCK_SIZES:
                 raise ValueError(f"{name} must be one of {BLOCK_SIZES}, got {getattr(self, name)}")
@@ -91,6 +97,10 @@ class BlockMask:
             )
         if self.counts.dtype != torch.int32 or self.indices.dtype != torch.int32:
             raise TypeError(f"counts and indices must be int32, got {self.counts.dtype} and {self.indices.dtype}")
+        if self.counts.device != self.indices.device:
+            raise ValueError(
+                f"counts and indices must be on one device, got {self.counts.device} and {self.indices.device}"
+            )
         if (self.cu_seqlens_q is None) != (self.cu_seqlens_k is None):
             raise ValueError("cu_seqlens_q and cu_seqlens_k go together, got only one of them")
         if self.cu_seqlens_q is None:
@@ -100,6 +110,44 @@ class BlockMask:
                     f"lengths {self.q_len} x {self.k_len} in blocks of {self.block_q} x {self.block_k} make a grid of "
                     f"{grid}, but indices have {tuple(self.indices.shape[2:])}"
                 )
+        if not trusted and not torch.compiler.is_compiling():
+            self._check_packing()
+            for part in self.split():
+                part._check_contents()
+
+    def _check_packing(self) -> None:
+        """Reject a grid that is not the one of the packed sequences."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            return
+        ends = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
+        for name, cu, length in zip(("q", "k"), ends, (self.q_len, self.k_len), strict=True):
+            if cu[0] != 0 or cu[-1] != length or any(a >= b for a, b in zip(cu[:-1], cu[1:], strict=True)):
+                raise ValueError(f"cu_seqlens_{name} must rise from 0 to {name}_len {length}, got {cu}")
+        if len(ends[0]) != len(ends[1]):
+            raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have one length, got {ends[0]} and {ends[1]}")
+        rows = sum(cdiv(b - a, self.block_q) for a, b in zip(ends[0][:-1], ends[0][1:], strict=True))
+        columns = max(cdiv(b - a, self.block_k) for a, b in zip(ends[1][:-1], ends[1][1:], strict=True))
+        if self.indices.shape[2] != rows or self.indices.shape[3] < columns:
+            raise ValueError(
+                f"these packed sequences make {rows} rows of up to {columns} blocks, but indices have "
+                f"{tuple(self.indices.shape[2:])}"
+            )
+
+    def _check_contents(self) -> None:
+        """Reject counts and indices that are no selection of blocks; reads them on the host."""
+        counts, indices, nk = self.counts, self.indices, self.indices.shape[-1]
+        if bool(((counts < 0) | (counts > nk)).any()):
+            raise ValueError(
+                f"counts must be in [0, {nk}] (key blocks), got {int(counts.min())} to {int(counts.max())}"
+            )
+        listed = torch.arange(nk, device=counts.device) < counts[..., None]
+        outside = listed & ((indices < 0) | (indices >= nk))
+        if bool(outside.any()):
+            raise ValueError(f"indices of kept blocks must be in [0, {nk - 1}], got {int(indices[outside][0])}")
+        unordered = (listed[..., 1:] & (indices.diff(dim=-1) <= 0)).any(-1)
+        if bool(unordered.any()):
+            row = indices[unordered][0].tolist()
+            raise ValueError(f"indices of kept blocks must rise in every row, without duplicates, got {row}")
 
     @classmethod
     def from_dense(cls, kept: Tensor, q_len: int, k_len: int, block_q: int = 128, block_k: int = 128) -> BlockMask:
@@ -115,7 +163,7 @@ class BlockMask:
         counts = kept.sum(-1, dtype=torch.int32)
         # A stable sort of "dropped" puts the kept blocks first and leaves them in ascending order.
         indices = torch.sort((~kept).to(torch.int8), dim=-1, stable=True).indices.to(torch.int32)
-        return cls(counts, indices, block_q, block_k, q_len, k_len)
+        return cls(counts, indices, block_q, block_k, q_len, k_len, trusted=True)
 
     def to_dense(self) -> Tensor:
         """bool ``[B, Hq, nq, nk]``, True = kept."""
@@ -190,11 +238,8 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device."""
-        move = functools.partial(torch.Tensor.to, device=device)
-        cu = [None if c is None else move(c) for c in (self.cu_seqlens_q, self.cu_seqlens_k)]
-        return BlockMask(
-            move(self.counts), move(self.indices), self.block_q, self.block_k, self.q_len, self.k_len, cu[0], cu[1]
-        )
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **moved, trusted=True)
 
     @classmethod
     def pack(cls, masks: list[BlockMask], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> BlockMask:
@@ -211,6 +256,7 @@ class BlockMask:
             sum(mask.k_len for mask in masks),
             cu_seqlens_q,
             cu_seqlens_k,
+            trusted=True,
         )
 
     def split(self) -> list[BlockMask]:
@@ -221,6 +267,6 @@ class BlockMask:
         rows = [cdiv(n, self.block_q) for n in q_lens]
         counts, indices = self.counts.split(rows, dim=2), self.indices.split(rows, dim=2)
         return [
-            BlockMask(c, i[..., : cdiv(nk, self.block_k)], self.block_q, self.block_k, nq, nk)
+            BlockMask(c, i[..., : cdiv(nk, self.block_k)], self.block_q, self.block_k, nq, nk, trusted=True)
             for c, i, nq, nk in zip(counts, indices, q_lens, k_lens, strict=True)
         ]

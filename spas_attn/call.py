@@ -33,7 +33,7 @@ class CallOptions(TypedDict, total=False):
     window: with causality, a query sees its last ``window`` keys.
     layout: of q, k, v and the output: "HND" (``[B, H, L, D]``) or "NHD" (``[B, L, H, D]``).
     cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]``, packed sequences in a batch of 1; read on the host.
-    pv_threshold: PV skip, a float or ``[Hq]``, in log2 of probability ratios; None or 50 is off.
+    pv_threshold: PV skip, above 0, a float or ``[Hq]``, in log2 of probability ratios; None or 50 is off.
     precision: "native" computes in the inputs' own dtype, "int8_bf16" with Q and K in 8 bits, "int8_fp8" with P and V
         in 8 bits too; "auto" takes the fastest whose quantisation error (plan.py) is at most half of ``error_bound``:
         errors of selection and of quantisation are independent and add up as squares do.
@@ -138,10 +138,7 @@ class Call:
         packed = checks.check_packed(q, k, cu_seqlens_q, cu_seqlens_k)
         if is_causal:
             checks.check_causal(q, k, packed)
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise ValueError(f"window must be a positive number of keys or None, got {window!r}")
-        if window is not None and not is_causal:
-            raise ValueError("window needs is_causal=True: a query sees its last `window` keys")
+        checks.check_window(window, is_causal)
         if mask is not None:
             checks.check_mask(mask, q, k)
         if attn_mask is not None and packed:

@@ -26,10 +26,14 @@ def per_head(value: PerHead, heads: int, name: str, device: torch.device) -> Ten
 def check_range(name: str, value: PerHead, low: float, high: float, *, above: bool = False) -> None:
     """Reject numbers outside [low, high] (with ``above``: (low, high]) and NaN, in a float or a tensor.
 
-    A tensor's values are read, which waits for its device; under torch.compile they are not.
+    A tensor's values are read, which waits for its device; under torch.compile and in a graph's capture they are not.
     """
     if isinstance(value, Tensor):
-        if torch.compiler.is_compiling():
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name} must be a tensor of numbers, got {value.dtype}")
+        if value.dim() > 1:
+            raise ValueError(f"{name} must be a float or a tensor [Hq], got shape {tuple(value.shape)}")
+        if torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         fits = (value > low if above else value >= low) & (value <= high)
         shown: object = value.tolist()
@@ -47,6 +51,12 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Reject a value that is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Reject what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_window(window: int | None, is_causal: bool) -> None:
@@ -70,10 +80,7 @@ def check_pv_threshold(pv_threshold: float | Tensor | None, q: Tensor) -> Tensor
     """PV thresholds as float32 ``[Hq]``, None when PV skip is off."""
     if pv_threshold is None:
         return None
-    if not isinstance(pv_threshold, (int, float, Tensor)):
-        raise TypeError(f"pv_threshold must be a number, a tensor or None, got {type(pv_threshold).__name__}")
-    if not isinstance(pv_threshold, Tensor) and math.isnan(pv_threshold):
-        raise ValueError("pv_threshold must be a number, got nan")
+    check_range("pv_threshold", pv_threshold, 0, math.inf, above=True)  # 0 and less would skip every block
     return per_head(pv_threshold, q.shape[1], "pv_threshold", q.device)
 
 

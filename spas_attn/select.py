@@ -156,7 +156,7 @@ def _fused_traced(rule: Rule, call: Call, quantise: bool) -> tuple[BlockMask, tu
         sim if isinstance(sim, Tensor) else None, rule.touched_q, rule.touched_k, numbers, [int(x) for x in flags],
         call.is_causal, call.scale, call.window, quantise,
     )  # fmt: skip
-    return BlockMask(counts, indices, rule.block_q, rule.block_k, call.q_len, call.k_len), tuple(keys)
+    return BlockMask(counts, indices, rule.block_q, rule.block_k, call.q_len, call.k_len, trusted=True), tuple(keys)
 
 
 @torch.library.custom_op("spas_attn::select_blocks", mutates_args=())

@@ -48,7 +48,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, block_q: int, block_k: int, is_causal: bool,
     scale: float, attn_mask: Tensor | None, window: int | None, pv_threshold: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2])
+    mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2], trusted=True)
     call = Call(q, k, v, is_causal, scale, attn_mask, window, mask=mask, pv_threshold=pv_threshold)
     return _gather_and_attend(call, mask)
 

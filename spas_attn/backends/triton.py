@@ -114,7 +114,7 @@ def _triton_op(
     """The kernels as one operator, which torch.compile does not look into."""
     mask = None
     if counts is not None and indices is not None:
-        mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2])
+        mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2], trusted=True)
     keys = tuple(x for x in (k_int8, k_scale, k_total, k_count) if x is not None)
     call = Call(
         q, k, v, is_causal, scale, key_mask, window, mask=mask, pv_threshold=pv_threshold, precision=precision,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..block_mask import BLOCK_SIZES, BlockMask, blockwise, visible_blocks
 from ..call import Call
-from ..checks import PerHead, per_head
+from ..checks import PerHead, check_flag, per_head
 
 _KINDS: dict[str, type[Selector]] = {}
 
@@ -46,10 +46,15 @@ class Selector:
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_k"):
-            if getattr(self, name) not in BLOCK_SIZES:
-                raise ValueError(f"{name} must be one of {BLOCK_SIZES}, got {getattr(self, name)!r}")
+            size = getattr(self, name)
+            if not isinstance(size, int) or size not in BLOCK_SIZES:
+                raise ValueError(f"{name} must be one of {BLOCK_SIZES}, got {size!r}")
+        check_flag("sink", self.sink)
         if isinstance(self.local, bool) or not isinstance(self.local, int) or self.local < 0:
             raise ValueError(f"local must be a number of tokens, 0 or more, got {self.local!r}")
+        dense = self.dense_heads
+        if dense is not None and not (isinstance(dense, Tensor) and dense.dtype == torch.bool and dense.dim() == 1):
+            raise TypeError(f"dense_heads must be a boolean tensor [Hq] or None, got {dense!r}")
 
     def levels(self, call: Call) -> Tensor:
         """The threshold from which on each block is kept: kept ⇔ level < threshold.
@@ -177,13 +182,16 @@ class Selector:
         """The selector that :meth:`to_dict` described; a ValueError on classes and fields that are not known here."""
         values = dict(content)
         name = values.pop("class", None)
-        if name not in _KINDS:
+        if not isinstance(name, str) or name not in _KINDS:
             raise ValueError(f"selector must be one of {sorted(_KINDS)} (import its module first), got {name!r}")
         kind = _KINDS[name]
         unknown = values.keys() - {f.name for f in dataclasses.fields(kind) if f.init}
         if unknown:
             raise ValueError(f"selector {name} has no fields {sorted(unknown)}")
-        return kind(**{key: _rich(value) for key, value in values.items()})
+        try:
+            return kind(**{key: _rich(value) for key, value in values.items()})
+        except TypeError as error:
+            raise ValueError(f"selector {name}: {error}") from error
 
     def _ruled(self, call: Call) -> Tensor:
         """Levels with what is forced (-inf) and what is invisible (+inf), float32 ``[B, Hq, nq, nk]``."""
@@ -210,6 +218,11 @@ class Union(Selector):
     second: Selector
 
     def __post_init__(self) -> None:
+        for part in (self.first, self.second):
+            if not isinstance(part, Selector):
+                raise TypeError(f"| joins selectors, got {type(part).__name__}")
+        if not self.sink or self.local or self.dense_heads is not None:
+            raise ValueError("sink, local and dense_heads belong to the parts of a union, not to the union")
         for name in ("block_q", "block_k"):
             a, b = getattr(self.first, name), getattr(self.second, name)
             if a != b:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Ranges
+from ..checks import check_flag
 from .base import Selector
 
 
@@ -24,6 +25,15 @@ class Tokens(Selector):
     ranges: Ranges = ()
     queries: bool = True
     keys: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("queries", self.queries)
+        check_flag("keys", self.keys)
+        self.ranges = tuple(tuple(pair) for pair in self.ranges)  # type: ignore[misc]
+        for pair in self.ranges:
+            if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, int) for x in pair):
+                raise ValueError(f"ranges must be pairs (start, stop) of whole numbers, got {pair}")
 
     def levels(self, call: Call) -> Tensor:
         keys = self.touched(call.k_len, self.block_k, call.q.device) & self.keys
