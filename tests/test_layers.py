@@ -10,66 +10,156 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ["spas_attn", "autotune", "modify_model", "evaluate"]  # upper to lower
-# Inside spas_attn, from the last to be imported to the first; backends and selectors do not know each other.
+PACKAGES = ("spas_attn", "autotune", "modify_model")
+FLOORS = ["spas_attn", "autotune", "modify_model", "modify_model.cli", "evaluate"]  # from the ground up
+# What a part of spas_attn may import, besides parts of its own folder (and checks, block_mask and so on their own).
+GROUND = {"metrics", "block_mask", "checks", "traced"}
 INSIDE = {
-    "tune_kernels": {"attention", "crossover", "selectors", "backends", "kernels", "block_mask", "metrics"},
-    "attention": {"checks", "dispatch", "selectors", "backends", "kernels", "block_mask", "metrics"},
-    "dispatch": {"crossover", "backends", "block_mask", "metrics"},
-    "crossover": set(),
-    "checks": {"selectors", "backends", "block_mask", "metrics"},
-    "selectors": {"selectors", "kernels", "block_mask", "metrics"},
-    "backends": {"backends", "kernels", "block_mask", "metrics"},
-    "kernels": {"kernels", "block_mask", "metrics"},
-    "block_mask": set(),
-    "metrics": set(),
+    **dict.fromkeys(GROUND, GROUND),
+    "call": GROUND,
+    "kernels": GROUND | {"kernels"},
+    "selectors": {"call", "checks", "block_mask", "selectors"},
+    "select": GROUND | {"call", "selectors", "kernels"},
+    "backends": GROUND | {"call", "kernels", "backends"},
+    "cost_model": GROUND | {"call"},
+    "plan": GROUND | {"call", "selectors", "select", "backends", "cost_model"},
+    "attention": GROUND | {"call", "selectors", "select", "backends", "cost_model", "plan"},
+    "measure": GROUND | {"call", "selectors", "select", "backends", "cost_model", "plan", "attention"},
 }
-ATTENTION = sorted((ROOT / "spas_attn").rglob("*.py"))
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 
-def imported(path: Path) -> set[str]:
-    """Full dotted names of everything that a file imports, at any depth of its code."""
+def imported(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of everything that a file imports, at any depth of its code; the name is "" for a module."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            name = ".".join([*base, *([node.module] if node.module else [])])
-            # `from .backends import Call` names a module or something in one; both readings are covered.
-            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {(module, alias.name) for alias in node.names}
     return found
 
 
-def test_imported_resolves_relative_names() -> None:
-    names = imported(ROOT / "spas_attn" / "backends" / "cpu.py")
-    assert {"torch", "spas_attn.block_mask", "spas_attn.backends.base", "spas_attn.backends.sdpa"} <= names
+def sources(module: str, name: str) -> set[str]:
+    """The files that `from module import name` is about; a package stands for those that it takes its names from."""
+    if f"{module}.{name}" in FILES:
+        return {f"{module}.{name}"}
+    if name and f"{module}.{name}.__init__" in FILES:
+        module, name = f"{module}.{name}", ""
+    if f"{module}.__init__" not in FILES:
+        return {module} & FILES.keys()
+    exported = [pair for pair in imported(FILES[f"{module}.__init__"]) if pair[0].split(".")[0] in PACKAGES]
+    chosen = [pair for pair in exported if pair[1] == name] or exported
+    return set().union(*(sources(*pair) for pair in chosen))
 
 
-@pytest.mark.parametrize("floor", FLOORS)
-def test_no_upward_imports(floor: str) -> None:
-    forbidden = {*FLOORS[FLOORS.index(floor) + 1 :], "evaluate", "tests"}
-    # Scripts import one another by file name, without the folder's.
-    for path in sorted((ROOT / floor).rglob("*.py")):
-        wrong = {name for name in imported(path) if name.split(".")[0] in forbidden}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+GRAPH = {
+    name: set().union(*(sources(*pair) for pair in imported(path)))
+    for name, path in FILES.items()
+    if not name.endswith("__init__")
+}
 
 
-@pytest.mark.parametrize("path", ATTENTION, ids=lambda path: str(path.relative_to(ROOT)))
-def test_layers_inside_spas_attn(path: Path) -> None:
-    inside = path.relative_to(ROOT / "spas_attn").parts[0].removesuffix(".py")
-    if inside == "__init__":
-        return
-    parts = [name.split(".") for name in imported(path) if name.startswith("spas_attn.")]
-    wrong = {".".join(names) for names in parts if names[1] in INSIDE and names[1] not in INSIDE[inside]}
-    assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The files of one circle of imports, in order; [] when there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            if found := walk(other, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in graph if (found := walk(name, []))), [])
+
+
+def floor_of(module: str) -> int | None:
+    """Index of the floor that a module belongs to, None for others' modules."""
+    belongs = [FLOORS.index(floor) for floor in FLOORS if f"{module}.".startswith(f"{floor}.")]
+    return max(belongs, default=None)
+
+
+def part_of(module: str) -> str:
+    """The part of spas_attn that a module belongs to."""
+    return module.split(".")[1]
+
+
+def test_names_are_resolved() -> None:
+    """Guards the tests below: relative, lazy, type-checking and re-exported names are seen."""
+    assert {"spas_attn.block_mask", "spas_attn.call", "spas_attn.backends.base", "spas_attn.backends.sdpa"} <= GRAPH[
+        "spas_attn.backends.cpu"
+    ]
+    assert "spas_attn.kernels.launch" in GRAPH["spas_attn.backends.triton"], "imported inside a function"
+    assert {"spas_attn.kernels.select", "spas_attn.selectors.topk"} <= GRAPH["spas_attn.select"]
+    assert "spas_attn.selectors.dense" in GRAPH["spas_attn.plan"]
+    assert "spas_attn.backends.flash" in GRAPH["spas_attn.plan"], "a whole package"
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert [floor_of(name) for name in ("autotune.files", "modify_model.cli.main", "modify_models", "torch")] == [
+        1,
+        3,
+        None,
+        None,
+    ]
+
+
+def test_no_circles() -> None:
+    """Two files never import each other, not even inside a function or for types alone."""
+    assert not circle(GRAPH), " -> ".join(circle(GRAPH))
+
+
+def test_no_upward_imports() -> None:
+    paths = [*FILES.values(), *sorted((ROOT / "evaluate").rglob("*.py"))]
+    for path in paths:
+        own = floor_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        assert own is not None
+        for module, name in imported(path):
+            theirs = floor_of(f"{module}.{name}" if name else module)
+            assert theirs is None or theirs <= own, f"{path.relative_to(ROOT)} imports {module}.{name}"
+            assert module.split(".")[0] != "tests", f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("name", [name for name in GRAPH if name.startswith("spas_attn.")])
+def test_layers_inside_spas_attn(name: str) -> None:
+    wrong = {other for other in GRAPH[name] if part_of(other) not in INSIDE[part_of(name)]}
+    assert not wrong, f"{name} imports {sorted(wrong)}"
 
 
 def test_spas_attn_knows_no_models() -> None:
-    for path in ATTENTION:
-        tops = {name.split(".")[0] for name in imported(path)}
+    for name, path in FILES.items():
+        tops = {module.split(".")[0] for module, _ in imported(path)} if name.startswith("spas_attn.") else set()
         assert not tops & {"transformers", "diffusers", "accelerate", "peft"}, path
+
+
+LIGHT = """
+import sys
+import torch
+before = set(sys.modules)
+import spas_attn
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_import_is_light() -> None:
+    """torch._dynamo alone would be 900 modules and a second."""
+    done = subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    added = done.stdout.split()
+    assert "spas_attn.attention" in added, done.stderr
+    assert len(added) <= 45, added
+    others = {name.split(".")[0] for name in added} - {"spas_attn"}
+    assert not others & {"torch", "scipy", "numpy", "transformers", "diffusers", "triton"}, others
 
 
 def test_scripts_are_no_package() -> None:
