@@ -135,6 +135,7 @@ class SparseAttention(nn.Module):
         attn_mask: Tensor | None = None,
         window: int | None = None,
         text: Ranges = (),
+        scheduled: bool = False,
     ) -> Tensor:
         """Attention of one call.
 
@@ -145,12 +146,14 @@ class SparseAttention(nn.Module):
             is_causal, scale, window: as in :func:`spas_attn.sparse_attention`.
             attn_mask: bool key padding ``[B, Lk]`` or None; a 4-D mask runs dense, counted.
             text: (start, stop) of text tokens among queries and keys; their blocks are kept (see ``text_sink``).
+            scheduled: run this call dense whatever the mode, unwatched by a calibration (dense steps); an argument,
+                because threads share the module.
 
         Returns:
             ``[B, Hq, Lq, D]``; in the modes "dense" and "tune", and for fewer queries than a block (decode), exactly
             what ``dense`` returns.
         """
-        unfit = self._unfit(q, attn_mask)
+        unfit = SCHEDULED if scheduled else self._unfit(q, attn_mask)
         options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, text=text)
         if self.mode == "sparse" and unfit is None and not (self.always_dense or self._in_force().all_dense):
             return self._sparse(self._call(q, k, v, **options))
