@@ -87,7 +87,7 @@ class DiffusersFamily(Family):
         where = obstacle(processor, _table())
         if where is not None:
             return f"{kind} reaches attention through {where}, which cannot be replaced: call it in __call__ itself"
-        if _sparse_call(type(processor)) is type(processor).__call__:
+        if rebound(type(processor).__call__, _table()) is type(processor).__call__:
             return f"{kind} calls neither {dispatch_attention_fn.__name__} nor F.{SDPA.__name__}"
         return None
 
@@ -127,6 +127,7 @@ class SparseProcessor:
 
     original_class: ClassVar[type]
     place: ClassVar[Place]
+    sparse_call: ClassVar[Callable[..., Any]]  # the original's __call__ with our attention inside
     original: Any
 
     def __init__(self, original: Any = None) -> None:
@@ -146,10 +147,10 @@ class SparseProcessor:
     def run(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the original processor returns for these arguments, with sparse attention once the layer is tuned."""
         inner = getattr(attn, "inner_attention", None)  # None where diffusers brought this processor back after restore
-        if inner is None or inner.mode == "dense" or now.dense:
+        if inner is None or inner.mode == "dense":
             return self.original(attn, *args, **kwargs)
         with _calling(inner, self._text(args, kwargs)):
-            return _sparse_call(self.original_class)(self.original, attn, *args, **kwargs)
+            return self.sparse_call(self.original, attn, *args, **kwargs)
 
     def _text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ranges:
         """(start, stop) of the text among the tokens that attend to each other."""
@@ -170,24 +171,19 @@ def sparse_processor(original: Any, place: Place) -> SparseProcessor:
 
 
 @functools.cache
-def _sparse_class(original: type, place: Place) -> type[SparseProcessor]:
+def _sparse_class(original: Any, place: Place) -> type[SparseProcessor]:
     def __call__(self: SparseProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return self.run(attn, args, kwargs)
 
-    __call__.__signature__ = inspect.signature(original.__call__)  # type: ignore[attr-defined, operator]
-    return type(
-        f"Sparse{original.__name__}",
-        (SparseProcessor,),
-        {"__call__": __call__, "original_class": original, "place": place},
-    )
-
-
-@functools.cache
-def _sparse_call(original: type) -> Callable[..., Any]:
-    """``__call__`` of a class of processors with our attention inside; one function for all layers of a class, so that
-    torch.compile sees one.
-    """
-    return rebound(original.__call__, _table())  # type: ignore[arg-type, operator]
+    __call__.__signature__ = inspect.signature(original.__call__)  # type: ignore[attr-defined]
+    members = {
+        "__call__": __call__,
+        "original_class": original,
+        "place": place,
+        # One function for all layers of a class, so that torch.compile sees one.
+        "sparse_call": staticmethod(rebound(original.__call__, _table())),
+    }
+    return type(f"Sparse{original.__name__}", (SparseProcessor,), members)
 
 
 def _table() -> Table:
@@ -266,6 +262,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], dense: Calla
         scale=q.shape[-1] ** -0.5 if given.get("scale") is None else given["scale"],
         attn_mask=key_mask,
         text=text,
+        scheduled=now.dense,
     )
 
 

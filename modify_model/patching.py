@@ -27,8 +27,6 @@ from .schedule import check_range, check_schedule
 
 M = TypeVar("M")
 
-BOUNDS = ("l1", "pv_l1", "tail")
-
 
 @dataclass(frozen=True)
 class LayerStatus:
@@ -84,9 +82,10 @@ def patch(
     """Install a SparseAttention in the attention layers of a model, in place.
 
     The model computes exactly what it did before until its thresholds are calibrated or loaded. Patching again is
-    harmless: layers that are already sparse keep their thresholds, with the bounds that these were checked at, and take
-    the options that this call names; another selector makes the thresholds meaningless and drops them, with a warning.
-    ``layer_range``, ``dense_steps`` and ``dense_layers`` are what this call says.
+    harmless: layers that are already sparse keep their thresholds and take the options that this call names, bounds for
+    the next calibration (those that the thresholds were checked against stay on record). Thresholds mean nothing to
+    another selector: it drops them, with a warning. ``layer_range``, ``dense_steps`` and ``dense_layers`` are what this
+    call says.
 
     Args:
         model: a model of a known family, also inside PEFT or ``torch.compile``, or a pipeline with ``.transformer``
@@ -96,10 +95,9 @@ def patch(
         layer_range: (start, stop), only layers start to stop - 1, in the model's order; all by default.
         verbose: print a line for every layer.
         dense_steps: (first, last), for diffusion models: denoising steps in the first and last share of the noise
-            range run dense, and a calibration does not watch them. A step belongs there if its noise level s (1 = pure
-            noise) has ``1 - s < first`` or ``s < last``. Only the timestep decides, so neither the number of steps nor
-            the batch nor classifier-free guidance matters. With a scheduler that shifts its timesteps the first steps
-            lie close to 1: ``modify_model.dense_steps_of(scheduler, first=10)`` turns numbers of steps into shares.
+            range run dense, and a calibration does not watch them: noise levels s (1 = pure noise) with
+            ``1 - s < first`` or ``s < last``, whatever the number of steps, the batch and the guidance.
+            ``modify_model.dense_steps_of(scheduler, first=10)`` turns numbers of steps into shares.
         dense_layers: layers (in the model's order) that run dense in mode "sparse"; they are calibrated all the same.
         options: further arguments of SparseAttention (selector, backend, precision, text_sink); left out, the
             family's defaults hold.
@@ -122,6 +120,7 @@ def patch(
         chosen = _chosen(family, root, layers, layer_range, settings)
         plans.append((layers, chosen, check_schedule(family.noise_level, len(layers), dense_steps, dense_layers)))
     for (prefix, root, family), (layers, chosen, steps) in zip(parts, plans, strict=True):
+        lines = []
         for index, layer in enumerate(layers):
             if index in chosen:
                 inner: Any = _install(family, root, layer, chosen[index], settings)
@@ -129,16 +128,16 @@ def patch(
                 inner.dense_steps, inner.always_dense = steps, index in dense_layers
             else:
                 _remove(family, root, layer)
-            if verbose:
-                what = "sparse attention installed" if index in chosen else "left as it is"
-                print(f"[{index + 1}/{len(layers)}] {prefix}{clean_path(layer.path)}: {what}")
+            what = "sparse attention installed" if index in chosen else "left as it is"
+            lines.append(f"[{index + 1}/{len(layers)}] {prefix}{clean_path(layer.path)}: {what}")
         family.switch(root, True, steps)
+        lines.append(f"{len(chosen)}/{len(layers)} attention layers of {type(root).__name__} replaced")
         if verbose:
-            print(f"{len(chosen)}/{len(layers)} attention layers of {type(root).__name__} replaced")
+            print("\n".join(lines))
     return model
 
 
-def patch_function(name: str, *families: Family, doc: str = "") -> Callable[..., nn.Module]:
+def patch_function(name: str, *families: Family) -> Callable[..., nn.Module]:
     """A family's own :func:`patch`, for models only: a ValueError on pipelines and models of others."""
     allowed = ", ".join(model_class for family in families for model_class in family.model_classes)
 
@@ -162,7 +161,7 @@ def patch_function(name: str, *families: Family, doc: str = "") -> Callable[...,
         return patch(transformer, l1=l1, pv_l1=pv_l1, layer_range=layer_range, verbose=verbose)
 
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"Patch a model built on {allowed} in place; see :func:`modify_model.patch`. {doc}".rstrip()
+    function.__doc__ = f"Patch a model built on {allowed} in place; arguments and errors of :func:`modify_model.patch`."
     return function
 
 
@@ -215,7 +214,7 @@ def _chosen(
         reason = None if present and family.is_sparse(attention) else family.unsupported(attention)
         if reason is not None:
             raise ValueError(f"layer {path!r} cannot be made sparse: {reason}")
-        kept = {name: getattr(present, name) for name in BOUNDS} if present else {}
+        kept = {name: getattr(present, name) for name in ("l1", "pv_l1", "tail")} if present else {}
         heads, head_dim = family.heads(attention)
         inner = chosen[index] = SparseAttention(**(family.defaults() | kept | settings))
         inner.set_heads(heads)
@@ -229,18 +228,15 @@ def _install(
     """Make a layer sparse, with a new SparseAttention or the one that it has, and return it."""
     attention, present = layer.attention, _inner(layer.attention)
     if present is not None:
-        tuned = present.mode == "sparse"
-        if tuned and _rule(settings.get("selector", present.selector)) != _rule(present.selector):
-            _warn("another selector: the layers lose their thresholds; calibrate the model, or load a file, again")
+        if present.mode == "sparse" and _rule(settings.get("selector", present.selector)) != _rule(present.selector):
+            warnings.warn(
+                "another selector: the layers lose their thresholds; calibrate the model, or load a file, again",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         else:
-            for name, value in settings.items():
-                if not (tuned and name in BOUNDS):
-                    setattr(present, name, value)
-                elif value != getattr(present, name):
-                    _warn(
-                        f"{name}={value} is ignored: the thresholds of the layers were checked at "
-                        f"{name}={getattr(present, name)}; calibrate(model, {name}={value}) finds others"
-                    )
+            for name in settings:
+                setattr(present, name, getattr(inner, name))  # checked, and names as SparseAttention keeps them
             inner = present
     if inner is not present:
         device = next((p.device for p in attention.parameters()), torch.device("cpu"))
@@ -274,10 +270,6 @@ def _inner(attention: nn.Module) -> SparseAttention | None:
 def _rule(selector: Any) -> Any:
     """What a selector is besides the threshold that a calibration tunes."""
     return {name: value for name, value in selector.to_dict().items() if name != selector.tuned}
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _statuses(family: Family, root: nn.Module, prefix: str) -> list[LayerStatus]:
