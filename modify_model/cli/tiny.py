@@ -108,7 +108,11 @@ class Tiny:
         generator = torch.Generator().manual_seed(0)
         with contextlib.suppress(_Caught), torch.no_grad():
             pipe(**text, **self.size, num_inference_steps=4, guidance_scale=1.0, generator=generator)
-        return {name: x for name, x in caught.items() if x is not None and not name.endswith(("return_dict", "attention_kwargs"))}
+        return {
+            name: x
+            for name, x in caught.items()
+            if x is not None and not name.endswith(("return_dict", "attention_kwargs"))
+        }
 
     def show(self, latents: Tensor) -> Tensor:
         """Three channels of latents as frames ``[F, h, w, 3]`` in 0..1."""

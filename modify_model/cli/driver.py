@@ -1,0 +1,204 @@
+"""One path for every kind of model: check, load, patch, then tune and save or load a tuned file, generate, compare.
+
+What is special to a kind is in LanguageModel and DiffusionModel. Both have ``check(args)``, run before anything is
+loaded; ``model``, what is patched; ``items()`` and ``observe(item)`` for a calibration; ``unseen()`` and ``runner`` for
+a comparison; ``generate()``; ``calls()`` and ``sample()`` for the verification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import autotune
+from autotune import report
+from autotune.calibration import Calibration
+from autotune.module import clean_path, sparse_modules, transformers_of
+from autotune.tuned import check_bounds
+from modify_model import patch, verify
+from modify_model.families import find_family
+from spas_attn import fallback_counts
+from spas_attn.selectors import MaxShare, MeanSimilarity, PeakMass, TopK
+
+from .arguments import check_source, check_tuned_output, one_line, usable_device
+from .compare import compare, density_table, table
+from .diffusion import DiffusionModel
+from .language import LanguageModel
+from .parallel import is_child, is_first, join_ranks, run_parallel
+from .tiny import LLAMA, PREFIX
+
+Subject = LanguageModel | DiffusionModel
+KINDS = (LanguageModel, DiffusionModel)
+SELECTORS: dict[str, Any] = {"mean": MeanSimilarity, "peak": PeakMass, "share": MaxShare, "topk": TopK}
+
+
+def kind_of(name: str) -> type[Subject]:
+    """Whether a name is that of a language model or of a pipeline; a ValueError when it is neither."""
+    folder = Path(name)
+    if name.startswith(PREFIX) or name.endswith(".gguf"):
+        return LanguageModel if name == PREFIX + LLAMA or name.endswith(".gguf") else DiffusionModel
+    if folder.is_dir():
+        if (folder / "model_index.json").is_file():
+            return DiffusionModel
+        check_source(name, "model (config.json) or pipeline (model_index.json)", "config.json", owner=False)
+        return LanguageModel
+    check_source(name, "model", "", owner=False)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(name, "model_index.json")
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"cannot look up {name!r} on the hub: {one_line(error)}") from error
+    except EntryNotFoundError:
+        return LanguageModel
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no folder {name!r}, and no such model on the hub: {one_line(error)}") from error
+    return DiffusionModel
+
+
+def check(args: argparse.Namespace) -> None:
+    """Reject, before a model is loaded, what is known to be wrong; a ValueError says why."""
+    usable_device(args.device)
+    args.kind.check(args)
+    if args.tune:
+        check_bounds(args.l1, args.pv_l1, args.tail)
+        sizes = {"block_q": args.block or 128, "block_k": args.block or 128, "pool": args.pool or 8}
+        SELECTORS[args.selector or "mean"](**sizes)
+        check_tuned_output(args.model_out_path)
+    elif args.resume:
+        raise ValueError("--resume goes on with an interrupted --tune: give both")
+    elif args.model_out_path is not None:
+        autotune.load(args.model_out_path)
+
+
+def run(args: argparse.Namespace, program: Sequence[str], given: Sequence[str]) -> int:
+    """Run a checked command line; returns the exit code.
+
+    Args:
+        args: the arguments.
+        program: as of :func:`run_parallel`.
+        given: the arguments as they came.
+    """
+    child = is_child()
+    if args.parallel_tune and not child:
+        code = run_parallel(program, given)
+        if code or not (args.generate or args.compare):
+            return code
+        args.tune = False
+    state = None if args.tune else autotune.load(args.model_out_path)
+    subject = args.kind(args, join_ranks() if child else None)
+    apply(subject, args, state)
+    if args.tune:
+        run_tune(subject, args)
+    if child:
+        dist.destroy_process_group()
+        return 0
+    if (args.generate or args.compare) and not verify(subject.model).ok:
+        raise ValueError("not every attention layer is patched")
+    if args.compile and (args.generate or args.compare):
+        print("compiling …", flush=True)
+        for _, part in transformers_of(subject.model):
+            part.compile()  # in place, so that checks of its class and model.generate still hold
+    if args.generate:
+        subject.generate()
+    if args.compare:
+        run_compare(subject, args)
+    for reason, calls in fallback_counts().items():
+        print(f"{calls} calls ran dense: {reason}")
+    return 0
+
+
+def apply(subject: Subject, args: argparse.Namespace, state: dict[str, Any] | None) -> None:
+    """Patch a model: for tuning, or for a tuned file, which is loaded."""
+    facts = {} if state is None else state["_metadata"]
+    steps = facts.get("dense_steps")
+    if args.dense_steps is not None:
+        steps = subject.sampler.shares_of_steps(*args.dense_steps)
+    layers = args.layer_range or (None if state is None else tuned_layers(subject.model, state))
+    options = dict(l1=args.l1, pv_l1=args.pv_l1, tail=args.tail, backend=args.backend)
+    options |= dict(layer_range=layers, dense_steps=steps, dense_layers=args.dense_layers)
+    patch(subject.model, **options)
+    if args.selector or args.block or args.pool:
+        usual = next(iter(sparse_modules(subject.model).values())).selector
+        rule = SELECTORS[args.selector] if args.selector else type(usual)
+        sizes = {"block_q": args.block or usual.block_q, "block_k": args.block or usual.block_k}
+        patch(subject.model, selector=rule(pool=args.pool or usual.pool, **sizes), **options)
+    if state is not None:
+        autotune.load_sparse_attention_state_dict(subject.model, state)
+
+
+def tuned_layers(model: Any, state: dict[str, Any]) -> tuple[int, int] | None:
+    """The layer_range that a tuned file was made with; None when no layer of the model is in it."""
+    prefix, root = transformers_of(model)[0]
+    paths = [prefix + clean_path(layer.path) for layer in find_family(root).layers(root)]
+    tuned = [index for index, path in enumerate(paths) if f"{path}.inner_attention.is_sparse" in state]
+    return (tuned[0], tuned[-1] + 1) if tuned else None
+
+
+@torch.no_grad()
+def tune(subject: Any, items: Sequence[Any], *, show: bool = True, hint: str = "", **options: Any) -> Calibration:
+    """Calibrate a patched model.
+
+    Args:
+        subject: gives the ``model``, and ``observe(item)``, which runs it.
+        items: what it is run on.
+        show: a progress bar.
+        hint: which arguments to change when nothing was seen.
+        options: as in :func:`autotune.calibrate`.
+
+    Raises:
+        ValueError: when there is nothing to watch: too short an input, or too few steps.
+    """
+    with autotune.calibrate(subject.model, **options) as calibration, tqdm(unit="pass", disable=not show) as bar:
+        passes = calibration.prompts(items)
+        while True:
+            try:
+                item = next(passes)
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                raise ValueError(f"{error} ({hint})" if hint else str(error)) from error
+            bar.total = calibration.expected_passes
+            bar.set_description(f"tuning ({calibration.phase})")
+            subject.observe(item)
+            bar.update()
+    return calibration
+
+
+def run_tune(subject: Subject, args: argparse.Namespace) -> None:
+    """Calibrate, print and save; a checkpoint outlives a failure."""
+    items, path = subject.items(), args.model_out_path
+    partial = path + ".partial"
+    if is_first():
+        print(f"tuning on {len(items)} prompts, {subject}", flush=True)
+        if args.resume and not glob.glob(glob.escape(partial) + ".rank*"):
+            print(f"no checkpoint found at {partial + '.rank*'!r}; starting from scratch", flush=True)
+    options = dict(every=subject.every, seed=args.seed, checkpoint=partial, resume=args.resume)
+    calibration = tune(subject.runner, items, show=is_first(), hint=subject.hint, **options)
+    try:
+        statistics = calibration.save(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise ValueError(
+            f"cannot write {path!r}: {one_line(error)}; the calibration is kept in {partial + '.rank*'!r}: clear the "
+            "way, and the same command with --resume goes on from there"
+        ) from error
+    if is_first():
+        print(report.table(calibration.statistics))
+        print(f"thresholds: {path}\nstatistics: {statistics}")
+
+
+@torch.no_grad()
+def run_compare(subject: Subject, args: argparse.Namespace) -> None:
+    """Run inputs dense and sparse, print tables, and write the pictures of a pipeline."""
+    gpu = args.offload or next(transformers_of(subject.model)[0][1].parameters()).is_cuda
+    found = compare(subject.runner, subject.unseen(), warm_up=gpu or args.compile)
+    print(table(found), density_table(found), sep="\n\n")
+    subject.report(found)
