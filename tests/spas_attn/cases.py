@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spas_attn import BlockMask
-from spas_attn.backends import Call
+from spas_attn import BlockMask, Call
 from spas_attn.block_mask import cdiv
 
 
@@ -70,13 +69,12 @@ class Case:
             q,
             k,
             v,
-            mask,
             is_causal=self.is_causal,
             scale=self.dim**-0.5 if self.scale is None else self.scale,
             attn_mask=self._padding_mask(generator, device),
             window=self.window,
         )
-        return call.replace(**changes) if changes else call
+        return call.replace(**({"mask": mask} | changes))
 
     def _padding_mask(self, generator: torch.Generator, device: str) -> Tensor | None:
         if self.padding is None:

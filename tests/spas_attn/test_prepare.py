@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from spas_attn.block_mask import cdiv
-from spas_attn.selectors.pooled import _means, _self_similarity
+from spas_attn.selectors.mean_similarity import _self_similarity
+from spas_attn.selectors.pooled import _means
 
 pytest.importorskip("triton")
 from spas_attn.kernels.prepare import SAMPLES, Side, as_bytes, key_order, key_sums, padded_dim, prepare, prepare_v
