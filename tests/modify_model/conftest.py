@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+import autotune.module
 from autotune import SparseAttention
-from autotune.module import Thresholds
-from spas_attn import fallback_counts
-from spas_attn.selectors import MeanSimilarity
+from autotune.tuned import Tuned
+from modify_model.cli import tiny
+from spas_attn import AttentionStats, Call, fallback_counts
+from spas_attn.selectors import MeanSimilarity, Selector
 
 
 @pytest.fixture
@@ -21,24 +23,7 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
     """Makes a LLaMA with 2 layers, 4 query heads of 32 and 2 KV heads; the same weights every time."""
 
     def make(attention: str = "sdpa", **changes: Any) -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        sizes = dict(
-            hidden_size=128,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-            max_position_embeddings=1024,
-            # Weights far larger than usual, so that attention is peaked and tokens depend on it.
-            initializer_range=0.2,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        config = LlamaConfig(**(sizes | changes))
-        config._attn_implementation = attention
-        return LlamaForCausalLM(config).eval()
+        return tiny.llama(attention, **({"vocab_size": 64, "max_position_embeddings": 1024} | changes))
 
     return make
 
@@ -68,7 +53,7 @@ def left_padded() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.fixture
 def assert_close() -> Callable[..., None]:
-    """Asserts a relative error in the Euclidean norm; random weights give logits of no fixed scale."""
+    """Asserts a relative error in the Euclidean norm; random weights give outputs of no fixed scale."""
 
     def check(got: torch.Tensor, expected: torch.Tensor, ratio: float = 1e-5) -> None:
         error = float((got - expected).float().norm() / expected.float().norm())
@@ -91,14 +76,9 @@ def set_sparse() -> Callable[..., list[SparseAttention]]:
     def make_sparse(model: nn.Module, cdf: float = 0.4) -> list[SparseAttention]:
         inner = [module for module in model.modules() if isinstance(module, SparseAttention)]
         for module in inner:
-            heads = module.heads or 0
-            values = Thresholds(
-                torch.ones(heads, dtype=torch.bool),
-                torch.full((heads,), cdf),
-                torch.full((heads,), -1.0),
-                torch.full((heads,), 50.0),
-            )
-            module.set_thresholds(values)
+            heads = module.heads
+            sparse, threshold = torch.ones(heads, dtype=torch.bool), torch.full((heads,), cdf)
+            module.set_thresholds(Tuned(sparse, threshold, torch.full((heads,), -1.0), torch.full((heads,), 50.0)))
             # Whatever the default selector is: blocks of 128, and nothing forced beside the diagonal and the sink.
             module.selector = MeanSimilarity(block_q=128, block_k=128, pool=16, local=0)
             module.record_density, module.last_density = True, None
@@ -108,13 +88,27 @@ def set_sparse() -> Callable[..., list[SparseAttention]]:
 
 
 @pytest.fixture
+def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Call, AttentionStats]]:
+    """Every sparse call of any layer from here on, with its statistics."""
+    seen = []
+    attend = autotune.module.attend
+
+    def spy(call: Call, selector: Selector, **options: Any) -> tuple[torch.Tensor, AttentionStats]:
+        out, stats = attend(call, selector, **options)
+        seen.append((call, stats))
+        return out, stats
+
+    monkeypatch.setattr(autotune.module, "attend", spy)
+    return seen
+
+
+@pytest.fixture
 def fallbacks() -> Iterator[Callable[[], dict[str, int]]]:
     """Returns the fallbacks counted since the test began, by reason."""
     before = fallback_counts()
 
     def since() -> dict[str, int]:
-        return {
-            reason: n - before.get(reason, 0) for reason, n in fallback_counts().items() if n > before.get(reason, 0)
-        }
+        counts = {reason: n - before.get(reason, 0) for reason, n in fallback_counts().items()}
+        return {reason: n for reason, n in counts.items() if n}
 
     return since

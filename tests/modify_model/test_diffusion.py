@@ -1,34 +1,29 @@
-"""What every diffusers family promises, on small random-weight models; a family is a case in diffusion_models.py."""
+"""What every diffusers family promises, on small random-weight models; a family is a row in families.py."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 
 import pytest
 import torch
-from diffusion_models import CASES
+from families import CASES, run
 from torch import nn
 
 import autotune
-import autotune.module
-from autotune import SparseAttention, observe
-from autotune.curves import Partials
-from autotune.observe import Grid
+from autotune import Grid, SparseAttention
 from modify_model import patch, restore, verify
-from modify_model.processors import SparseProcessor
-from spas_attn.selectors import MeanSimilarity, Union
+from modify_model.modify_diffusers import SparseProcessor
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 FAMILIES = pytest.mark.parametrize("name", CASES)
-GRID = Grid(cdf=(0.3, 0.5, 0.7, 0.9), sim=(-1.0,), pv=(50.0,))
+GRID = Grid(cdf=(0.3, 0.6, 0.9), sim=(-1.0,), pv=(50.0,))
 
 
-def run(model, inputs):
-    """The model's output tensor."""
-    return model(**inputs, return_dict=False)[0]
+def processors(model):
+    """Every attention processor by the path of its layer (not all models of diffusers list them)."""
+    return {path: module.processor for path, module in model.named_modules() if hasattr(module, "processor")}
 
 
 def densities(inner):
@@ -41,7 +36,7 @@ def snapshot(model):
     return {
         "modules": {path: id(module) for path, module in model.named_modules()},
         "keys": list(model.state_dict()),
-        "processors": {path: id(processor) for path, processor in model.attn_processors.items()},
+        "processors": {path: id(processor) for path, processor in processors(model).items()},
         "attributes": {path: sorted(vars(module)) for path, module in model.named_modules()},
         "hooks": {path: len(module._forward_pre_hooks) for path, module in model.named_modules()},
     }
@@ -72,17 +67,17 @@ def test_untuned_and_restored_models_are_exact(name, set_sparse, fallbacks):
 def test_verify_lists_every_self_attention_layer_and_nothing_else(name, capsys):
     case = CASES[name]
     model = case.model()
-    others = dict(model.attn_processors)
+    others = processors(model)
     assert verify(model).replaced == 0
     patch(model)
     result = verify(model)
     assert result.ok and tuple(row.path for row in result.layers) == case.layers
     assert f"{len(case.layers)}/{len(case.layers)} attention layers replaced" in capsys.readouterr().out
-    for path, processor in model.attn_processors.items():
-        ours = path.removesuffix(".processor") in case.layers
+    for path, processor in processors(model).items():
+        ours = path in case.layers
         assert isinstance(processor, SparseProcessor) is ours
         assert (processor.original if ours else processor) is others[path]
-    model.get_submodule(case.layers[0]).processor = others[f"{case.layers[0]}.processor"]
+    model.get_submodule(case.layers[0]).processor = others[case.layers[0]]
     assert [row.status for row in verify(model).layers] == ["MISSING"] + ["dense"] * (len(case.layers) - 1)
     assert verify(patch(model)).ok
 
@@ -108,7 +103,7 @@ def test_dropping_blocks_changes_the_output_row_by_row(name, set_sparse, fallbac
     got = run(model, inputs)
     assert got.isfinite().all() and fallbacks() == {}
     assert all(0 < density < 0.9 for density in densities(inner))
-    assert all(tuple(module.last_density.shape) == (2, 2) for module in inner)
+    assert all(tuple(module.last_density.shape) == (1 if case.by_sample else 2, 2) for module in inner)
     error = float((got - expected).norm() / expected.norm())
     assert 1e-3 < error < 1
     for index in range(2):
@@ -116,37 +111,29 @@ def test_dropping_blocks_changes_the_output_row_by_row(name, set_sparse, fallbac
 
 
 @FAMILIES
-def test_text_blocks_are_kept_unless_switched_off(name, set_sparse, monkeypatch):
+def test_text_blocks_are_kept_unless_switched_off(name, set_sparse, sparse_calls):
     case = CASES[name]
-    seen = []
-    attend = autotune.module.sparse_attention
-
-    def spy(q, k, v, selector, **arguments):
-        out, stats = attend(q, k, v, selector, **arguments)
-        seen.append((selector, stats.mask, arguments["attn_mask"]))
-        return out, stats
-
-    monkeypatch.setattr(autotune.module, "sparse_attention", spy)
     model = case.model()
     for text_sink in (True, False):
+        sparse_calls.clear()
         set_sparse(patch(model, text_sink=text_sink), cdf=0.2)
-        run(model, case.inputs(2))
-    count = len(case.layers)
-    assert len(seen) == 2 * count
-    for number, (selector, mask, padding) in enumerate(seen):
-        assert (mask.q_len, mask.k_len) == (case.tokens, case.tokens)
-        with_text = number < count and case.text is not None
-        assert isinstance(selector, Union if with_text else MeanSimilarity)
-        if case.text is None:
-            continue
-        start, stop = case.text[0] // 128, -(-case.text[1] // 128)
-        kept = mask.to_dense()
-        visible = torch.ones_like(kept)
-        if padding is not None:  # blocks of padding alone have nothing to keep
-            blocks = nn.functional.pad(padding, (0, -case.tokens % 128)).unflatten(-1, (-1, 128)).any(-1)
-            visible = visible & blocks[:, None, None]
-        all_kept = kept[..., start:stop].all() and torch.equal(kept[:, :, start:stop], visible[:, :, start:stop])
-        assert bool(all_kept) is with_text
+        run(model, case.inputs(1))
+        for path, (call, stats) in zip(case.layers, sparse_calls, strict=True):
+            text, mask = case.text_of(path), stats.mask
+            length = case.tokens if text == case.text else case.text[0]  # without text the other tokens are left
+            padded = 0 if not case.by_sample else length - call.k_len  # dropped by the processor
+            assert (mask.q_len, mask.k_len) == (length - padded,) * 2
+            assert len(call.text) == (0 if text is None else 1)
+            if text is not None:
+                start, stop = text[0], text[1] - padded
+                assert call.text == ((start, stop),)
+                kept, visible = mask.to_dense(), torch.ones_like(mask.to_dense())
+                if call.attn_mask is not None:  # blocks of padding alone have nothing to keep
+                    tokens = nn.functional.pad(call.attn_mask, (0, -length % 128)).unflatten(-1, (-1, 128))
+                    visible &= tokens.any(-1)[:, None, None]
+                blocks = slice(start // 128, -(-stop // 128))
+                all_kept = kept[..., blocks].all() and torch.equal(kept[:, :, blocks], visible[:, :, blocks])
+                assert bool(all_kept) is text_sink
 
 
 @FAMILIES
@@ -162,11 +149,9 @@ def test_tune_save_load_into_a_fresh_model(name, tmp_path, fallbacks):
     fresh = case.model()
     dense = run(fresh, inputs[0])
     autotune.load_sparse_attention_state_dict(patch(fresh), tmp_path / "tuned.pt")
-    inner = [module for module in fresh.modules() if isinstance(module, SparseAttention)]
-    for module in inner:
-        module.record_density = True
-    assert torch.equal(run(fresh, inputs[0]), expected)
-    assert all(density < 1 for density in densities(inner))
+    with autotune.record_density(fresh) as recorded:
+        assert torch.equal(run(fresh, inputs[0]), expected)
+    assert all(density < 1 for density in recorded.per_layer.values())
     assert not torch.equal(expected, dense)
     assert [row.status for row in verify(fresh).layers] == ["sparse"] * len(case.layers)
     state = autotune.load(tmp_path / "tuned.pt")
@@ -175,40 +160,6 @@ def test_tune_save_load_into_a_fresh_model(name, tmp_path, fallbacks):
     )
     assert state["_metadata"]["model_class"] == type(fresh).__name__
     assert fallbacks() == {}
-
-
-@pytest.mark.parametrize("text_sink", [True, False])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text is not None])
-def test_curves_never_drop_text_blocks(name, text_sink, monkeypatch):
-    """What serving keeps always, the calibration must not judge by the error of leaving it out."""
-    case, rows, judged = CASES[name], [], []
-    blocks_of, errors_of = observe.query_blocks, Partials.errors
-
-    def blocks(*arguments):
-        for row in blocks_of(*arguments):
-            rows.append(row[0])
-            yield row
-
-    def errors(partials, kept):
-        judged.append((rows[-1], kept))
-        return errors_of(partials, kept)
-
-    monkeypatch.setattr(observe, "query_blocks", blocks)
-    monkeypatch.setattr(Partials, "errors", errors)
-    selector = MeanSimilarity(block_q=128, block_k=128, pool=16, local=0, sink=False)
-    model = patch(case.model(), selector=selector, text_sink=text_sink, l1=0.4, pv_l1=0.5, tail=None)
-    grid = Grid(cdf=(0.05, 0.2), sim=(-1.0,), pv=(50.0,))
-    with contextlib.suppress(InterruptedError), autotune.calibrate(model, grid=grid, query_blocks=None) as calibration:
-        for prompt in calibration.prompts([case.inputs(1)]):
-            if calibration.phase != "curves":
-                raise InterruptedError  # the curves are all that is looked at
-            run(model, prompt)
-    text = slice(case.text[0] // 128, -(-case.text[1] // 128))
-    whole = [kept.all() for row, kept in judged if text.start <= row < text.stop]  # queries of the text
-    others = [kept[..., text].all() for row, kept in judged if not text.start <= row < text.stop]
-    assert len(whole) == len(case.layers) and len(whole) + len(others) == -(-case.tokens // 128) * len(case.layers)
-    assert all(whole) is all(others) is text_sink
-    assert not any(kept.all() for row, kept in judged if not text.start <= row < text.stop)
 
 
 def tuned_state(name, set_sparse, **changes):
@@ -222,19 +173,17 @@ def tuned_state(name, set_sparse, **changes):
 def test_files_of_other_models_are_refused(name, set_sparse):
     case = CASES[name]
     state = tuned_state(name, set_sparse)
-    targets = {
-        other: CASES[other].model()
-        for other in CASES
-        if other.split()[0] != name.split()[0]  # a file of Wan fits Wan I2V of the same size
-    }
+    other = "Flux" if name != "Flux" else "Wan"  # of another class; what is compared is only its name
+    targets = {"other": CASES[other].model()}
     targets |= {kind: case.model(**getattr(case, kind)) for kind in ("wider", "deeper", "finer")}
-    message = {
+    messages = {
+        "other": "the tuned file was made for",
         "wider": "has 2 values, the model has 4 heads",
         "deeper": "layers of the model are not in the file",
         "finer": f"made for head dim 64 .*, and {state['_metadata']['model_class']} has 32",
     }
-    for other, model in targets.items():
-        with pytest.raises(ValueError, match=message.get(other, "the tuned file was made for")):
+    for kind, model in targets.items():
+        with pytest.raises(ValueError, match=messages[kind]):
             autotune.load_sparse_attention_state_dict(patch(model), state)
         assert {row.status for row in verify(model).layers} == {"dense"}
     del state["_metadata"]["head_dim"]  # a file from before
@@ -257,10 +206,24 @@ def test_copies_are_whole(name, copying, set_sparse):
             layer.mode = "dense"  # shares nothing with its copy
     assert torch.equal(run(twin, inputs), expected)
     assert verify(twin).ok
-    noise = inputs | {"timestep": torch.full((1,), case.full_noise)}
+    noise = case.inputs(1, level=1.0)
     dense = run(restore(model), noise)
     assert torch.equal(run(twin, noise), dense)  # its dense steps too
     restore(twin)
     assert list(twin.state_dict()) == list(model.state_dict())
-    assert not any(isinstance(processor, SparseProcessor) for processor in twin.attn_processors.values())
+    assert not any(isinstance(processor, SparseProcessor) for processor in processors(twin).values())
     assert torch.equal(run(twin, noise), dense)
+
+
+@FAMILIES
+def test_noise_levels_are_read_as_each_family_passes_timesteps(name, set_sparse):
+    case = CASES[name]
+    model = patch(case.model(), dense_steps=(0.2, 0.1))
+    inner = set_sparse(model)
+    sparse = []
+    for level in (1.0, 0.81, 0.79, 0.11, 0.09, 0.0):
+        run(model, case.inputs(1, level))
+        ran = {module.last_density is not None for module in inner}
+        assert len(ran) == 1
+        sparse += ran
+    assert sparse == [False, False, True, True, False, False]
