@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from tqdm import tqdm
 
 from autotune import dense, record_density
 from autotune.module import sparse_modules, transformers_of
-from modify_model.schedule import argument
 
 # Figures that a comparison can show, and how.
 FORMATS = {
@@ -38,10 +38,9 @@ class Densities(contextlib.ExitStack):
 
     @torch.compiler.disable  # reads numbers on the host
     def _hook(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
-        try:
-            level = float(torch.as_tensor(argument(part, "timestep", args, kwargs)).float().max())
-        except TypeError:  # a language model has no timesteps
-            level = 0.0
+        names = inspect.signature(getattr(part, "_orig_mod", part).forward).parameters
+        timestep = (dict(zip(names, args, strict=False)) | kwargs).get("timestep", 0)  # a language model has none
+        level = float(torch.as_tensor(timestep).float().max())
         self.calls.append((level, self._recorder.per_layer))
         self._recorder.clear()
 

@@ -67,16 +67,31 @@ def kind_of(name: str) -> type[Subject]:
 def check(args: argparse.Namespace) -> None:
     """Reject, before a model is loaded, what is known to be wrong; a ValueError says why."""
     usable_device(args.device)
+    for name, value in args.kind.usual:
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.model_out_path is None and not args.verify:
+        folder = "out" if args.model_name.startswith(PREFIX) else "models_dict"
+        name = Path(args.model_name).name.replace(":", "_")
+        args.model_out_path = f"{folder}/{name}_{args.l1:g}_{args.pv_l1:g}.pt"
+    if not (args.tune or args.compare or args.verify):
+        args.generate = True
     args.kind.check(args)
+    if args.parallel_tune and args.device is not None:
+        raise ValueError("--parallel_tune gives each process a device of its own: leave out --device")
     if args.tune:
         check_bounds(args.l1, args.pv_l1, args.tail)
-        sizes = {"block_q": args.block or 128, "block_k": args.block or 128, "pool": args.pool or 8}
-        SELECTORS[args.selector or "mean"](**sizes)
+        sizes = {"block_q": args.block or 128, "block_k": args.block or 128}
+        SELECTORS[args.selector or "mean"](pool=args.pool or 8, **sizes)
         check_tuned_output(args.model_out_path)
-    elif args.resume:
+        return
+    if args.resume:
         raise ValueError("--resume goes on with an interrupted --tune: give both")
-    elif args.model_out_path is not None:
-        autotune.load(args.model_out_path)
+    if args.model_out_path is not None:
+        try:
+            autotune.load(args.model_out_path)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error}: run with --tune first") from error
 
 
 def run(args: argparse.Namespace, program: Sequence[str], given: Sequence[str]) -> int:

@@ -6,8 +6,8 @@ r"""Block-sparse attention for pretrained models, without training: tune thresho
     spas-attn verify --model_name tiny:Wan                                # no download, seconds
 
 A model is a folder, a name on the hub, a .gguf file, or tiny:<family> (random weights, for a try). Whether it is a
-language model or a diffusion pipeline is found out. Exit code 2: an argument, a model or a file cannot be used; 130:
-interrupted, `tune --resume` goes on.
+language model or a diffusion pipeline is found out. `spas-attn COMMAND --help` lists the options of a command.
+Exit code 2: an argument, a model or a file cannot be used; 130: interrupted, `tune --resume` goes on.
 """
 
 from __future__ import annotations
@@ -21,23 +21,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from spas_attn import backends, measure
+from spas_attn import measure
 
-from .arguments import DTYPES, USER_ERROR, Help, layer_range, tail_bound, whole
+from .arguments import USER_ERROR, Help
 from .diffusion import PIPELINES, DiffusionModel
-from .driver import KINDS, SELECTORS, Subject, check, kind_of, run
-from .language import LanguageModel
+from .driver import Subject, check, kind_of, run
+from .options import VERBS, add_options, check_options
 from .parallel import guarded
-from .tiny import LLAMA, PREFIX, TINY
 from .verify import verify
 
-VERBS = {
-    "tune": "find the thresholds of every attention head on a few prompts, and save them",
-    "generate": "generate with tuned thresholds",
-    "compare": "run the same inputs dense and sparse, and compare what comes out",
-    "verify": "check in five steps that a model can be patched, computes what it did before, and can be restored",
-    "measure": "time this GPU, so that sparse attention runs only where it is faster",
-}
+_MEASURE = "time this GPU, so that sparse attention runs only where it is faster"
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Script:
-    """A script under a name that users know: flags instead of verbs, one kind of model, and defaults of its own.
+    """A script under a name that users know: flags instead of commands, one kind of model, and defaults of its own.
 
     Attributes:
         file, text: path and description of the script.
@@ -57,6 +50,7 @@ class Script:
         defaults: of its options.
         pipelines: names of the classes that it runs.
         special: loads a pipeline that only the script knows, given arguments and device, or returns None.
+        command: the only one that it runs; flags choose among the others otherwise.
     """
 
     file: str
@@ -65,29 +59,56 @@ class Script:
     defaults: dict[str, Any] = field(default_factory=dict)
     pipelines: tuple[str, ...] = tuple(PIPELINES)
     special: Callable[[argparse.Namespace, str | None], Any] = lambda args, device: None
+    command: str | None = None
 
-    def main(
-        self, arguments: Sequence[str] | None = None, verbs: tuple[str, ...] = ("tune", "generate", "compare")
-    ) -> int:
+    def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command line; returns the exit code."""
         parser = Parser(prog=Path(self.file).name, description=self.text, formatter_class=Help)
-        if len(verbs) > 1:
-            for verb in verbs:
-                parser.add_argument(f"--{verb}", action="store_true", help=VERBS[verb])
-        else:
-            parser.set_defaults(**dict.fromkeys(verbs, True))
-        add_options(parser, set(verbs), {self.kind})
-        parser.set_defaults(**self.defaults)
-        return self.run(parser, list(sys.argv[1:] if arguments is None else arguments), [self.file])
-
-    def run(self, parser: argparse.ArgumentParser, given: list[str], program: list[str]) -> int:
-        """Parse, check and run; returns the exit code."""
+        verbs = [self.command] if self.command else [verb for verb in VERBS if verb != "verify"]
+        for verb in verbs if len(verbs) > 1 else []:
+            parser.add_argument(f"--{verb}", action="store_true", help=VERBS[verb])
+        add_options(parser, verbs, self.kind)
+        parser.set_defaults(pipelines=self.pipelines, special=self.special, **self.defaults)
+        return _run(parser, list(sys.argv[1:] if arguments is None else arguments), [self.file])
 
 
-def add_options(parser: argparse.ArgumentParser, verbs: set[str], kinds: set[type[Subject]]) -> None:
-    """The options of some verbs for some kinds of models; those that the verbs do not need get their defaults."""
-    groups: dict[str, Any] = {"": parser}
-    for kind in (LanguageModel, DiffusionModel):
-        groups[kind.kind] = parser.add_argument_group(f"{kind.kind}s only") if len(kinds) > 1 else parser
-    for option in OPTIONS:
-        ...
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the installed command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["measure"]:
+        return guarded("spas-attn measure", lambda: _measure(given[1:]))
+    parser = Parser(prog="spas-attn", description=__doc__, formatter_class=Help)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    for verb, text in VERBS.items():
+        command = commands.add_parser(verb, help=text, description=text, formatter_class=Help)
+        add_options(command, [verb], None)
+    commands.add_parser("measure", help=_MEASURE)
+    return _run(parser, given, ["--module", "modify_model.cli.main"])
+
+
+def _measure(arguments: list[str]) -> int:
+    if not torch.cuda.is_available() and not {"-h", "--help"} & {*arguments}:
+        raise ValueError("no CUDA GPU: there is nothing to measure (on a CPU the backend `cpu` is always chosen)")
+    measure.main(arguments)
+    return 0
+
+
+def _run(parser: Parser, given: list[str], program: list[str]) -> int:
+    """Parse, check and run; returns the exit code."""
+    args = parser.parse_args(given)
+
+    def work() -> int:
+        if not args.model_name:
+            raise ValueError("--model_name is needed")
+        args.tune = args.tune or args.parallel_tune
+        args.kind = args.kind or kind_of(args.model_name)
+        check_options(args)
+        check(args)
+        return verify(args) if args.verify else run(args, program, given)
+
+    hint = "; the same command with --resume goes on from the last finished prompt"
+    return guarded(parser.prog, work, lambda: hint if args.tune else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

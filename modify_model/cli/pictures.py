@@ -68,7 +68,7 @@ def pictures(frames: Tensor) -> list[Image.Image]:
 
 
 def panel(comparisons: Sequence[Comparison], frames: list[int]) -> Image.Image:
-    """Some frames of every clip under a caption: a row of the dense clip over one of the sparse; one frame as a pair."""
+    """Some frames of every clip under a caption: dense over sparse, or a single frame as a pair."""
     rows: list[tuple[str, list[Image.Image]]] = []
     where = "above: dense, below: sparse" if len(frames) > 1 else "left: dense, right: sparse"
     for c in comparisons:
@@ -109,7 +109,7 @@ def plot_density(comparisons: Sequence[Comparison], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sparsity = _sparsity(comparisons)
+    sparsity = mean_sparsity(comparisons)
     figure, axis = plt.subplots(figsize=(max(4.0, 0.3 * len(sparsity) + 2), max(2.4, 0.22 * sparsity.shape[1] + 1.4)))
     picture = axis.imshow(100 * sparsity.T.numpy(), vmin=0, vmax=100, aspect="auto", cmap="viridis")
     axis.set(xlabel="denoising step", ylabel="layer", title=f"blocks left out: {float(sparsity.nanmean()):.1%}")
