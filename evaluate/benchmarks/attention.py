@@ -1,0 +1,217 @@
+"""Cases of a single attention call: shapes by name, their inputs, and what is exact, computed in float32."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from registry import Case, Declined, Runs, Setup, register
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from spas_attn import BlockMask, backends
+from spas_attn.attention import attend
+from spas_attn.block_mask import cdiv, visible_blocks
+from spas_attn.call import Call
+from spas_attn.metrics import relative_l1
+from spas_attn.select import select
+from spas_attn.selectors import TopK
+
+SAMPLED_BLOCKS = 4  # query blocks of every head whose output is compared with float32
+
+
+@dataclass(frozen=True)
+class AttentionCase(Case):
+    """The shape of one attention call."""
+
+    name: str
+    heads: int
+    k_heads: int
+    length: int
+    dim: int
+    is_causal: bool = False
+    batch: int = 1
+
+    def causal(self) -> AttentionCase:
+        """The same case under causality."""
+        return replace(self, name=f"{self.name}-causal", is_causal=True)
+
+    def tiny(self) -> AttentionCase:
+        return replace(self, heads=2 * self.heads // self.k_heads, k_heads=2, length=1024, dim=64)
+
+    def draw(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Random normal q, k, v."""
+        generator = torch.Generator(device).manual_seed(0)
+        return [
+            torch.randn(self.batch, heads, self.length, self.dim, generator=generator, device=device, dtype=dtype)
+            for heads in (self.heads, self.k_heads, self.k_heads)
+        ]
+
+    def setups(self, device: torch.device, dtype: torch.dtype, options: Namespace) -> Iterator[AttentionSetup]:
+        # FlexAttention specialises on the first shapes that it meets; with others before it would compile for any.
+        torch.compiler.reset()
+        inputs = self.draw(dtype, device)
+        for blocks, density in itertools.product(options.blocks, options.densities):
+            block_q, block_k = (int(size) for size in blocks.split("x"))
+            selector = TopK(density, pool=min(options.pool, block_q, block_k), block_q=block_q, block_k=block_k)
+            yield AttentionSetup(self, inputs, selector, options.ragged)
+
+
+class AttentionSetup(Setup):
+    """One attention call with inputs, at one density.
+
+    Attributes:
+        selector: keeps the asked share of blocks, those with the best scores; None when the mask is given.
+        mask: what it selects here, for providers that select nothing themselves; with ``ragged`` a random one.
+    """
+
+    def __init__(self, case: AttentionCase, inputs: list[Tensor], selector: TopK, ragged: bool = False) -> None:
+        self.case, self.selector = case, None if ragged else selector
+        (self.q, self.k, self.v), self.dtype = inputs, inputs[0].dtype
+        self.density, self.block_q, self.block_k = float(selector.keep), selector.block_q, selector.block_k
+        if ragged:
+            self.mask = ragged_mask(case, selector.block_q, selector.block_k, self.density).to(self.q.device)
+        else:
+            self.mask = select(selector, self.call(None)).mask
+        self.kept = float(self.mask.density(case.is_causal).mean())
+        self._truth: dict[bool, Tensor] = {}
+
+    def call(self, mask: BlockMask | None, precision: str = "native") -> Call:
+        """The checked call, with a mask as backends take it."""
+        return Call.make(
+            self.q, self.k, self.v, is_causal=self.case.is_causal, precision=precision, mask=mask,
+            expected_density=self.density,
+        )  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        return {"tokens": self.case.length, "heads": self.case.heads, "head_dim": self.case.dim, "layers": ""}
+
+    def tflops(self, ms: float) -> float:
+        """Effective TFLOP/s: the operations of dense (causal) attention over the time, whatever was left out."""
+        case = self.case
+        operations = 4 * case.batch * case.heads * case.length**2 * case.dim / (2 if case.is_causal else 1)
+        return operations / ms * 1e-9
+
+    def ours(self, backend: str, precision: str) -> Runs:
+        """The whole call, and its parts: selection, quantisation where there is one, and the kernel by itself."""
+        masked, unmasked, selector = self.call(self.mask, precision), self.call(None, precision), self.selector
+        declined = backends.get(backend).declines(masked)
+        if declined is not None:
+            raise Declined(declined)
+        parts = _parts(masked, backend)
+        if selector is None:
+            return Runs(parts["ms_kernel"], parts)
+
+        def total() -> Tensor:
+            return attend(unmasked, selector, backend=backend, strict=True)[0]
+
+        return Runs(total, {"ms_total": total, "ms_select": lambda: select(selector, unmasked), **parts})
+
+    def sdpa(self, kernel: SDPBackend | None) -> Runs:
+        options = {"is_causal": self.case.is_causal, "enable_gqa": self.case.heads != self.case.k_heads}
+
+        def total() -> Tensor:
+            with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(self.q, self.k, self.v, **options)
+
+        try:
+            total()
+        except RuntimeError as error:
+            raise Declined(f"SDPA refuses: {error}") from error
+        return Runs(total, {"ms_total": total})
+
+    def rows(self) -> list[slice]:
+        """The sampled query blocks: the first, the last, and some between."""
+        blocks, size = self.mask.counts.shape[2], self.block_q
+        chosen = sorted({round(i * (blocks - 1) / (SAMPLED_BLOCKS - 1)) for i in range(SAMPLED_BLOCKS)})
+        return [slice(i * size, min((i + 1) * size, self.case.length)) for i in chosen]
+
+    def error(self, out: Tensor, dense: bool) -> float:
+        """Relative L1 of an output ``[B, Hq, L, D]`` against float32, on sampled rows."""
+        if out.shape != self.q.shape:
+            raise ValueError(f"the output has shape {tuple(out.shape)}, q has {tuple(self.q.shape)}")
+        if dense not in self._truth:
+            call = self.call(None if dense else self.mask)
+            self._truth[dense] = torch.cat([_exact(call, rows) for rows in self.rows()], dim=2)
+        return float(
+            relative_l1(torch.cat([out[:, :, rows].float() for rows in self.rows()], dim=2), self._truth[dense])
+        )
+
+
+def _exact(call: Call, rows: slice) -> Tensor:
+    """Exact attention of some rows, float32 ``[B, Hq, rows, D]``, a KV head at a time."""
+    seen = call.token_mask(rows.start, rows.stop)
+    seen = None if seen is None else seen.expand(*call.q.shape[:2], -1, -1)
+    out = torch.empty_like(call.q[:, :, rows], dtype=torch.float32)
+    for b, h in itertools.product(range(call.k.shape[0]), range(call.k.shape[1])):
+        heads = slice(h * call.group, (h + 1) * call.group)
+        scores = call.q[b, heads, rows].float() @ call.k[b, h].float().T * call.scale
+        if seen is not None:
+            scores = scores.masked_fill_(~seen[b, heads], -torch.inf)
+        out[b, heads] = scores.softmax(-1) @ call.v[b, h].float()
+    return out
+
+
+def _parts(call: Call, backend: str) -> dict[str, Callable[[], Tensor]]:
+    """Quantisation where there is one, and the kernel with everything prepared."""
+    if backend != "triton" or call.precision == "native":
+        return {"ms_kernel": lambda: backends.get(backend).run(call)}
+    from spas_attn.kernels.launch import padded_dim, prepare_k, sparse_attention_fwd
+    from spas_attn.kernels.prepare import prepare_v
+
+    mask = call.mask
+    assert mask is not None
+    dim, fp8 = padded_dim(call.q.shape[-1], True), call.precision == "int8_fp8"
+
+    def quant() -> Any:
+        return prepare_k(call.k, mask.block_k, dim), prepare_v(call.v, dim) if fp8 else None
+
+    keys, values = quant()
+
+    def kernel() -> Tensor:
+        return sparse_attention_fwd(
+            call.q, call.k, call.v, mask, scale=call.scale, is_causal=call.is_causal, precision=call.precision,
+            keys=keys, values=values,
+        )  # fmt: skip
+
+    return {"ms_quant": quant, "ms_kernel": kernel}
+
+
+def ragged_mask(case: AttentionCase, block_q: int, block_k: int, density: float, seed: int = 0) -> BlockMask:
+    """A random mask that keeps ``density`` of the visible blocks of every head, the diagonal among them.
+
+    Query blocks keep different numbers of key blocks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    nq, nk = cdiv(case.length, block_q), cdiv(case.length, block_k)
+    visible = visible_blocks(case.length, case.length, block_q, block_k, is_causal=case.is_causal)
+    # Rows differ in how much they like to keep, so that their counts differ.
+    liking = torch.rand(case.batch, case.heads, nq, nk, generator=generator)
+    liking += torch.rand(case.batch, case.heads, nq, 1, generator=generator)
+    starts_q, starts_k = torch.arange(nq)[:, None] * block_q, torch.arange(nk) * block_k
+    diagonal = (starts_k < starts_q + block_q) & (starts_q < starts_k + block_k)
+    liking = liking.masked_fill(diagonal, 3.0).masked_fill(~visible, -1.0)
+    best = liking.flatten(2).topk(round(density * int(visible.sum())), dim=-1).indices
+    kept = torch.zeros(case.batch, case.heads, nq * nk, dtype=torch.bool).scatter_(-1, best, True)
+    kept = kept.view(case.batch, case.heads, nq, nk) & visible
+    return BlockMask.from_dense(kept, case.length, case.length, block_q, block_k)
+
+
+A, B, CPU = (
+    AttentionCase("A", 24, 24, 16384, 128), AttentionCase("B", 24, 24, 32768, 64), AttentionCase("cpu", 8, 8, 4096, 64)
+)  # fmt: skip
+register(
+    "attention",
+    *(A, A.causal(), B, B.causal(), CPU, CPU.causal()),
+    AttentionCase("CogVideoX-2B", 30, 30, 17776, 64),
+    AttentionCase("Mochi", 24, 24, 22528, 128),
+    AttentionCase("Wan-14B", 40, 40, 75600, 128),
+    AttentionCase("Flux", 24, 24, 4608, 128),
+    *(AttentionCase(f"Llama-3.1-8B-{n}K", 32, 8, n * 1024, 128, is_causal=True) for n in (8, 32, 128)),
+)

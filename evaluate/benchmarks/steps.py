@@ -1,0 +1,124 @@
+"""One denoising step of a diffusion transformer: dense or sparse, with the time that its attention takes."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from registry import Declined, Runs, Setup
+from timing import Clock
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from autotune import Tuned, record_density
+from autotune.module import sparse_modules
+from autotune.tuned import PV_OFF
+from modify_model import patch
+from spas_attn import fallback_counts
+from spas_attn.selectors import TopK
+
+
+class StepModel:
+    """A patched transformer with the arguments of one call.
+
+    Random weights are not sparse, so densities are forced: every layer is tuned to keep a fixed share of the blocks.
+
+    Attributes:
+        calls: the clock of every self-attention call of the last step, and the shape of its q.
+    """
+
+    def __init__(self, transformer: nn.Module, inputs: dict[str, Any], device: torch.device) -> None:
+        self.transformer, self.inputs, self.device = patch(transformer), inputs, device
+        self.layers = list(sparse_modules(self.transformer).values())
+        self._kernel: SDPBackend | None = None
+        self.calls: list[tuple[Clock, torch.Size]] = []
+        self._within = contextlib.ExitStack()
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._begin)
+            layer.register_forward_hook(self._end)
+
+    def _begin(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self.calls.append((Clock(self.device), args[0].shape))
+        if self._kernel is not None:
+            self._within.enter_context(sdpa_kernel(self._kernel))
+
+    def _end(self, *_: object) -> None:
+        self._within.close()
+        self.calls[-1][0].stop()
+
+    @torch.inference_mode()
+    def step(self, kernel: SDPBackend | None = None) -> Tensor:
+        """The output of one step; dense attention takes the kernel, or the one that PyTorch picks."""
+        self.calls, self._kernel = [], kernel
+        out = self.transformer(**self.inputs, return_dict=False)[0]
+        if len(self.calls) != len(self.layers):
+            raise RuntimeError(f"{len(self.layers)} layers made {len(self.calls)} calls in one step")
+        return out
+
+    def attention_ms(self) -> float:
+        """Milliseconds of the self-attention calls of the last step."""
+        return sum(clock.ms() for clock, _ in self.calls)
+
+    def set(self, selector: TopK, backend: str = "auto", precision: str = "native", *, dense: bool = False) -> None:
+        """Keep the selector's share of the blocks in every layer, or call the model's own attention."""
+        for layer in self.layers:
+            heads = layer.heads or 0
+            every, one = torch.ones(heads, dtype=torch.bool), torch.ones(heads)
+            layer.selector, layer.backend, layer.precision, layer.dense_now = selector, backend, precision, dense
+            layer.set_thresholds(
+                Tuned(every, selector.keep * one, -one, PV_OFF * one, expected_density=float(selector.keep))
+            )
+
+
+class StepSetup(Setup):
+    """A step at one density."""
+
+    def __init__(self, model: StepModel, layers: str, dtype: torch.dtype, selector: TopK) -> None:
+        self.model, self.layers, self.dtype, self.selector = model, layers, dtype, selector
+        self.density, self.block_q, self.block_k = float(selector.keep), selector.block_q, selector.block_k
+        self.kept = 1.0
+
+    def facts(self) -> dict[str, Any]:
+        _, heads, tokens, head_dim = self.model.calls[0][1]
+        return {"tokens": tokens, "heads": heads, "head_dim": head_dim, "layers": self.layers}
+
+    def error(self, out: Tensor, dense: bool) -> float | None:
+        """NaN for an output that is not finite; random weights give nothing to compare with."""
+        return None if bool(out.isfinite().all()) else float("nan")
+
+    def ours(self, backend: str, precision: str) -> Runs:
+        """Sparse attention with a fixed share of the blocks; the text is kept as in serving."""
+        model = self.model
+
+        def step() -> Tensor:
+            model.set(self.selector, backend, precision)
+            return model.step()
+
+        def output() -> Tensor:
+            before = fallback_counts()
+            with record_density(model.transformer) as densities:
+                out = step()
+            declined = [reason for reason, count in fallback_counts().items() if count > before.get(reason, 0)]
+            if declined:
+                raise Declined(declined[0])
+            self.kept = densities.mean
+            return out
+
+        return Runs(output, {"ms_total": step}, {"ms_attention": model.attention_ms})
+
+    def sdpa(self, kernel: SDPBackend | None) -> Runs:
+        """The model's own attention."""
+        model = self.model
+
+        def step() -> Tensor:
+            model.set(self.selector, dense=True)
+            return model.step(kernel)
+
+        def output() -> Tensor:
+            try:
+                return step()
+            except RuntimeError as error:  # a kernel that takes no masks, or not this head dim, or too much memory
+                raise Declined(f"SDPA refuses: {str(error).splitlines()[0]}") from error
+
+        return Runs(output, {"ms_total": step}, {"ms_attention": model.attention_ms})

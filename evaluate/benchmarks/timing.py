@@ -1,0 +1,90 @@
+"""Times: medians of calls on a GPU or CPU, and what the times belong to."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from registry import Runs
+
+PACKAGES = ("triton", "flash-attn-4", "sageattention", "spas_sage_attn")
+
+
+class Clock:
+    """Starts when it is made; on a GPU it measures on the GPU's own time line, and only :meth:`ms` waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * (device.type == "cuda"))]
+        self.begin = self.end = time.perf_counter()
+        if self.events:
+            self.events[0].record()
+
+    def stop(self) -> None:
+        """End the time."""
+        self.end = time.perf_counter()
+        if self.events:
+            self.events[1].record()
+
+    def ms(self) -> float:
+        """The milliseconds, after :meth:`stop`."""
+        if not self.events:
+            return 1e3 * (self.end - self.begin)
+        self.events[1].synchronize()
+        return self.events[0].elapsed_time(self.events[1])
+
+
+def medians(runs: Sequence[Runs], device: torch.device, ms: float, turns: int) -> list[dict[str, float]]:
+    """Median milliseconds of every part of every run, by column.
+
+    Single calls on a GPU are repeated for about ``ms`` milliseconds each, with the second-level cache flushed before
+    every call. Elsewhere the runs take turns, so that a disturbance hits them alike: at least ``turns`` turns, and as
+    many as last ``ms`` milliseconds for each run on average.
+    """
+    if device.type == "cuda" and not any(run.within for run in runs):
+        from triton.testing import do_bench
+
+        def bench(call: object) -> float:
+            return float(do_bench(call, warmup=max(1, int(ms / 5)), rep=ms, return_mode="median"))
+
+        return [{column: bench(call) for column, call in run.parts.items()} for run in runs]
+    taken: list[dict[str, list[float]]] = [defaultdict(list) for _ in runs]
+    turn, began = -1, time.perf_counter()
+    while turn < turns or 1e3 * (time.perf_counter() - began) < ms * len(runs):
+        for run, times in zip(runs, taken, strict=True):
+            for column, call in run.parts.items():
+                clock = Clock(device)
+                call()
+                clock.stop()
+                times[column].append(clock.ms())
+            for column, read in run.within.items():
+                times[column].append(read())
+        turn += 1
+    # The first turn warms up.
+    return [{column: statistics.median(values[1:]) for column, values in times.items()} for times in taken]
+
+
+def device_name(device: torch.device) -> str:
+    """What the times belong to: the GPU, or the CPU with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> str:
+    """Versions of what the times depend on, as one line."""
+    found = [f"torch {torch.__version__}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return "; ".join(found)
