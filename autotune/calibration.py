@@ -15,26 +15,23 @@ import contextlib
 import functools
 import os
 import warnings
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from spas_attn import fallback_counts
 from spas_attn.call import Call
-from spas_attn.checks import HEAD_DIMS
 
 from . import report
 from .accumulate import Grid
 from .checkpoint import Checkpoint, identity
-from .choose import Layer
+from .choose import SKIPPED_STEP, Layer, check_layers
 from .files import extract_sparse_attention_state_dict, save
-from .module import FULL_MASK, SCHEDULED, SHORT, Mode, clean_path, sparse_modules, transformers_of
+from .module import SHORT, Mode, sparse_modules, transformers_of
 from .passes import CheckPass, CurvePass, FreePass, Pass, Work
 from .sampling import Sampler, Steps
 from .tuned import Tuned, check_bounds
@@ -43,7 +40,6 @@ Item = TypeVar("Item")
 RESERVOIR_BYTES = 2 << 30  # for all layers together
 QUERY_BLOCKS = 16  # looked at per call, of however many there are
 NOT_FINITE = "it got values that are not finite (NaN or infinity)"
-SKIPPED_STEP = "its step was left out (every)"
 
 
 class Calibration:
@@ -102,7 +98,7 @@ class Calibration:
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=<path>, got None")
         grid, modules = grid or Grid(), sparse_modules(model)
-        layers = []
+        layers: list[Layer] = []
         for path, module in modules.items():
             bounds = (
                 module.l1 if l1 is None else l1,
@@ -112,7 +108,7 @@ class Calibration:
             check_bounds(*bounds)
             grid.check(module.selector)
             layers.append(Layer(len(layers), path, module, bounds))
-        _check_layers(model, layers)
+        check_layers(model, layers)
         self.model, self.layers = model, layers
         self.statistics: list[dict[str, Any]] = []
         self.sampler, self.steps = Sampler(query_blocks, seed), Steps(every)
@@ -144,8 +140,8 @@ class Calibration:
         for layer in self.layers:
             if layer.module.observer is not None:
                 raise RuntimeError(f"layer {layer.path!r} is being calibrated already")
-        # Observing is no part of a graph: traced, every call would compile anew.
-        self._open.enter_context(torch.compiler.set_stance("force_eager"))
+        if hasattr(torch.compiler, "set_stance"):  # from torch 2.6 on: traced, every observed call would compile anew
+            self._open.enter_context(torch.compiler.set_stance("force_eager"))
         if self.steps.every > 1:
             for _, part in transformers_of(self.model):
                 self._open.callback(part.register_forward_pre_hook(self.steps.begin, with_kwargs=True).remove)
@@ -193,7 +189,7 @@ class Calibration:
         for layer in self.layers:
             layer.lengths = None
         self._pass = curves = CurvePass(work)
-        done = self._open_checkpoint(curves, items)
+        done = self._begin_checkpoint(curves, items)
         self._expected = sum(i not in done for i in self._mine(work.fitted)) + 2 * len(self._mine(work.checked))
         while self._pass is not None:
             current = self._pass
@@ -203,11 +199,23 @@ class Calibration:
                 self._begin(i)
                 yield items[i]
                 self._end()
-                if current is curves:
-                    self._save_checkpoint(curves)
+                if current is curves and self._files is not None:
+                    self._files.save(curves)
             self._conclude()
             if isinstance(current, CheckPass) and self._pass is not None:
                 self._expected += len(self._mine(work.checked))  # once more
+
+    def _begin_checkpoint(self, curves: CurvePass, items: Sequence[Any]) -> set[int]:
+        if self.checkpoint is None:
+            return set()
+        modules = [(layer.path, layer.module) for layer in self.layers]
+        selectors = [(path, m.selector.to_dict(), m.text_sink, m.dense_steps) for path, m in modules]
+        sampled = (self._work.grid, self.sampler, self.steps.every, self._work.fitted)
+        try:
+            self._files = Checkpoint(self.checkpoint, (identity(self.model), selectors, sampled, items))
+        except ValueError as error:
+            raise ValueError(f"no checkpoint can be kept of these prompts: {error}") from error
+        return self._files.begin(curves, self.resume)
 
     def _mine(self, prompts: list[int]) -> list[int]:
         return [i for i in prompts if i % self._work.world == self._work.rank and i not in self._left_out]
@@ -223,12 +231,9 @@ class Calibration:
         assert self._pass is not None
         blind = [layer for layer in self.layers if self._pass.open[layer.index] is None]
         if self._problem is None and blind:
-            text = (
-                f"layer {blind[0].path!r} saw nothing to calibrate on in prompt {self._prompt}: {self._cause(blind[0])}"
-            )
+            self._problem = self._cause(blind[0])
             if any(layer.unseen.keys() != {SHORT} for layer in blind):
-                raise RuntimeError(text)
-            self._problem = text
+                raise RuntimeError(f"prompt {self._prompt}: {self._problem}")
         if self._problem is None:
             self._pass.close(self._prompt)
             return
@@ -280,29 +285,14 @@ class Calibration:
             current.observe(layer, call, blocks)
 
     def _cause(self, layer: Layer) -> str:
-        """Why a layer saw nothing."""
-        block = layer.module.selector.block_q
-        texts = {
-            SHORT: f"its calls had fewer than {block} queries, one block; use longer prompts",
-            SCHEDULED: "its calls were dense by schedule; use fewer dense_steps or more steps",
-            SKIPPED_STEP: f"every={self.steps.every} left all of its calls out; use a smaller number or more steps",
-            FULL_MASK: FULL_MASK,
-        }
-        found = [texts[reason] for reason in layer.unseen if reason != SHORT or len(layer.unseen) == 1]
-        if not found:
-            found = [f"calls ran dense: {reason}" for reason in Counter(fallback_counts()) - self._fallbacks]
-        if not found and layer.path.startswith("transformer_2."):
-            found = ["no step of this run reached the second transformer; use more steps"]
-        return "; ".join(found) or (
-            "its attention was never called: the model was not run, or its attention implementation or processor was "
-            "changed after patch() (modify_model.verify(model) tells)"
-        )
+        fallbacks = Counter(fallback_counts()) - self._fallbacks
+        return f"layer {layer.path!r} saw nothing to calibrate on: {layer.why_unseen(self.steps.every, fallbacks)}"
 
     def _finish_from(self, free: FreePass) -> None:
         """Without a loop over prompts: PV pass and check on the calls that were kept."""
         for layer in self.layers:
             if free.sums[layer.index] is None:
-                raise RuntimeError(f"layer {layer.path!r} saw nothing to calibrate on: {self._cause(layer)}")
+                raise RuntimeError(self._cause(layer))
         self._conclude()
         while self._pass is not None:
             with _float32():
@@ -346,42 +336,6 @@ class Calibration:
                 self._files = None
         return statistics
 
-    # -- interruptions ------------------------------------------------------------------------------------------------
-
-    def _open_checkpoint(self, curves: CurvePass, items: Sequence[Any]) -> set[int]:
-        """Take over the finished prompts of an interrupted run; returns their numbers."""
-        if self.checkpoint is None:
-            return set()
-        work, done = self._work, set[int]()
-        modules = [(layer.path, layer.module) for layer in self.layers]
-        selectors = [(path, m.selector.to_dict(), m.text_sink, m.dense_steps) for path, m in modules]
-        facts = (identity(self.model), selectors, work.grid, self.sampler, self.steps.every, len(work.fitted))
-        try:
-            self._files = Checkpoint(self.checkpoint, (facts, items))
-        except ValueError as error:
-            raise ValueError(f"no checkpoint can be kept of these prompts: {error}") from error
-        for saved in self._files.load() if self.resume else []:
-            for layer, (tally, lengths) in zip(self.layers, saved, strict=True):
-                layer.saw(*(lengths or ()))
-                if tally is not None:
-                    done |= tally.sums.keys()
-                    if work.rank == 0:  # the sum over ranks has each prompt once
-                        curves.count(layer, tally)
-        if work.distributed:
-            dist.barrier()  # all have read
-        if work.rank == 0:
-            if done:
-                self._save_checkpoint(curves)
-            self._files.remove(but=self._files.file(0) if done else None)
-        if work.distributed:
-            dist.barrier()
-        return done
-
-    def _save_checkpoint(self, curves: CurvePass) -> None:
-        if self._files is not None:
-            saved = [(curves.sums[layer.index], layer.lengths) for layer in self.layers]
-            self._files.save(self._work.rank, saved)
-
 
 calibrate = Calibration  # as it reads in a with statement
 
@@ -391,49 +345,3 @@ def _float32(device: str = "cpu") -> Iterator[None]:
     """For sums that are to be exact, and to outlive the inference mode that a model may run in."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
-
-
-def _check_layers(model: Any, layers: list[Layer]) -> None:
-    """Reject layers that sparse attention cannot compute, before anything runs."""
-    parents = {
-        path: module
-        for prefix, part in transformers_of(model)
-        for name, module in part.named_modules()
-        if (path := prefix + clean_path(f"{name}.inner_attention"))
-    }
-    least, most = HEAD_DIMS
-    for layer in layers:
-        dim = layer.module.head_dim
-        if dim is not None and not least <= dim <= most:
-            raise ValueError(f"layer {layer.path!r} has head dim {dim}; sparse attention serves {least} to {most}")
-        if any(parameter.dtype is torch.float64 for parameter in parents[layer.path].parameters()):
-            raise ValueError(
-                f"layer {layer.path!r} computes in float64; sparse attention serves float16, bfloat16 and float32"
-            )
-
-
-_tuning: weakref.WeakKeyDictionary[Any, Calibration] = weakref.WeakKeyDictionary()
-
-
-def enable_tune_mode(
-    model: Any, enabled: bool = True, *, verbose: bool = False, printer: Callable[[str], None] = print
-) -> Calibration:
-    """Tune without a loop over prompts: switch on, run the model as usual, switch off.
-
-    Switching off chooses and checks the thresholds, on a bounded sample of the calls seen (2 GiB of host memory).
-
-    Returns:
-        The calibration; after switching off it has its statistics and can be saved.
-    """
-    if enabled:
-        if model in _tuning:
-            raise RuntimeError("tune mode is already on for this model")
-        _tuning[model] = Calibration(model).__enter__()
-        return _tuning[model]
-    if model not in _tuning:
-        raise RuntimeError("tune mode is not on for this model: enable_tune_mode(model, True) first")
-    calibration = _tuning.pop(model)
-    calibration.__exit__(None, None, None)
-    if verbose:
-        printer(report.table(calibration.statistics))
-    return calibration

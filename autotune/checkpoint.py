@@ -10,10 +10,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from .accumulate import Tally
 from .module import transformers_of
+from .passes import CurvePass
 from .storage import digest, read, write
 
 Saved = list[tuple[Tally | None, tuple[int, int] | None]]  # curves and lengths, layer by layer
@@ -36,10 +38,31 @@ class Checkpoint:
         """The file of one rank."""
         return self.path.with_name(f"{self.path.name}.rank{rank}")
 
-    def save(self, rank: int, layers: Saved) -> None:
-        """Write one rank's file."""
-        plain = [(None if tally is None else dict(vars(tally)), lengths) for tally, lengths in layers]
-        write({"fingerprint": self.fingerprint, "layers": plain, "digest": digest(plain)}, self.file(rank))
+    def save(self, curves: CurvePass) -> None:
+        """Write this rank's file."""
+        pairs = zip(curves.sums, curves.work.layers, strict=True)
+        plain = [(None if tally is None else dict(vars(tally)), layer.lengths) for tally, layer in pairs]
+        write({"fingerprint": self.fingerprint, "layers": plain, "digest": digest(plain)}, self.file(curves.work.rank))
+
+    def begin(self, curves: CurvePass, resume: bool) -> set[int]:
+        """Take over the finished prompts of an interrupted run, or drop them; returns their numbers."""
+        work, done = curves.work, set[int]()
+        for saved in self.load() if resume else []:
+            for layer, (tally, lengths) in zip(work.layers, saved, strict=True):
+                layer.saw(*(lengths or ()))
+                if tally is not None:
+                    done |= tally.sums.keys()
+                    if work.rank == 0:  # the sum over ranks has each prompt once
+                        curves.count(layer, tally)
+        if work.world > 1:
+            dist.barrier()  # all have read
+        if work.rank == 0:
+            if done:
+                self.save(curves)
+            self.remove(but=self.file(0) if done else None)
+        if work.world > 1:
+            dist.barrier()
+        return done
 
     def load(self) -> list[Saved]:
         """What the files of all ranks hold; no two of them share a prompt.
@@ -103,11 +126,8 @@ def _tally(plain: dict[str, Any]) -> Tally:
 
 def identity(model: Any) -> list[Any]:
     """Tells one model from another of the same class: some values of every parameter and buffer, and their shapes."""
-    return [(type(part).__name__, [_sample(x) for x in _tensors(part)]) for _, part in transformers_of(model)]
-
-
-def _tensors(part: nn.Module) -> list[Tensor]:
-    return [*part.parameters(), *part.buffers()]
+    parts = [part for _, part in transformers_of(model)]
+    return [(type(part).__name__, [_sample(x) for x in (*part.parameters(), *part.buffers())]) for part in parts]
 
 
 def _sample(x: Tensor) -> tuple[str, list[int], Tensor | None]:

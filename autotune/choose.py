@@ -11,18 +11,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy import stats
 from torch import Tensor
 
+from spas_attn.checks import HEAD_DIMS
+
 from .accumulate import BINS, Grid, Tally, bin_position
-from .module import SparseAttention
+from .module import FULL_MASK, SCHEDULED, SHORT, SparseAttention, transformers_of
 from .tuned import PV_OFF, Bounds, Tuned
 
 TAIL_QUANTILE = 0.995
 CONFIDENCE = 0.95
+SKIPPED_STEP = "its step is not observed (every)"
 MARGIN = 0.9  # a head that misses its bound aims this far below it the next time
 
 
@@ -161,6 +166,28 @@ class Layer:
         lengths = (*(self.lengths or ()), *lengths)
         self.lengths = (min(lengths), max(lengths)) if lengths else None
 
+    def why_unseen(self, every: int, fallbacks: Iterable[str]) -> str:
+        """Why no call of the prompt in progress was looked at.
+
+        Args:
+            every: which steps are observed.
+            fallbacks: reasons for which calls of the model fell back to dense attention meanwhile.
+        """
+        texts = {
+            SHORT: f"its calls had fewer than {self.module.selector.block_q} queries, one block; use longer prompts",
+            SCHEDULED: "its calls were dense by schedule; use fewer dense_steps or more steps",
+            SKIPPED_STEP: f"every={every} left all of its calls out; use a smaller number or more steps",
+            FULL_MASK: FULL_MASK,
+        }
+        found = [texts[reason] for reason in self.unseen if reason != SHORT or len(self.unseen) == 1]
+        found = found or [f"calls ran dense: {reason}" for reason in fallbacks]
+        if not found and self.path.startswith("transformer_2."):
+            found = ["no step of this run reached the second transformer; use more steps"]
+        return "; ".join(found) or (
+            "its attention was never called: the model was not run, or its attention implementation or processor was "
+            "changed after patch() (modify_model.verify(model) tells)"
+        )
+
     def choose_first(self, curves: Tally, grid: Grid) -> None:
         """Thresholds from the curves, without PV skip."""
         self.curves = curves
@@ -233,3 +260,16 @@ class Layer:
         density = torch.where(tuned.is_sparse.cpu(), self.check.density()[:, 1], 1.0)
         module.l1, module.pv_l1, module.tail = self.bounds
         module.set_thresholds(dataclasses.replace(tuned, expected_density=float(density.mean())))
+
+
+def check_layers(model: Any, layers: list[Layer]) -> None:
+    """Reject layers that sparse attention cannot compute, before anything runs."""
+    least, most = HEAD_DIMS
+    for layer in layers:
+        dim = layer.module.head_dim
+        if dim is not None and not least <= dim <= most:
+            raise ValueError(f"layer {layer.path!r} has head dim {dim}; sparse attention serves {least} to {most}")
+    for _, part in transformers_of(model):
+        for name, parameter in part.named_parameters():
+            if parameter.dtype is torch.float64:
+                raise ValueError(f"{name!r} is float64; sparse attention serves float16, bfloat16 and float32")

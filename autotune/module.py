@@ -58,7 +58,7 @@ class SparseAttention(nn.Module):
         head_dim: set by the adapter, for the record in the tuned file; None when it does not say.
         dense_steps: what :func:`modify_model.patch` was told, for the record in the tuned file.
         record_density: keep the densities of calls: of the last in ``last_density`` (``[B, Hq]``, None if it ran
-            dense), and in ``recorded`` (float64 ``[2]``) the sum of their means and their number.
+            dense), and in ``recorded`` (``[2]``) the sum of their means and their number.
     """
 
     is_sparse, cdfthreshd, simthreshd1, pvthreshd = (_of_tuned(name) for name in FILE_KEYS.values())
@@ -97,7 +97,7 @@ class SparseAttention(nn.Module):
         self.observer: Observer | None = None
         self.record_density = False
         self.last_density: Tensor | None = None
-        self.recorded = torch.zeros(2, dtype=torch.float64)
+        self.recorded = torch.zeros(2)
         self._tuned: Tuned | None = None
         self._device = torch.device("cpu")  # of the model's weights
         self._warned: set[str] = set()

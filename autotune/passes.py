@@ -27,19 +27,16 @@ class Work:
     rounds: int
     fitted: list[int] = field(default_factory=list)
     checked: list[int] = field(default_factory=list)
-    distributed: bool = field(default_factory=lambda: dist.is_available() and dist.is_initialized())
+    rank: int = 0
+    world: int = 1
 
-    @property
-    def rank(self) -> int:
-        return dist.get_rank() if self.distributed else 0
-
-    @property
-    def world(self) -> int:
-        return dist.get_world_size() if self.distributed else 1
+    def __post_init__(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
 
 class Pass:
-    """One pass over prompts.
+    """One pass over prompts: ``observe`` counts calls, ``conclude`` uses the sums and names the pass that follows.
 
     Attributes:
         name: as users read it.
@@ -59,20 +56,18 @@ class Pass:
         """Numbers of the prompts that it goes over."""
         return self.work.checked
 
+    # What each kind of pass says: how many candidates it judges, how a call counts, what follows from a layer's sums,
+    # and which pass comes next, None when the calibration is finished.
     def candidates(self, layer: Layer) -> int:
-        """How many candidates are judged."""
         raise NotImplementedError
 
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
-        """Count one call."""
         raise NotImplementedError
 
     def decide(self, layer: Layer, total: Tally) -> None:
-        """Use what was counted of a layer."""
         raise NotImplementedError
 
     def following(self) -> Pass | None:
-        """The next pass; None when the calibration is finished."""
         raise NotImplementedError
 
     def observe(self, layer: Layer, call: Call, blocks: list[int]) -> None:
@@ -92,8 +87,7 @@ class Pass:
     def close(self, prompt: int) -> None:
         """The prompt in progress is finished."""
         for layer in self.work.layers:
-            tally = self.open[layer.index]
-            if tally is not None:
+            if (tally := self.open[layer.index]) is not None:
                 self.count(layer, tally.close(prompt))
         self.drop()
 
@@ -113,7 +107,7 @@ class Pass:
 
     def _merge_ranks(self) -> None:
         """Add up what all processes saw; each holds the sum afterwards."""
-        if not self.work.distributed:
+        if self.work.world == 1:
             return
         gathered: list[Any] = [None] * self.work.world
         mine = [(self.sums[layer.index], layer.lengths, layer.check_backend) for layer in self.work.layers]

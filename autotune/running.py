@@ -1,14 +1,19 @@
-"""Running a patched model for comparison: dense for a while, and with its densities recorded."""
+"""Ways to run a patched model: dense for a while, with its densities recorded, in tune mode."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from . import report
+from .calibration import Calibration
 from .module import Mode, SparseAttention, sparse_modules
+
+_tuning: weakref.WeakKeyDictionary[Any, Calibration] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -69,3 +74,27 @@ def record_density(model: Any) -> Iterator[Densities]:
         densities._final = densities.per_layer
         for module in modules.values():
             module.record_density = False
+
+
+def enable_tune_mode(
+    model: Any, enabled: bool = True, *, verbose: bool = False, printer: Callable[[str], None] = print
+) -> Calibration:
+    """Tune without a loop over prompts: switch on, run the model as usual, switch off.
+
+    Switching off chooses and checks the thresholds, on a bounded sample of the calls seen (2 GiB of host memory).
+
+    Returns:
+        The calibration; after switching off it has its statistics and can be saved.
+    """
+    if enabled:
+        if model in _tuning:
+            raise RuntimeError("tune mode is already on for this model")
+        _tuning[model] = Calibration(model).__enter__()
+        return _tuning[model]
+    if model not in _tuning:
+        raise RuntimeError("tune mode is not on for this model: enable_tune_mode(model, True) first")
+    calibration = _tuning.pop(model)
+    calibration.__exit__(None, None, None)
+    if verbose:
+        printer(report.table(calibration.statistics))
+    return calibration

@@ -54,7 +54,7 @@ class Steps:
 
     def begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a transformer: reads the timestep, where there is one."""
-        names = list(inspect.signature(type(getattr(part, "_orig_mod", part)).forward).parameters)[1:]
+        names = inspect.signature(getattr(part, "_orig_mod", part).forward).parameters
         timestep = (dict(zip(names, args, strict=False)) | kwargs).get("timestep")
         self.level = None if timestep is None else float(torch.as_tensor(timestep).max())
         if self.level is not None and self.level not in self.levels:

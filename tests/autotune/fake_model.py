@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotune import SparseAttention
-from autotune.module import Thresholds
-from autotune.observe import Grid
+from autotune import Grid, SparseAttention, Tuned
+from autotune.tuned import FILE_KEYS
 from spas_attn import backends
-from spas_attn.backends import Call
+from spas_attn.call import Call
 from spas_attn.selectors import MeanSimilarity
 
 HEADS, K_HEADS, DIM = 4, 2, 16
@@ -55,15 +54,17 @@ def exact(call: Call) -> Tensor:
 class FakeAttention(nn.Module):
     """One layer; ``projection`` is there so that the state_dict is not empty."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, heads: int = HEADS, **settings: Any) -> None:
         super().__init__()
         self.projection = nn.Linear(2, 2)
         nn.init.eye_(self.projection.weight)  # every FakeModel is the same model to a checkpoint
         nn.init.zeros_(self.projection.bias)
-        self.inner_attention = SparseAttention(selector=MeanSimilarity(pool=16, block_q=64, block_k=64), **settings)
+        selector = MeanSimilarity(pool=16, block_q=64, block_k=64)
+        self.inner_attention = SparseAttention(**({"selector": selector} | settings))
+        self.inner_attention.set_heads(heads)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        call = Call(q, k, v, is_causal=True, scale=DIM**-0.5)
+        call = Call.make(q, k, v, is_causal=True)
         return self.inner_attention(q, k, v, dense=lambda: exact(call), is_causal=True, scale=DIM**-0.5)
 
 
@@ -90,32 +91,26 @@ class FakeModel(nn.Module):
         return outputs
 
 
-def thresholds(heads: int = HEADS, cdf: float = 0.7, sim: float = -1.0, pv: float = 50.0) -> Thresholds:
-    """The same values for all heads."""
-    return Thresholds(
-        torch.ones(heads, dtype=torch.bool),
-        torch.full((heads,), cdf),
-        torch.full((heads,), sim),
-        torch.full((heads,), pv),
-    )
+def tuned(heads: int = HEADS, threshold: float = 0.7, sim: float = -1.0, pv: float = 50.0, **more: Any) -> Tuned:
+    """The same values for all heads, all of them sparse."""
+    full = (torch.full((heads,), value) for value in (threshold, sim, pv))
+    return Tuned(torch.ones(heads, dtype=torch.bool), *full, **more)
 
 
 def tuned_model(**settings: Any) -> FakeModel:
     """A model with thresholds that differ from head to head and layer to layer."""
     model = FakeModel(**settings)
+    steps = torch.arange(HEADS) / 64
     for i, module in enumerate(model.inner):
-        values = thresholds()
-        steps = torch.arange(HEADS) / 64 + i / 16
-        module.set_thresholds(
-            Thresholds(values.is_sparse, values.cdfthreshd + steps, values.simthreshd1 + steps, values.pvthreshd - i),
-            expected_density=0.5 + i / 8,
-            lengths=(400, 700),
-        )
+        on, full = torch.ones(HEADS, dtype=torch.bool), torch.ones(HEADS)
+        more = dict(expected_density=0.5 + i / 8, lengths=(400, 700), bounds=(module.l1, module.pv_l1, module.tail))
+        shift = steps + i / 16
+        module.set_thresholds(Tuned(on, 0.7 + shift, -1.0 + shift, 50.0 * full - i, **more))
     return model
 
 
-def same(a: Thresholds, b: Thresholds) -> bool:
+def same(a: Tuned | None, b: Tuned | None) -> bool:
     """Equal to the bit."""
-    return all(
-        torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
-    )
+    assert a is not None and b is not None
+    pairs = [(getattr(a, name), getattr(b, name)) for name in FILE_KEYS.values()]
+    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs)

@@ -1,8 +1,9 @@
-"""SparseAttention: what it keeps through casts and copies, and what each mode returns."""
+"""SparseAttention: what it keeps through casts and copies, what each mode returns; dense runs and densities."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 import warnings
@@ -10,20 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from fake_model import DIM, HEADS, FakeModel, Prompt, activations, exact, same, thresholds, tuned_model
+from fake_model import DIM, HEADS, FakeModel, Prompt, activations, exact, same, tuned, tuned_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from autotune import SparseAttention, calibrate
-from autotune.module import BUFFERS, Thresholds, clean_path, sparse_modules
+from autotune import SparseAttention, Tuned, calibrate, dense, record_density
+from autotune.module import clean_path, sparse_modules
+from autotune.tuned import FILE_KEYS
 from spas_attn import fallback_counts, sparse_attention
-from spas_attn.backends import Call
-from spas_attn.selectors import MeanSimilarity, Tokens
+from spas_attn.call import Call
+from spas_attn.selectors import MeanSimilarity, Tokens, TopK, Union
 
 
 def run(module: SparseAttention, length: int = 400, q_len: int | None = None, **more: Any) -> tuple[Tensor, Tensor]:
     """The module's output, and the tensor that the original attention returned to it."""
     q, k, v = activations(1, q_len or length, length)
-    out = exact(Call(q, k, v, is_causal=True, scale=DIM**-0.5))
+    out = exact(Call.make(q, k, v, is_causal=True))
     got = module(q, k, v, dense=lambda: out, **(dict(is_causal=True, scale=DIM**-0.5) | more))
     return got, out
 
@@ -52,9 +55,9 @@ def test_thresholds_survive(change: str) -> None:
     model, reference = tuned_model(), tuned_model()
     changed = CHANGES[change](model)
     for module, expected in zip(changed.inner, reference.inner, strict=True):
-        assert same(module.thresholds(), expected.thresholds())
-        assert module.mode == "sparse" and module.lengths == (400, 700)
-        assert module.expected_density == expected.expected_density
+        assert same(module.tuned, expected.tuned)
+        assert module.mode == "sparse" and module.tuned.lengths == (400, 700)
+        assert module.tuned.expected_density == expected.tuned.expected_density
         assert torch.equal(run(module)[0], run(expected)[0])
 
 
@@ -69,8 +72,8 @@ def test_a_cast_still_reaches_the_weights_and_meta_moves_nothing_of_value() -> N
 def test_a_copy_is_not_the_original() -> None:
     model = tuned_model()
     other = copy.deepcopy(model)
-    other.inner[0].set_thresholds(thresholds(cdf=0.1))
-    assert same(model.inner[0].thresholds(), tuned_model().inner[0].thresholds())
+    other.inner[0].set_thresholds(tuned(threshold=0.1))
+    assert same(model.inner[0].tuned, tuned_model().inner[0].tuned)
 
 
 def test_a_copy_made_while_calibrating_is_not_watched() -> None:
@@ -89,24 +92,23 @@ def test_state_dict_is_that_of_the_unpatched_model() -> None:
     keys = {f"layers.{i}.projection.{name}" for i in (0, 1) for name in ("weight", "bias")}
     assert set(model.state_dict()) == keys
     assert not list(model.inner[0].parameters())
-    before = [module.thresholds() for module in model.inner]
+    before = [module.tuned for module in model.inner]
     assert not any(model.load_state_dict(FakeModel().state_dict()))  # nothing missing, nothing unexpected
-    assert all(same(a, module.thresholds()) for a, module in zip(before, model.inner, strict=True))
+    assert all(a is module.tuned for a, module in zip(before, model.inner, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["dense", "tune"])
 def test_untuned_modes_return_the_original_output_itself(mode: str) -> None:
     module = tuned_model().inner[0]
     module.mode = mode
-    seen = []
-    module.observer = lambda *args, **flags: seen.append((args, flags))
-    got, out = run(module)
+    seen: list[Any] = []
+    module.observer = seen.append
+    got, out = run(module, text=((0, 10),))
     assert got is out
     assert len(seen) == (mode == "tune")
-    if seen:
-        (watched, q, k, v), flags = seen[0]
-        assert watched is module and (q.shape[1], k.shape[1], v.shape[1]) == (HEADS, 2, 2)
-        assert flags == dict(is_causal=True, scale=DIM**-0.5, attn_mask=None, window=None, text=())
+    for call in seen:
+        assert (call.q.shape[1], call.k.shape[1], call.v.shape[1]) == (HEADS, 2, 2)
+        assert (call.is_causal, call.scale, call.attn_mask, call.text) == (True, DIM**-0.5, None, ((0, 10),))
 
 
 def test_sparse_mode_is_sparse_attention_with_the_thresholds() -> None:
@@ -114,8 +116,7 @@ def test_sparse_mode_is_sparse_attention_with_the_thresholds() -> None:
     module.record_density = True
     got, out = run(module)
     q, k, v = activations(1, 400, 400)
-    values = module.thresholds()
-    selector = MeanSimilarity(values.cdfthreshd, values.simthreshd1, pool=16, block_q=64, block_k=64)
+    selector = MeanSimilarity(module.cdfthreshd, module.simthreshd1, pool=16, block_q=64, block_k=64)
     expected, stats = sparse_attention(q, k, v, selector, is_causal=True, scale=DIM**-0.5, return_stats=True)
     assert torch.equal(got, expected)
     assert torch.equal(module.last_density, stats.density)
@@ -133,22 +134,21 @@ def test_decode_dense_now_and_all_dense_return_the_original_output_itself() -> N
     module.dense_now = True
     assert (lambda pair: pair[0] is pair[1])(run(module))
     module.dense_now = False
-    values = module.thresholds()
-    module.set_thresholds(
-        Thresholds(torch.zeros_like(values.is_sparse), values.cdfthreshd, values.simthreshd1, values.pvthreshd)
-    )
+    module.set_thresholds(dataclasses.replace(module.tuned, is_sparse=torch.zeros(HEADS, dtype=torch.bool)))
     assert (lambda pair: pair[0] is pair[1])(run(module))
 
 
-@pytest.mark.parametrize(("attribute", "watched"), [("dense_now", 0), ("always_dense", 1)])
-def test_what_runs_dense_may_still_be_watched(attribute: str, watched: int) -> None:
+def test_what_runs_dense_may_still_be_watched() -> None:
     module = tuned_model().inner[0]
-    setattr(module, attribute, True)
-    assert (lambda pair: pair[0] is pair[1])(run(module))
     seen: list[Any] = []
-    module.mode, module.observer = "tune", lambda *args, **flags: seen.append(flags)  # type: ignore[assignment]
-    run(module, text=((0, 10),))
-    assert [flags["text"] for flags in seen] == [((0, 10),)] * watched
+    module.mode, module.observer = "tune", seen.append
+    module.always_dense = True
+    run(module)
+    module.dense_now = True
+    run(module)
+    module.dense_now = False
+    run(module, q_len=63)
+    assert [type(x).__name__ for x in seen] == ["Call", "str", "str"], "those that are not, with a reason"
 
 
 def test_text_is_served_by_a_union_with_tokens() -> None:
@@ -157,8 +157,7 @@ def test_text_is_served_by_a_union_with_tokens() -> None:
     without = run(module)[0]
     got, _ = run(module, text=((100, 130),))
     q, k, v = activations(1, 400, 400)
-    values = module.thresholds()
-    selector = MeanSimilarity(values.cdfthreshd, values.simthreshd1, pool=16, block_q=64, block_k=64)
+    selector = MeanSimilarity(module.cdfthreshd, module.simthreshd1, pool=16, block_q=64, block_k=64)
     text = Tokens(((100, 130),), block_q=64, block_k=64)
     expected, stats = sparse_attention(q, k, v, selector | text, is_causal=True, scale=DIM**-0.5, return_stats=True)
     assert torch.equal(got, expected) and not torch.equal(got, without)
@@ -172,7 +171,7 @@ def test_autocast_reaches_selection_and_kernels_as_it_does_dense_attention(mode:
     module = tuned_model().inner[1]
     module.mode = mode
     seen: list[Any] = []
-    module.observer = lambda module, q, k, v, **flags: seen.extend((q.dtype, k.dtype, v.dtype))
+    module.observer = lambda call: seen.extend((call.q.dtype, call.k.dtype, call.v.dtype))
     q, k, v = activations(1, 400, 400)
     with torch.autocast("cpu", torch.bfloat16):
         # As behind a norm in float32; dense attention casts them too.
@@ -185,10 +184,10 @@ def test_autocast_reaches_selection_and_kernels_as_it_does_dense_attention(mode:
 
 def test_dense_heads_are_exact_beside_sparse_ones() -> None:
     module = tuned_model().inner[0]
-    values = thresholds(cdf=0.3)
-    values.is_sparse[1] = False
-    values.simthreshd1[1], values.pvthreshd[1] = 0.9, 1.0  # what a dense head carries must not matter
-    module.set_thresholds(values)
+    on = torch.tensor([True, False, True, True])
+    full = torch.ones(HEADS)
+    # What a dense head carries must not matter.
+    module.set_thresholds(Tuned(on, 0.3 * full, torch.where(on, -1.0, 0.9), torch.where(on, 50.0, 1.0)))
     module.record_density = True
     got, out = run(module)
     error = (got - out).abs().amax((0, 2, 3))
@@ -219,21 +218,25 @@ def test_key_padding_is_honoured() -> None:
     torch.testing.assert_close(got[:, :, 100:], other[:, :, 100:])
 
 
-def test_lengths_far_from_the_calibrated_ones_warn_once() -> None:
+def test_lengths_far_from_the_calibrated_ones_warn_once_in_each_direction() -> None:
     module = SparseAttention(selector=MeanSimilarity(pool=16, block_q=64, block_k=64))
-    module.set_thresholds(thresholds(), lengths=(300, 400))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for length in (150, 400, 800):
-            run(module, length)
-    with pytest.warns(RuntimeWarning, match="calibrated with 300 to 400 keys and now gets 801"):
-        run(module, 801)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run(module, 100)
-    module.set_thresholds(thresholds(), lengths=(300, 400))
-    with pytest.warns(RuntimeWarning, match="now gets 149"):
-        run(module, 149)
+
+    def warned(length: int, **more: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(module, length, **more)
+        return [str(w.message) for w in caught]
+
+    for _ in range(2):  # anew after each load
+        module.set_thresholds(tuned(lengths=(300, 400)))
+        assert not any(warned(length) for length in (150, 400, 800))
+        assert "calibrated with 300 to 400 keys and now gets 149" in warned(149)[0]
+        assert warned(100) == []
+        assert "now gets 801" in warned(801)[0], "a short prompt before does not use this up"
+        assert warned(900) == []
+    module.set_thresholds(tuned(lengths=(300, 400)))
+    mask = torch.arange(1000)[None] < 700
+    assert warned(1000, attn_mask=mask) == [], "padding is not counted"
 
 
 NAN = float("nan")
@@ -268,25 +271,25 @@ def test_backend_and_precision_are_checked() -> None:
         SparseAttention(precision="fp4")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", BUFFERS)
-def test_thresholds_are_checked(name: str) -> None:
-    module = SparseAttention()
-    values = dict(vars(thresholds()))
+@pytest.mark.parametrize("name", FILE_KEYS.values())
+def test_a_tuned_state_is_checked(name: str) -> None:
+    values = {field: getattr(tuned(), field) for field in FILE_KEYS.values()}
     with pytest.raises(ValueError, match="must have shape"):
-        module.set_thresholds(Thresholds(**(values | {name: values[name][None]})))
+        Tuned(**(values | {name: values[name][None]}))
     if name != "is_sparse":
         bad = values[name].clone()
         bad[2] = NAN
         with pytest.raises(ValueError, match=f"{name} must be finite"):
-            module.set_thresholds(Thresholds(**(values | {name: bad})))
-    assert module.is_sparse is None and module.mode == "dense"
+            Tuned(**(values | {name: bad}))
+    with pytest.raises(ValueError, match="this layer has 3 query heads, got 4"):
+        FakeModel(heads=3).inner[0].set_thresholds(tuned())
 
 
 def test_no_thresholds_yet() -> None:
     module = SparseAttention()
-    assert module.heads is None
+    assert module.heads is None and module.tuned is None and module.cdfthreshd is None
     with pytest.raises(RuntimeError, match="no thresholds yet"):
-        module.thresholds()
+        module.serving(Call.make(*activations(1, 64, 64)))
     module.set_heads(3)
     assert module.heads == 3 and module.mode == "dense"
     assert "heads=3" in repr(module)
@@ -295,6 +298,8 @@ def test_no_thresholds_yet() -> None:
 def test_paths() -> None:
     assert clean_path("_orig_mod.layers.0._orig_mod.attn") == "layers.0.attn"
     assert clean_path("_orig_mod.base_model.model.model.layers.0.attn") == "model.layers.0.attn"
+    assert clean_path("module._orig_mod.layers.0.attn") == clean_path("base_model.model.module.layers.0.attn")
+    assert clean_path("layers.module.attn") == "layers.module.attn"
     assert list(sparse_modules(tuned_model())) == ["layers.0.inner_attention", "layers.1.inner_attention"]
     with pytest.raises(ValueError, match=r"Linear has no SparseAttention layers: patch it first"):
         sparse_modules(nn.Linear(1, 1))
@@ -303,11 +308,7 @@ def test_paths() -> None:
 @pytest.mark.gpu
 def test_a_layer_in_a_cuda_graph_on_a_stream_of_its_own() -> None:
     layer = SparseAttention(backend="triton", precision="int8_bf16").cuda()
-    layer.set_thresholds(
-        Thresholds(
-            torch.tensor([True, False]), torch.tensor([0.6, 1.0]), torch.full((2,), -1.0), torch.full((2,), 50.0)
-        )
-    )
+    layer.set_thresholds(dataclasses.replace(tuned(2, 0.6), is_sparse=torch.tensor([True, False])))
     q, k, v = (torch.randn(1, 2, 1000, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
 
     def attend() -> torch.Tensor:
@@ -327,18 +328,61 @@ def test_a_layer_in_a_cuda_graph_on_a_stream_of_its_own() -> None:
     assert layer.last_density is None
 
 
-def test_thresholds_on_a_device_are_made_once_and_anew_when_they_change() -> None:
+def test_what_serves_a_device_is_made_once_and_anew_when_it_changes() -> None:
     layer = SparseAttention()
-    cpu = torch.device("cpu")
-    two = torch.tensor([True, False]), torch.tensor([0.6, 0.7]), torch.full((2,), -1.0), torch.full((2,), 50.0)
-    layer.set_thresholds(Thresholds(*two))
-    first = layer.tuned(cpu)[0]
+    call = Call.make(*activations(1, 64, 64, heads=2))
+    on, full = torch.tensor([True, False]), torch.ones(2)
+    layer.set_thresholds(Tuned(on, torch.tensor([0.6, 0.7]), -full, 50 * full))
+    first = layer.serving(call)[0]
     assert isinstance(first, MeanSimilarity)
-    assert layer.tuned(cpu)[0].cdf_threshold is first.cdf_threshold  # type: ignore[union-attr]
+    assert layer.serving(call)[0] is first
     assert torch.equal(first.cdf_threshold, torch.tensor([0.6, 1.0]))  # type: ignore[arg-type]
     assert first.sim_threshold == -1.0  # no similarity filter: not even measured
-    assert torch.equal(copy.deepcopy(layer).tuned(cpu)[0].cdf_threshold, torch.tensor([0.6, 1.0]))  # type: ignore
-    layer.set_thresholds(Thresholds(two[0], two[1], torch.tensor([0.4, 0.4]), two[3]))
-    changed = layer.tuned(cpu)[0]
+    layer.selector = TopK()
+    assert isinstance(layer.serving(call)[0], TopK)
+    layer.selector = MeanSimilarity()
+    layer.set_thresholds(Tuned(on, 0.6 * full, 0.4 * full, 50 * full))
+    changed = layer.serving(call)[0]
     assert isinstance(changed, MeanSimilarity)
     assert torch.equal(changed.sim_threshold, torch.tensor([0.4, -1.0]))  # type: ignore[arg-type]
+    assert isinstance(layer.serving(call.replace(text=((0, 5),)))[0], Union)
+
+
+def test_compiles_once_without_graph_breaks() -> None:
+    model = tuned_model()
+    expected = model(Prompt(1, 320))
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    layers = [torch.compile(layer, fullgraph=True, backend=counter) for layer in model.layers]
+    for _ in range(3):
+        for i, layer in enumerate(layers):
+            assert torch.equal(layer(*activations(10 + i, 320, 320)), expected[i])
+    assert counter.frame_count == len(layers)
+    model.inner[0].dense_now = True
+    assert not torch.equal(layers[0](*activations(10, 320, 320)), expected[0])
+
+
+def test_running_dense_and_recording_densities() -> None:
+    model, plain = tuned_model(), FakeModel()
+    model.inner[1].always_dense = True
+    prompts = [Prompt(1, 400), Prompt(2, 320)]
+    with record_density(model) as densities:
+        before = [model(prompt) for prompt in prompts]
+        model(Prompt(3, 63))  # decode
+        first = densities.per_layer
+        with dense(model):
+            for out, expected in zip(model(prompts[0]), plain(prompts[0]), strict=True):
+                assert torch.equal(out, expected)
+    assert list(first) == list(sparse_modules(model))
+    sparse, kept_dense = first.values()
+    assert kept_dense == 1.0 and 0 < sparse < 1
+    assert list(densities.per_layer.values()) == [pytest.approx((2 * sparse + 1) / 3), 1.0]
+    with record_density(model) as later:
+        assert all(torch.equal(x, y) for x, y in zip(model(prompts[0]), before[0], strict=True))
+        alone = later.per_layer["layers.0.inner_attention"]
+        later.clear()
+        assert later.per_layer == {} and later.mean != later.mean
+        model(prompts[1])
+        assert later.per_layer["layers.0.inner_attention"] == pytest.approx(2 * sparse - alone)
+        assert later.mean == pytest.approx(1 + sparse - alone / 2 - 0.5)
+    assert densities.mean == pytest.approx((2 * sparse + 1) / 6 + 0.5), "what another recording does is not in it"

@@ -1,4 +1,4 @@
-"""Search: limits against brute force, and the promise that chosen thresholds hold on new prompts."""
+"""Choosing: limits against brute force, and the promise that chosen thresholds hold on new prompts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from autotune.curves import BINS, PromptTally, Tally
-from autotune.search import choose, mean_error, mean_limit, tail_error, tail_share_limit, within_bounds
+from autotune.accumulate import BINS, PromptTally, Tally
+from autotune.choose import choose, mean_error, mean_limit, tail_error, tail_share_limit, within_bounds
 
 STEP = 10 ** (5 / BINS)  # ratio of the edges of a bin
 
@@ -26,7 +26,7 @@ def tally_of(errors: list[Tensor], norms: list[Tensor] | None = None, kept: Tens
         valid = torch.ones(1, heads, queries, dtype=torch.bool)
         open_tally.add_errors(slice(None), (relative * norm[:, None])[None], norm[None], valid)
         blocks = torch.arange(candidates).expand(heads, -1) if kept is None else kept.expand(heads, -1)
-        open_tally.add_blocks(blocks, torch.full((heads,), 100))
+        open_tally.add_blocks(slice(None), blocks, torch.full((heads,), 100))
         tally = open_tally.close(prompt)
         if total is None:
             total = tally

@@ -1,4 +1,4 @@
-"""Curves: one pass against the direct evaluation of every candidate, and tallies that add up exactly."""
+"""What is accumulated: one pass against the direct evaluation of every candidate, and tallies that add up exactly."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from fake_model import DIM, activations, exact, thresholds
+from fake_model import activations, exact, tuned
 from torch import Tensor
 
-from autotune import SparseAttention, curves, observe
-from autotune.curves import BINS, PromptTally, Tally
-from autotune.observe import Watched
-from spas_attn.selectors import MeanSimilarity, Union
+from autotune import Grid, SparseAttention, partials
+from autotune.accumulate import BINS, PromptTally, Tally, add_check, add_curves, add_pv_curves
+from autotune.sampling import Sampler
+from spas_attn.call import Call
+from spas_attn.selectors import MeanSimilarity, TopK, Union
 
-GRID = observe.Grid(cdf=(0.2, 0.6, 0.9), sim=(-1.0, 0.3), pv=(50.0, 6.0, 3.0, 1.5))
+GRID = Grid(cdf=(0.2, 0.6, 0.9), sim=(-1.0, 0.3), pv=(50.0, 6.0, 3.0, 1.5))
+PAIRS = GRID.pairs(MeanSimilarity())
 EDGES = 10 ** (torch.arange(BINS, dtype=torch.float64) * 5 / BINS - 4)
 
 # name: lengths, KV heads of 4, causal, window, padding on the left and right, block sizes, query blocks looked at, text
@@ -53,7 +55,7 @@ def make(
     block_k: int = 64,
     blocks: list[int] | None = None,
     text: tuple[tuple[int, int], ...] = (),
-) -> tuple[Watched, SparseAttention, list[int]]:
+) -> tuple[Call, SparseAttention, list[int]]:
     k_len = k_len or q_len
     q, k, v = activations(q_len, q_len, k_len, noise=0.2, k_heads=k_heads, batch=2)
     mask = None
@@ -61,13 +63,13 @@ def make(
         mask = torch.ones(2, k_len, dtype=torch.bool)
         mask[0, :left] = False
         mask[0, k_len - right :] = False
-    call = Watched(q, k, v, is_causal=is_causal, scale=DIM**-0.5, window=window, attn_mask=mask, text=text)
+    call = Call.make(q, k, v, is_causal=is_causal, window=window, attn_mask=mask, text=text)
     module = SparseAttention(selector=MeanSimilarity(pool=16, block_q=block_q, block_k=block_k))
-    module.set_thresholds(thresholds(cdf=0.98))
+    module.set_thresholds(tuned(threshold=0.98))
     return call, module, blocks or list(range(-(-q_len // block_q)))
 
 
-def counted(call: Watched, block_q: int, blocks: list[int]) -> Tensor:
+def counted(call: Call, block_q: int, blocks: list[int]) -> Tensor:
     """Queries that count, bool [B, 1, Lq]: of the chosen blocks, with something to see, and no padding themselves."""
     q_len, k_len = call.q.shape[2], call.k.shape[2]
     rows = torch.isin(torch.arange(q_len) // block_q, torch.tensor(blocks))
@@ -78,7 +80,7 @@ def counted(call: Watched, block_q: int, blocks: list[int]) -> Tensor:
     return valid
 
 
-def check(tally: Tally, candidate: int, out: Tensor, call: Watched, valid: Tensor) -> None:
+def check(tally: Tally, candidate: int, out: Tensor, call: Call, valid: Tensor) -> None:
     """One candidate's sums and histogram against its output."""
     truth = exact(call).double()
     difference, norm = (out.double() - truth).abs().sum(-1) * valid, truth.abs().sum(-1) * valid
@@ -98,46 +100,42 @@ def check(tally: Tally, candidate: int, out: Tensor, call: Watched, valid: Tenso
         assert (direct[1:] - above[head, 1:]).abs().sum() <= 0.01 * len(relative)
 
 
+def blocks_of(call: Call, block_q: int, kept: Tensor) -> Tensor:
+    """Blocks ``[B, H, nq, nk]`` of queries that are no padding, counted per head."""
+    real = torch.ones(2, 1, call.q_len, dtype=torch.bool)
+    if call.attn_mask is not None and (call.is_causal or call.q_len == call.k_len):
+        real = real & call.attn_mask[:, None, call.k_len - call.q_len :]
+    rows = torch.stack([part.any(-1) for part in real.split(block_q, -1)], -1)
+    return (kept.expand(2, 4, -1, -1) & rows[..., None]).sum((0, 2, 3))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_pass_equals_direct_evaluation(name: str) -> None:
     call, module, blocks = make(**CASES[name])
-    open_tally = PromptTally(4, len(GRID))
-    observe.add_curves(open_tally, module, call, GRID, blocks)
+    block_q = module.selector.block_q
+    open_tally = PromptTally(4, len(PAIRS))
+    add_curves(open_tally, module, call, GRID, blocks)
     tally = open_tally.close(0)
-    valid = counted(call, module.selector.block_q, blocks)
-    visible = module.selector.visible(observe.inputs_of(call)).expand(2, 4, -1, -1).sum((0, 2, 3))
+    valid = counted(call, block_q, blocks)
+    visible = blocks_of(call, block_q, module.selector.visible(call))
     assert torch.equal(tally.possible, visible)
-    for candidate in range(len(GRID)):
-        sim, cdf = GRID.pair(candidate)
-        module.set_thresholds(thresholds(cdf=cdf, sim=sim))
-        selector, _ = module.tuned(call.q.device, call.text)  # what serves such a call
-        mask = selector.select(
-            call.q, call.k, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask, window=call.window
-        )
-        assert torch.equal(tally.kept[:, candidate], mask.counts.sum((0, 2)))
+    for candidate, (sim, threshold) in enumerate(PAIRS):
+        module.set_thresholds(tuned(threshold=threshold, sim=sim))
+        mask = module.serving(call)[0].mask_of(call)  # what serves such a call
+        assert torch.equal(tally.kept[:, candidate], blocks_of(call, block_q, mask.to_dense()))
         check(tally, candidate, exact(call.replace(mask=mask)), call, valid)
     density = tally.density()
     assert torch.equal(density, tally.kept / visible[:, None].double())
     assert density.min() < 0.95, "the case drops too little to test anything"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("causal", "not causal", "ragged", "left padding", "window", "128 x 64", "64 x 128"),
-        "text first",
-        "text, 128 x 64",
-    ],
-)
+@pytest.mark.parametrize("name", ["causal", "ragged", "left padding", "window", "128 x 64", "64 x 128", "text first"])
 def test_pv_curve_equals_the_reference_backend(name: str) -> None:
     call, module, blocks = make(**CASES[name])
     open_tally = PromptTally(4, len(GRID.pv))
-    observe.add_pv_curves(open_tally, module, call, GRID, blocks)
+    add_pv_curves(open_tally, module, call, GRID, blocks)
     tally = open_tally.close(0)
-    selector, _ = module.tuned(call.q.device, call.text)
-    mask = selector.select(
-        call.q, call.k, is_causal=call.is_causal, scale=call.scale, attn_mask=call.attn_mask, window=call.window
-    )
+    mask = module.serving(call)[0].mask_of(call)
     valid = counted(call, module.selector.block_q, blocks)
     for candidate, pv in enumerate(GRID.pv):
         out = exact(call.replace(mask=mask, pv_threshold=torch.full((4,), pv)))
@@ -153,23 +151,57 @@ def test_text_is_kept_whatever_the_threshold() -> None:
     for text_sink in (True, False):
         call, module, blocks = make(**CASES["text first"])
         module.text_sink = text_sink
-        module.set_thresholds(thresholds(cdf=0.05))
-        open_tally = PromptTally(4, len(GRID))
-        observe.add_curves(open_tally, module, call, GRID, blocks)
+        module.set_thresholds(tuned(threshold=0.05))
+        open_tally = PromptTally(4, len(PAIRS))
+        add_curves(open_tally, module, call, GRID, blocks)
         densities[text_sink] = open_tally.close(0).density()[:, 0]
-        selector, _ = module.tuned(call.q.device, call.text)
-        kept = selector.select(call.q, call.k, is_causal=False).to_dense()
+        selector, _ = module.serving(call)
+        kept = selector.kept(call)
         assert isinstance(selector, Union) is text_sink
         assert bool(kept[:, :, :2].all() and kept[..., :2].all()) is text_sink  # 70 tokens touch two blocks of 64
     assert (densities[True] > densities[False]).all()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(side: str) -> None:
+    """A padded batch is judged as the same sequence without its padding."""
+    q, k, v = activations(3, 384, 384)
+    pad = (0, 0, 256, 0) if side == "left" else (0, 0, 0, 256)
+    mask = torch.nn.functional.pad(torch.ones(1, 384, dtype=torch.bool), pad[2:])
+    alone = Call.make(q, k, v, is_causal=True)
+    padded = Call.make(*(torch.nn.functional.pad(x, pad) for x in (q, k, v)), is_causal=True, attn_mask=mask)
+    module = SparseAttention(selector=MeanSimilarity(pool=16, block_q=64, block_k=64))
+    module.set_thresholds(tuned(threshold=0.9))
+    found = []
+    for call in (alone, padded):
+        blocks = Sampler(4, 0).blocks(call, 64, 1, 2)
+        curves, checked = PromptTally(4, len(PAIRS)), PromptTally(4, 2)
+        add_curves(curves, module, call, GRID, blocks)
+        add_check(checked, module, call)
+        found.append((curves.close(0), checked.close(0)))
+    for tally, other in zip(*found, strict=True):
+        assert torch.equal(tally.histogram.sum(-1), other.histogram.sum(-1))
+        assert torch.equal(tally.possible, other.possible) and torch.equal(tally.kept, other.kept)
+        torch.testing.assert_close(tally.total(), other.total(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_sampler_takes_blocks_that_are_no_padding() -> None:
+    mask = torch.zeros(2, 1000, dtype=torch.bool)
+    mask[0, 130:300], mask[1, 640:700] = True, True
+    x = torch.zeros(2, 1, 1000, 16)
+    call = Call.make(x, x, x, attn_mask=mask)
+    assert Sampler(None, 0).blocks(call, 64) == [2, 3, 4, 10]
+    found = [Sampler(2, seed).blocks(call, 64, 5, 6) for seed in range(20)]
+    assert {i for blocks in found for i in blocks} == {2, 3, 4, 10}
+    assert all(blocks == sorted(set(blocks)) and len(blocks) == 2 for blocks in found)
+
+
 def test_partials_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     call, module, blocks = make(q_len=320, is_causal=True)
-    whole, split = PromptTally(4, len(GRID)), PromptTally(4, len(GRID))
-    observe.add_curves(whole, module, call, GRID, blocks)
-    monkeypatch.setattr(curves, "_PARTIALS", 1)  # one KV head at a time
-    observe.add_curves(split, module, call, GRID, blocks)
+    whole, split = PromptTally(4, len(PAIRS)), PromptTally(4, len(PAIRS))
+    add_curves(whole, module, call, GRID, blocks)
+    monkeypatch.setattr(partials, "_PARTIALS", 1)  # one KV head at a time
+    add_curves(split, module, call, GRID, blocks)
     torch.testing.assert_close(split.sums, whole.sums, rtol=1e-6, atol=1e-9)
     assert torch.equal(split.kept, whole.kept)
 
@@ -193,10 +225,10 @@ def several(count: int) -> list[Tally]:
     tallies = []
     for prompt in range(count):
         q, k, v = activations(prompt, 256, 256, noise=0.3 + 0.2 * prompt)
-        call = Watched(q, k, v, is_causal=True, scale=DIM**-0.5)
+        call = Call.make(q, k, v, is_causal=True)
         module = SparseAttention(selector=MeanSimilarity(block_q=64, block_k=64))
-        open_tally = PromptTally(4, len(GRID))
-        observe.add_curves(open_tally, module, call, GRID, list(range(prompt % 3 + 1)))
+        open_tally = PromptTally(4, len(PAIRS))
+        add_curves(open_tally, module, call, GRID, list(range(prompt % 3 + 1)))
         tallies.append(open_tally.close(prompt))
     return tallies
 
@@ -231,3 +263,12 @@ def test_a_prompt_counted_twice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prompts \[1\] were counted twice"):
         a.merge(c)
     assert torch.equal(a.histogram, before)
+
+
+def test_the_grid_is_checked() -> None:
+    for name, value in (("cdf", ()), ("sim", ()), ("cdf", (1.0,)), ("pv", (0.0,))):
+        with pytest.raises(ValueError, match=name):
+            Grid(**{name: value})
+    assert Grid().pairs(TopK()) == [(-1.0, keep) for keep in TopK.candidates]
+    with pytest.raises(ValueError, match="TopK has no similarity filter"):
+        GRID.check(TopK())

@@ -1,0 +1,192 @@
+"""What a tuned file says beside thresholds: its ``"_metadata"``, written, and read with every value checked."""
+
+from __future__ import annotations
+
+import datetime
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata as packages
+from typing import Any
+
+from spas_attn.call import ALIASES, PRECISIONS
+from spas_attn.selectors import MeanSimilarity, Selector
+
+from .module import DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL, SparseAttention, transformers_of
+from .tuned import Bounds, check_bounds
+
+FORMAT = 2
+_PACKAGES = ("spas-attn", "torch", "transformers", "diffusers", "triton")
+_REQUIRED = ("model_class", "selector", "l1", "pv_l1", "tail")
+_FORMAT_1_FIELDS = ("block_q", "block_k", "pool", "sink", "local")  # of its selector, beside the class's name
+
+
+def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, Any]:
+    """The record of a tuned model."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = packages.version(name)
+        except packages.PackageNotFoundError:
+            continue
+    module = next(iter(modules.values()))
+    tuned = {path: module.tuned for path, module in modules.items() if module.tuned is not None}
+    densities = {path: t.expected_density for path, t in tuned.items() if t.expected_density is not None}
+    lengths = [length for t in tuned.values() for length in t.lengths or ()]
+    head_dims = {module.head_dim for module in modules.values()}
+    checked = next(iter(tuned.values())).bounds or (module.l1, module.pv_l1, module.tail)
+    replaced = (module.selector.tuned, "sim_threshold")  # their values are the tensors
+    return {
+        "format": FORMAT,
+        "model_class": _model_class(model),
+        "family": module.family,
+        "head_dim": head_dims.pop() if len(head_dims) == 1 else None,
+        "selector": {key: value for key, value in module.selector.to_dict().items() if key not in replaced},
+        "precision": module.precision,
+        "text_sink": module.text_sink,
+        "dense_steps": list(module.dense_steps) if module.dense_steps else None,
+        **dict(zip(("l1", "pv_l1", "tail"), checked, strict=True)),
+        "lengths": [min(lengths), max(lengths)] if lengths else None,
+        "mean_density": sum(densities.values()) / len(densities) if densities else None,
+        "layer_density": densities,
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _model_class(model: Any) -> str:
+    """Class of a model, or of a pipeline's first transformer, as it is without its wrappers."""
+    first: Any = transformers_of(model)[0][1]
+    first = getattr(first, "_orig_mod", first)
+    return type(first.module if type(first).__name__.endswith("DataParallel") else first).__name__
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a file says beside thresholds, checked; the defaults are those of a file of the original."""
+
+    selector: Selector
+    model_class: str = ""
+    family: str | None = None
+    head_dim: int | None = None
+    precision: Any = None  # None: the module's own
+    text_sink: bool = True
+    dense_steps: tuple[float, float] | None = None
+    bounds: Bounds | None = None
+    lengths: tuple[int, int] | None = None
+    densities: Mapping[str, float] = field(default_factory=dict)
+
+    def check(self, model: Any, modules: list[SparseAttention]) -> None:
+        """Reject a file of another family or head dim (layers of two models may have the same paths and heads), and
+        warn of what differs from the calibration.
+        """
+        families = {module.family for module in modules if module.family}
+        if self.family and families and self.family not in families:
+            raise ValueError(
+                f"the tuned file was made for {self.family} ({self.model_class}), and {_model_class(model)} belongs to "
+                f"the family {', '.join(sorted(families))}"
+            )
+        # The original's files and our first ones have no head dim, nor do files of models whose layers differ in it.
+        dims = {module.head_dim for module in modules if module.head_dim}
+        if self.head_dim is not None and not dims <= {self.head_dim}:
+            raise ValueError(
+                f"the tuned file was made for head dim {self.head_dim} ({self.model_class}), and {_model_class(model)} "
+                f"has {', '.join(map(str, sorted(dims)))}"
+            )
+        have = [module.dense_steps or (0.0, 0.0) for module in modules]
+        steps = self.dense_steps
+        if steps and any(first < steps[0] or last < steps[1] for first, last in have):
+            _warn(
+                f"the file was calibrated with dense_steps={steps}: the noise levels that ran dense were not measured; "
+                "patch the model with the same dense_steps"
+            )
+        own = {(module.l1, module.pv_l1, module.tail) for module in modules}
+        other = own - {self.bounds, (DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL)}
+        if self.bounds is not None and other:
+            _warn(
+                f"the model was patched with l1, pv_l1, tail = {sorted(other, key=str)[0]} and the file was tuned with "
+                f"{self.bounds}: the file's hold now, for later calibrations too; name bounds in calibrate() for others"
+            )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
+    """Check what a file says.
+
+    Args:
+        info: its ``"_metadata"``, None for a file of the original SpargeAttn.
+        block_q, block_k: block sizes of such a file, 128 and 64 by default.
+    """
+    if info is None:
+        q, k = block_q or 128, block_k or 64
+        return Info(MeanSimilarity(pool=min(q, k), block_q=q, block_k=k, local=0))
+    if not isinstance(info, dict):
+        raise ValueError(f"_metadata of the tuned file must be a dict, got {type(info).__name__}")
+    if info.get("format") not in (1, FORMAT):
+        raise ValueError(f"the tuned file has format {info.get('format')!r}, this version reads formats 1 and {FORMAT}")
+    absent = [name for name in _REQUIRED if name not in info]
+    if absent:
+        raise ValueError(f"_metadata of the tuned file lacks {absent}")
+    selector = _selector(info)
+    if block_q is not None or block_k is not None:
+        raise ValueError(
+            f"this file records its own block sizes ({selector.block_q} x {selector.block_k}); block_q and block_k "
+            "override those of the original SpargeAttn's files only"
+        )
+    bounds = (info["l1"], info["pv_l1"], info["tail"])
+    try:
+        check_bounds(*bounds)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"_metadata of the tuned file holds invalid bounds: {error}") from error
+
+    def optional(name: str, what: str, valid: Callable[[Any], bool], default: Any = None) -> Any:
+        value = info.get(name)
+        if value is not None and not valid(value):
+            raise ValueError(f"_metadata of the tuned file: {name} must be {what} or None, got {value!r}")
+        return default if value is None else value
+
+    precision = optional("precision", f"one of {PRECISIONS}", lambda x: x in PRECISIONS or x in ALIASES)
+    steps = optional("dense_steps", "two shares", lambda x: _pair(x, _share) and x[0] + x[1] < 1)
+    lengths = optional("lengths", "two numbers of keys", lambda x: _pair(x, _count) and x[0] <= x[1])
+    optional("mean_density", "in [0, 1]", _share)
+    return Info(
+        selector,
+        optional("model_class", "text", lambda x: isinstance(x, str), ""),
+        optional("family", "text", lambda x: isinstance(x, str)),
+        optional("head_dim", "a number", _count),
+        ALIASES.get(precision, precision),
+        optional("text_sink", "True or False", lambda x: isinstance(x, bool), True),
+        None if steps is None else (steps[0], steps[1]),
+        bounds,
+        None if lengths is None else (lengths[0], lengths[1]),
+        optional("layer_density", "a dict of shares by layer", _shares, {}),
+    )
+
+
+def _selector(info: dict[str, Any]) -> Selector:
+    content = info["selector"]
+    if info["format"] == 1:
+        content = {"class": content, **{name: info[name] for name in _FORMAT_1_FIELDS if name in info}}
+    try:
+        return Selector.from_dict(content)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"_metadata of the tuned file: selector {content!r} is invalid: {error}") from error
+
+
+def _count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+def _share(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= 1
+
+
+def _shares(x: Any) -> bool:
+    return isinstance(x, dict) and all(value is None or _share(value) for value in x.values())
+
+
+def _pair(x: Any, valid: Callable[[Any], bool]) -> bool:
+    return isinstance(x, (list, tuple)) and len(x) == 2 and all(valid(value) for value in x)
