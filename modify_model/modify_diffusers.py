@@ -248,7 +248,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], dense: Calla
     key_mask, reason = None, _dense_reason(q, given)
     if reason is None:
         key_mask, reason = _key_mask(given.get("attn_mask"), q.shape[0], k.shape[2])
-    if reason is not None:
+    if reason is not None and not now.dense:
         count_dense_call(reason)
         return dense()
     # Where a processor drops padded text (Mochi), less of it is left.

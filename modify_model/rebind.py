@@ -35,11 +35,12 @@ def obstacle(target: Any, table: Table) -> str | None:
     """
     call = type(target).__call__
     names, search = _names(call.__code__), _Search(table)
-    for owner in (vars(target), *(vars(cls) for cls in type(target).__mro__)):
-        for name in names & owner.keys():
-            value = getattr(owner[name], "__func__", owner[name])  # of a static or class method
+    owners = [("self", vars(target)), *((cls.__name__, vars(cls)) for cls in type(target).__mro__)]
+    for owner, members in owners:
+        for name in names & members.keys():
+            value = getattr(members[name], "__func__", members[name])  # of a static or class method
             if value is not call and search.value(value, names) is not value:
-                return f"{type(target).__name__}.{name}" if value is not vars(target).get(name) else f"self.{name}"
+                return f"{owner}.{name}"
     functions = {old.__name__ for old, _ in table}
     homes = {old.__module__.split(".")[0] for old, _ in table if old.__module__} | {"torch"}
     for code in _codes(call.__code__):
@@ -76,19 +77,19 @@ class _Search:
             return self.seen[function]
         self.seen[function] = function  # what a recursive function finds
         names, scope = _names(function.__code__), function.__globals__
-        changed = self._changed({name: scope[name] for name in names & scope.keys()}, names)
-        cells = {cell: cell.cell_contents for cell in function.__closure__ or () if _filled(cell)}
-        other_cells = {cell: types.CellType(new) for cell, new in self._changed(cells, names).items()}
-        defaults = dict(enumerate(function.__defaults__ or ()))
-        other_defaults = self._changed(defaults, names)
-        keywords = self._changed(function.__kwdefaults__ or {}, names)
-        if changed or other_cells or other_defaults or keywords:
-            scope = {**scope, **changed}
+        cells = dict(enumerate(function.__closure__ or ()))
+        values = dict(enumerate(function.__defaults__ or ()))
+        keywords = function.__kwdefaults__ or {}
+        new_scope = self._changed({name: scope[name] for name in names & scope.keys()}, names)
+        new_cells = self._changed({i: cell.cell_contents for i, cell in cells.items() if _filled(cell)}, names)
+        new_values, new_keywords = self._changed(values, names), self._changed(keywords, names)
+        if new_scope or new_cells or new_values or new_keywords:
+            scope = {**scope, **new_scope}
             scope.pop("__name__", None)  # by it, torch.compile would look names up in the original module
-            closure = tuple(other_cells.get(cell, cell) for cell in function.__closure__ or ())
-            values = tuple((defaults | other_defaults).values())
-            new = types.FunctionType(function.__code__, scope, function.__name__, values or None, closure or None)
-            new.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **keywords} or None
+            closure = tuple({**cells, **{i: types.CellType(value) for i, value in new_cells.items()}}.values())
+            defaults = tuple({**values, **new_values}.values())
+            new = types.FunctionType(function.__code__, scope, function.__name__, defaults or None, closure or None)
+            new.__kwdefaults__ = {**keywords, **new_keywords}
             self.seen[function] = new
         return self.seen[function]
 

@@ -82,7 +82,6 @@ def _image_prompt(batch: int) -> dict[str, Any]:
     }
 
 
-
 _WAN = ("blocks.0.attn1", "blocks.1.attn1")
 _BOTH = ("transformer_blocks.0.attn", "transformer_blocks.1.attn")
 _BOTH1 = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
