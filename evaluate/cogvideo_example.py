@@ -11,17 +11,9 @@ Exit code 2: an argument, a model or a file cannot be used; 130: interrupted, --
 
 import sys
 
-from _diffusion import main
-from _diffusion_models import Example, Size
+from modify_model.cli.main import Script
 
-from modify_model.modify_cogvideo import set_spas_sage_attn_cogvideox
-
-EXAMPLE = Example(
-    patch=set_spas_sage_attn_cogvideox,
-    pipelines={"CogVideoXPipeline": Size(480, 720, 49, 50)},
-    model_name="THUDM/CogVideoX-2b",
-    tiny=("CogVideoX",),
-)
+SCRIPT = Script(__file__, __doc__, pipelines=("CogVideoXPipeline",), defaults={"model_name": "THUDM/CogVideoX-2b"})
 
 if __name__ == "__main__":
-    sys.exit(main(EXAMPLE, __file__, __doc__))
+    sys.exit(SCRIPT.main())

@@ -11,17 +11,11 @@ Exit code 2: an argument, a model or a file cannot be used; 130: interrupted, --
 
 import sys
 
-from _diffusion import main
-from _diffusion_models import Example, Size
+from modify_model.cli.main import Script
 
-from modify_model.modify_flux import set_spas_sage_attn_flux
-
-EXAMPLE = Example(
-    patch=set_spas_sage_attn_flux,
-    pipelines={"FluxPipeline": Size(1024, 1024, None, 28)},
-    model_name="black-forest-labs/FLUX.1-dev",
-    tiny=("Flux",),
+SCRIPT = Script(
+    __file__, __doc__, pipelines=("FluxPipeline",), defaults={"model_name": "black-forest-labs/FLUX.1-dev"}
 )
 
 if __name__ == "__main__":
-    sys.exit(main(EXAMPLE, __file__, __doc__))
+    sys.exit(SCRIPT.main())

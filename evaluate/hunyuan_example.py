@@ -11,17 +11,14 @@ Exit code 2: an argument, a model or a file cannot be used; 130: interrupted, --
 
 import sys
 
-from _diffusion import main
-from _diffusion_models import Example, Size
+from modify_model.cli.main import Script
 
-from modify_model.modify_hunyuan import set_spas_sage_attn_hunyuan
-
-EXAMPLE = Example(
-    patch=set_spas_sage_attn_hunyuan,
-    pipelines={"HunyuanVideoPipeline": Size(720, 1280, 129, 30), "HunyuanDiTPipeline": Size(1024, 1024, None, 50)},
-    model_name="hunyuanvideo-community/HunyuanVideo",
-    tiny=("HunyuanVideo", "HunyuanDiT"),
+SCRIPT = Script(
+    __file__,
+    __doc__,
+    pipelines=("HunyuanVideoPipeline", "HunyuanDiTPipeline"),
+    defaults={"model_name": "hunyuanvideo-community/HunyuanVideo"},
 )
 
 if __name__ == "__main__":
-    sys.exit(main(EXAMPLE, __file__, __doc__))
+    sys.exit(SCRIPT.main())

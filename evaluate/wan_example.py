@@ -10,19 +10,25 @@ Exit code 2: an argument, a model or a file cannot be used; 130: interrupted, --
 """
 
 import sys
+from pathlib import Path
 
-from _diffusion import main
-from _diffusion_models import Example, Size
+from modify_model.cli.main import Script
 
-from modify_model.modify_wan import set_spas_sage_attn_wan
+sys.path.append(str(Path(__file__).parent / "demos"))
+import sampler
 
-EXAMPLE = Example(
-    patch=set_spas_sage_attn_wan,
-    pipelines={"WanPipeline": Size(480, 832, 81, 50)},
-    model_name="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    tiny=("Wan", "Wan2.2"),
-    float32=("vae",),  # as its makers run it
-)
+
+def demo(args, device):
+    """The demo Wan, which has no text encoder of its own; None for other pipelines."""
+    if not sampler.is_demo(args.model_name):
+        return None
+    if (args.height, args.width, args.frames) != (None, None, None):
+        raise ValueError("the demo has one size: leave out --height, --width and --frames")
+    return sampler.load(args.model_name, steps=args.steps or 12, device=device, dtype=args.dtype)
+
+
+NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+SCRIPT = Script(__file__, __doc__, pipelines=("WanPipeline",), defaults={"model_name": NAME}, special=demo)
 
 if __name__ == "__main__":
-    sys.exit(main(EXAMPLE, __file__, __doc__))
+    sys.exit(SCRIPT.main())

@@ -172,7 +172,7 @@ def tune(subject: Any, items: Sequence[Any], *, show: bool = True, hint: str = "
     Raises:
         ValueError: when there is nothing to watch: too short an input, or too few steps.
     """
-    with autotune.calibrate(subject.model, **options) as calibration, tqdm(unit="pass", disable=not show) as bar:
+    with autotune.calibrate(subject.model, **options) as calibration, tqdm(unit="pass", disable=not show, total=0) as bar:
         passes = calibration.prompts(items)
         while True:
             try:

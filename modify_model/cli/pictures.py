@@ -37,11 +37,12 @@ def write(comparisons: Sequence[Comparison], folder: Path, facts: dict[str, Any]
 
 def _record(c: Comparison) -> dict[str, Any]:
     density = [[None if x != x else round(x, 4) for x in row] for row in c.density.tolist()]
-    decibels = round(c.psnr, 3) if math.isfinite(c.psnr) else None  # JSON has no infinity
+    decibels = c.figures["PSNR dB"]
     return {
-        "prompt": c.prompt, "seed": c.seed, "psnr": decibels, "ssim": round(c.ssim, 5),
-        "sparsity": round(c.sparsity, 4), "dense_seconds": round(c.seconds[0], 2),
-        "sparse_seconds": round(c.seconds[1], 2), "timesteps": c.timesteps, "density_by_step_and_layer": density,
+        "prompt": c.prompt, "seed": c.seed, "psnr": round(decibels, 3) if math.isfinite(decibels) else None,  # JSON
+        "ssim": round(c.figures["SSIM"], 5), "sparsity": round(c.sparsity, 4),  # has no infinity
+        "dense_seconds": round(c.seconds[0], 2), "sparse_seconds": round(c.seconds[1], 2), "timesteps": c.timesteps,
+        "density_by_step_and_layer": density,
     }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def panel(comparisons: Sequence[Comparison], frames: list[int]) -> Image.Image:
     where = "above: dense, below: sparse" if len(frames) > 1 else "left: dense, right: sparse"
     for c in comparisons:
         exact, sparse = pictures(c.dense[frames]), pictures(c.sparse[frames])
-        text = f"{c.prompt}   |   {c.sparsity:.0%} left out, {c.psnr:.1f} dB, SSIM {c.ssim:.3f}   ({where})"
+        text = f"{c.prompt}   |   {c.sparsity:.0%} left out, {c.figures['PSNR dB']:.1f} dB, SSIM {c.figures['SSIM']:.3f}   ({where})"
         rows += [(text, exact), ("", sparse)] if len(frames) > 1 else [(text, exact + sparse)]
     width, height = rows[0][1][0].size
     tall = sum(height + _GAP + _BAR * bool(text) for text, _ in rows)
