@@ -13,8 +13,7 @@ import torch
 from cases import BF16, CASES, F32, HALF, Case
 from torch import Tensor
 
-from spas_attn import BlockMask, backends
-from spas_attn.backends import Call
+from spas_attn import BlockMask, Call, backends
 from spas_attn.metrics import relative_l1
 
 # Relative L1 against `reference`, both rounded to the call's dtype.
@@ -140,7 +139,7 @@ def test_rows_without_a_visible_key_give_zero(name: str, is_causal: bool) -> Non
 @pytest.mark.parametrize(("q_len", "k_len"), [(300, 300), (200, 333)])
 def test_causality_to_the_bit(name: str, masked: bool, dtype: torch.dtype, q_len: int, k_len: int) -> None:
     """Outputs do not depend on later tokens, not even on huge ones; the next output does."""
-    case = Case(q_len, k_len, heads=4, k_heads=2, is_causal=True, dtype=dtype, density=0.6 if masked else None)
+    case = Case(q_len, k_len, dim=32, heads=2, k_heads=1, is_causal=True, dtype=dtype, density=0.6 if masked else None)
     call = case.call()
     if masked:
         assert call.mask is not None
@@ -148,7 +147,7 @@ def test_causality_to_the_bit(name: str, masked: bool, dtype: torch.dtype, q_len
         call = call.replace(mask=BlockMask.from_dense(kept, q_len, k_len))
     before = run(name, call)
     offset = k_len - q_len
-    for first, value in ((q_len - 1, 1.0), (150, 60000.0), (129, -60000.0), (64, 3.0), (1, 60000.0)):
+    for first, value in ((q_len - 1, 1.0), (150, 60000.0), (129, -60000.0), (1, 60000.0)):
         later = [x.clone() for x in (call.q, call.k, call.v)]
         later[0][:, :, first:] = value / 100
         later[1][:, :, first + offset :] = value
@@ -299,7 +298,7 @@ def test_registry() -> None:
 
 
 def test_cases_are_awkward_enough() -> None:
-    """The list covers what issue 2 asks for; nobody drops a case unseen."""
+    """No kind of case is dropped unseen."""
     assert {1, 63, 127, 129, 1000} <= {c.q_len for c in CASES} | {c.k_len for c in CASES}
     assert {64, 80, 96, 128, 16, 256} <= {c.dim for c in CASES}
     assert {1, 4, 8} <= {c.heads // c.k_heads for c in CASES}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spas_attn import BlockMask, backends
-from spas_attn.backends import Call
+from spas_attn import BlockMask, Call, backends
 from spas_attn.block_mask import cdiv, visible_blocks
 from spas_attn.metrics import relative_l1
+from spas_attn.selectors import MeanSimilarity, Streaming, Tokens, TopK
 
 SIZES = st.sampled_from([64, 128])
 LENGTHS = st.integers(1, 600)
@@ -156,8 +158,9 @@ def test_flex_attention_computes_the_same(is_causal: bool, block_q: int, block_k
     kept[..., 0] = True
     mask = BlockMask.from_dense(kept, q_len, k_len, block_q, block_k)
     out = flex_attention(q, k, v, block_mask=mask.to_flex(is_causal))
-    expected = backends.get("reference").run(Call(q, k, v, mask, is_causal=is_causal, scale=32**-0.5))
-    dense = backends.get("reference").run(Call(q, k, v, None, is_causal=is_causal, scale=32**-0.5))
+    call = Call(q, k, v, is_causal=is_causal, scale=32**-0.5)
+    expected = backends.get("reference").run(call.replace(mask=mask))
+    dense = backends.get("reference").run(call)
     assert relative_l1(out, expected) < 1e-5
     assert relative_l1(dense, expected) > 0.05, "the mask makes no difference, so the comparison shows nothing"
 
@@ -172,6 +175,79 @@ def test_to_device_keeps_everything() -> None:
             assert theirs.shape == ours.shape
         else:
             assert ours == theirs
+
+
+def int32(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def own(counts: Tensor, indices: Tensor, **more: Any) -> BlockMask:
+    """A mask of one's own over 200 x 300 tokens: two rows of three blocks."""
+    sizes: dict[str, Any] = {"block_q": 128, "block_k": 128, "q_len": 200, "k_len": 300}
+    return BlockMask(counts[None, None], indices[None, None], **sizes | more)
+
+
+@pytest.mark.parametrize("filler", [-7, 0, 99])
+def test_masks_of_ones_own(filler: int) -> None:
+    mask = own(int32(1, 2), int32([2, filler, 0], [0, 2, filler]))
+    assert mask.to_dense()[0, 0].tolist() == [[False, False, True], [True, False, True]]
+    assert own(int32(0, 3), int32([filler] * 3, [0, 1, 2])).counts.tolist() == [[[0, 3]]]
+    packed = own(int32(1, 1), int32([0, filler, 1], [1, filler, 1]), cu_seqlens_q=int32(0, 100, 200),
+                 cu_seqlens_k=int32(0, 100, 300))  # fmt: skip
+    assert [part.to_dense().flatten().tolist() for part in packed.split()] == [[True], [False, True]]
+
+
+PACKED = {"cu_seqlens_q": int32(0, 100, 200), "cu_seqlens_k": int32(0, 100, 300)}
+
+
+@pytest.mark.parametrize(
+    ("counts", "indices", "more", "message"),
+    [
+        (int32(1, 4), int32([0, 1, 2], [0, 1, 2]), {}, r"counts must be in \[0, 3\].*got 1 to 4"),
+        (int32(-1, 1), int32([0, 1, 2], [0, 1, 2]), {}, r"counts must be in \[0, 3\].*got -1 to 1"),
+        (int32(1, 2), int32([0, 1, 2], [0, 3, 2]), {}, r"indices of kept blocks must be in \[0, 2\], got 3"),
+        (int32(1, 2), int32([-1, 1, 2], [0, 1, 2]), {}, r"indices of kept blocks must be in \[0, 2\], got -1"),
+        (int32(1, 2), int32([0, 1, 2], [1, 1, 2]), {}, r"must rise in every row, without duplicates, got \[1, 1, 2\]"),
+        (int32(3, 1), int32([0, 2, 1], [1, 1, 1]), {}, r"must rise in every row, without duplicates, got \[0, 2, 1\]"),
+        (int32(1, 1), int32([1, 0, 0], [0, 0, 0]), PACKED, r"indices of kept blocks must be in \[0, 0\], got 1"),
+        (int32(1, 1), int32([0, 0, 0], [0, 0, 0]), PACKED | {"cu_seqlens_q": int32(0, 50, 100, 200)},
+         "must have one length"),
+        (int32(1, 1), int32([0, 0, 0], [0, 0, 0]), PACKED | {"cu_seqlens_q": int32(0, 9, 100)},
+         "cu_seqlens_q must rise from 0 to q_len 200"),
+        (int32(1, 1), int32([0, 0, 0], [0, 0, 0]), PACKED | {"cu_seqlens_q": int32(0, 20, 200)},
+         r"3 rows of up to 2 blocks, but indices have \(2, 3\)"),
+    ],
+)  # fmt: skip
+def test_contents_of_ones_own_masks_are_checked(
+    counts: Tensor, indices: Tensor, more: dict[str, Any], message: str
+) -> None:
+    """Backends read different things out of such masks, kernels outside of memory."""
+    with pytest.raises(ValueError, match=message):
+        own(counts, indices, **more)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails when a tensor's content decides something on the host, which on a GPU would wait for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        assert not any(read in name for read in ("_local_scalar_dense", "nonzero", "unique")), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_masks_of_the_library_are_not_read_on_the_host() -> None:
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingIsRead():
+        own(int32(1, 1), int32([0, 0, 0], [0, 0, 0]))
+    q, k = torch.randn(1, 2, 200, 32), torch.randn(1, 2, 300, 32)
+    selectors = [MeanSimilarity(torch.full((2,), 0.5), 0.3), TopK(0.5) | Tokens(((0, 5),)), Streaming()]
+    with NothingIsRead():
+        mask = BlockMask.from_dense(torch.ones(1, 2, 2, 3, dtype=torch.bool), 200, 300)
+        packed = BlockMask.pack([mask, mask], int32(0, 200, 400), int32(0, 300, 600))
+        assert len([mask.to("cpu"), *packed.split()]) == 3
+        call = Call.make(q, k, k, mask=mask)
+        assert call.blocks == (128, 128)
+        for selector in selectors:
+            assert selector.mask_of(call).counts.shape == (1, 2, 2)
 
 
 GRID = torch.ones(1, 1, 2, 3, dtype=torch.bool)

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import BF16, CASES, F32, HALF, Case
+from conftest import FakeGpu, on_gpu
 from torch import Tensor
 
-from spas_attn import BlockMask, backends
-from spas_attn.backends import Call, flash, reference, sdpa
+from spas_attn import BlockMask, Call, backends
+from spas_attn.backends import flash, reference, sdpa
 from spas_attn.backends.block_lists import split_blocks
 from spas_attn.block_mask import cdiv, visible_blocks
 from spas_attn.metrics import relative_l1
@@ -127,9 +128,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         out = reference.run(call.replace(is_causal=False, attn_mask=visible))
         return out.transpose(1, 2).contiguous(), None
 
-    module = ModuleType("flash_attn.cute.interface")
-    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    module.BlockSparseTensorsTorch = BlockSparse  # type: ignore[attr-defined]
+    module: Any = ModuleType("flash_attn.cute.interface")
+    module.flash_attn_func = flash_attn_func
+    module.BlockSparseTensorsTorch = BlockSparse
     monkeypatch.setattr(flash, "_module", lambda: module)
     return seen
 
@@ -172,14 +173,6 @@ def test_compiles_without_a_graph_break(is_causal: bool, calls: list[dict[str, A
     assert torch.equal(out, flash.run(call))
 
 
-class OnGpu(torch.Tensor):
-    """A CPU tensor that says it is on a GPU, so that what is asked about devices can be asked here."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda:0")
-
-
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 REFUSED = [
     # compute capability, case, changes, words of the reason (None: served)
@@ -193,7 +186,6 @@ REFUSED = [
     (HOPPER, Case(300, 300, dtype=HALF, padding="left"), {}, "attention mask"),
     (HOPPER, Case(300, 300, dtype=HALF, is_causal=True, window=100), {}, "window"),
     (HOPPER, Case(300, 300, dtype=HALF), {"precision": "int8_bf16"}, "int8_bf16"),
-    (HOPPER, Case(300, 300, dtype=HALF), {"scale": -1.0}, "positive, not -1.0"),
     (BLACKWELL, Case(300, 300, dtype=HALF, dim=128), {}, "query blocks of 256, not 128"),
     (BLACKWELL, Case(100, 300, dtype=HALF, dim=128), {}, None),
     (BLACKWELL, Case(300, 300, dtype=HALF, dim=256), {}, None),
@@ -206,48 +198,40 @@ REFUSED = [
 
 @pytest.mark.parametrize(("capability", "case", "changes", "reason"), REFUSED, ids=str)
 def test_refusals(
-    capability: tuple[int, int],
-    case: Case,
-    changes: dict[str, object],
-    reason: str | None,
-    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int], case: Case, changes: dict[str, object], reason: str | None, gpu_like: FakeGpu
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    call = case.call(**changes)
-    call = call.replace(**{name: getattr(call, name).as_subclass(OnGpu) for name in "qkv"})
-    declined = flash._declines(call)
+    gpu_like.capability = capability
+    declined = backends.get("flash").declines(on_gpu(case.call(**changes)))
     assert declined is None if reason is None else reason in str(declined)
 
 
-def test_refuses_processors() -> None:
-    call = Case(300, 300, dtype=HALF).call()
-    assert "cpu" in str(flash._declines(call))
+def test_refuses_a_cpu() -> None:
+    assert "cpu" in str(backends.get("flash").declines(Case(300, 300, dtype=HALF).call()))
 
 
-def test_missing(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -> None:
-    problem = flash._import_problem.__wrapped__  # type: ignore[attr-defined]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert flash._missing() == "no CUDA GPU"
+def test_missing(gpu_like: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def problem() -> str | None:
+        flash._import_problem.cache_clear()  # type: ignore[attr-defined]
+        return backends.get("flash").missing()
+
+    assert problem() == "no CUDA GPU"
+    gpu_like.is_there = True
     monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: None)
-    assert "pip install --pre flash-attn-4" in problem()
+    assert "pip install --pre flash-attn-4" in str(problem())
     monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: object())
-    assert problem() is None
-
-    def absent() -> ModuleType:
-        raise ImportError("No module named 'cutlass'")
-
-    monkeypatch.setattr(flash, "_module", absent)
-    assert "No module named 'cutlass'" in problem()
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # version 2 alone, or a part of version 4 is absent
+    flash._module.cache_clear()
+    assert "cannot be imported" in str(problem())
+    flash._import_problem.cache_clear()  # type: ignore[attr-defined]
 
 
 def test_registered() -> None:
     assert backends.get("flash").run is flash.run
     assert not backends.get("flash").skips_pv
-    assert "flash_attn" not in sys.modules or flash._import_problem() is None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif("flash._missing() is not None", reason="flash-attn-4 is not installed")
+@pytest.mark.skipif("backends.get('flash').missing() is not None", reason="flash-attn-4 is not installed")
 @pytest.mark.parametrize(
     "case",
     [
@@ -263,7 +247,7 @@ def test_registered() -> None:
 )
 def test_the_package_itself(case: Case) -> None:
     call = case.call(device="cuda")
-    if (why := flash._declines(call)) is not None:
+    if (why := backends.get("flash").declines(call)) is not None:
         pytest.skip(f"declined: {why}")
     first, second = flash.run(call), flash.run(call)
     assert relative_l1(first, reference.run(call)) < 0.003

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from cases import BF16, F32, HALF, Case
+from conftest import FakeGpu, on_gpu
 from torch import Tensor
 
-from spas_attn.backends import Call, sage, sdpa
+from spas_attn import Call, backends
+from spas_attn.backends import sage, sdpa
 from spas_attn.metrics import relative_l1
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A module `sageattention` as 1.0.6 behaves: it subtracts the mean from K in place. Yields the calls it got."""
-    seen: list[dict[str, Any]] = []
+class Package:
+    """A stand-in for sageattention; by default as 1.0.6 behaves: it subtracts the mean from K in place.
+
+    Attributes:
+        version: its version; calls: what it was called with.
+    """
+
+    def __init__(self) -> None:
+        self.version = "1.0.6"
+        self.calls: list[dict[str, Any]] = []
 
     def sageattn(
+        self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -33,19 +41,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         assert not kwargs
         assert all(x.stride(-1) == 1 for x in (q, k, v)), "Last dim of qkv must be contiguous."
         assert tensor_layout == "HND"
-        seen.append({"is_causal": is_causal, "sm_scale": sm_scale, "k": k})
+        self.calls.append({"is_causal": is_causal, "sm_scale": sm_scale, "k": k})
         k -= k.mean(dim=2, keepdim=True)
         return sdpa.run(Call(q, k, v, is_causal=is_causal, scale=sm_scale or q.shape[-1] ** -0.5))
 
-    install(monkeypatch, sageattn)
-    return seen
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> Package:
+    """The stand-in, installed."""
+    made = Package()
+    monkeypatch.setitem(sys.modules, "sageattention", made)  # type: ignore[arg-type]
+    monkeypatch.setattr(sage, "_major", lambda: int(made.version[0]))
+    return made
 
 
-def install(monkeypatch: pytest.MonkeyPatch, sageattn: Any, version: int = 1) -> None:
-    module = ModuleType("sageattention")
-    module.sageattn = sageattn  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sageattention", module)
-    monkeypatch.setattr(sage, "_major", lambda: version)
+def declines(call: Call) -> str | None:
+    return backends.get("sage").declines(call)
 
 
 @pytest.mark.parametrize(
@@ -57,19 +68,19 @@ def install(monkeypatch: pytest.MonkeyPatch, sageattn: Any, version: int = 1) ->
     ],
     ids=str,
 )
-def test_runs_and_leaves_k_alone(case: Case, calls: list[dict[str, Any]]) -> None:
+def test_runs_and_leaves_k_alone(case: Case, package: Package) -> None:
     call = case.call()
     before = call.k.clone()
     out = sage.run(call)
     assert torch.equal(call.k, before)
     assert out.shape == call.q.shape
     assert relative_l1(out, sdpa.run(call)) < 0.01
-    assert len(calls) == 1
-    assert calls[0]["is_causal"] is case.is_causal
-    assert calls[0]["sm_scale"] == call.scale
+    assert len(package.calls) == 1
+    assert package.calls[0]["is_causal"] is case.is_causal
+    assert package.calls[0]["sm_scale"] == call.scale
 
 
-def test_rows_in_one_piece(calls: list[dict[str, Any]]) -> None:
+def test_rows_in_one_piece(package: Package) -> None:
     call = Case(64, 64, dtype=HALF, density=None).call()
     turned = call.k.transpose(2, 3).contiguous().transpose(2, 3)
     before = turned.clone()
@@ -77,17 +88,16 @@ def test_rows_in_one_piece(calls: list[dict[str, Any]]) -> None:
     assert torch.equal(turned, before)
 
 
-def test_version_2_gets_k_itself(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -> None:
-    monkeypatch.setattr(sage, "_major", lambda: 2)
+def test_version_2_gets_k_itself(package: Package) -> None:
+    package.version = "2.2.0"
     call = Case(64, 64, dtype=HALF, density=None).call()
     sage.run(call)
-    assert calls[0]["k"] is call.k
+    assert package.calls[0]["k"] is call.k
 
 
 def test_an_unknown_version_counts_as_1() -> None:
-    assert sage._major() in (1, 2)
-    if "sageattention" not in sys.modules:
-        assert sage._major.__wrapped__() == 1 or sage._missing() is None
+    if backends.get("sage").missing() is not None:
+        assert sage._major() == 1
 
 
 REFUSED = [
@@ -101,21 +111,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("case", "reason"), REFUSED, ids=lambda x: str(x).replace(" ", "_"))
-def test_refusals(case: Case, reason: str, calls: list[dict[str, Any]]) -> None:
-    assert reason in str(sage._declines(case.call()))
-
-
-class OnGpu(torch.Tensor):
-    """A CPU tensor that says it is on a GPU, so that what is asked about devices can be asked here."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda:0")
-
-
-def on_gpu(case: Case) -> Call:
-    call = case.call()
-    return call.replace(**{name: getattr(call, name).as_subclass(OnGpu) for name in "qkv"})
+def test_refusals(case: Case, reason: str, package: Package) -> None:
+    assert reason in str(declines(case.call()))
 
 
 SHAPES = [
@@ -135,35 +132,29 @@ SHAPES = [
 
 @pytest.mark.parametrize(("release", "capability", "case", "reason"), SHAPES, ids=str)
 def test_refusals_by_release(
-    release: int,
-    capability: tuple[int, int],
-    case: Case,
-    reason: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-    calls: list[dict[str, Any]],
+    release: int, capability: tuple[int, int], case: Case, reason: str | None, gpu_like: FakeGpu, package: Package
 ) -> None:
-    monkeypatch.setattr(sage, "_major", lambda: release)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    declined = sage._declines(on_gpu(case))
+    package.version, gpu_like.capability = f"{release}.0.0", capability
+    declined = declines(on_gpu(case.call()))
     assert declined is None if reason is None else reason in str(declined)
 
 
-def test_scale_goes_only_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scale_goes_only_where_it_is_taken(package: Package) -> None:
     def sageattn(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False) -> Tensor:
         return sdpa.run(Call(q, k, v, is_causal=is_causal, scale=q.shape[-1] ** -0.5))
 
-    install(monkeypatch, sageattn)
+    package.sageattn = sageattn  # type: ignore[method-assign, assignment]
     plain, scaled = (Case(64, 64, dtype=HALF, density=None, scale=scale).call() for scale in (None, 0.3))
-    assert "0.3" in str(sage._declines(scaled))
-    assert "cpu" in str(sage._declines(plain))
+    assert "0.3" in str(declines(scaled))
+    assert "cpu" in str(declines(plain))
     assert relative_l1(sage.run(plain), sdpa.run(plain)) < 0.01
 
 
-def test_missing(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert sage._missing() == "no CUDA GPU"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert sage._missing() is None
+def test_missing(gpu_like: FakeGpu, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = backends.get("sage").missing
+    assert missing() == "no CUDA GPU"
+    gpu_like.is_there = True
+    assert missing() is None
     monkeypatch.delitem(sys.modules, "sageattention")
     monkeypatch.setattr(sage.importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in str(sage._missing())
+    assert "not installed" in str(missing())
