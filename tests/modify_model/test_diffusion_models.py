@@ -5,18 +5,18 @@ from __future__ import annotations
 import inspect
 import types
 
-import pipelines
 import pytest
 import torch
-from diffusion_models import CASES
+from families import CASES, run
+from pipelines import generate
 from torch import nn
 
 import autotune
-import autotune.module
-from autotune import SparseAttention
-from autotune.observe import Grid
-from modify_model import patch, restore, verify
+from autotune import Grid, SparseAttention
+from modify_model import families, patch, restore, verify
+from modify_model.cli.tiny import TINY
 from modify_model.modify_cogvideo import set_spas_sage_attn_cogvideox
+from modify_model.modify_diffusers import diffusers_family
 from modify_model.modify_flux import set_spas_sage_attn_flux
 from modify_model.modify_hunyuan import set_spas_sage_attn_hunyuan
 from modify_model.modify_wan import set_spas_sage_attn_wan
@@ -30,29 +30,10 @@ LOOSE = dict(l1=0.4, pv_l1=0.5, tail=None)
 GRID = Grid(cdf=(0.3, 0.6, 0.9), sim=(-1.0,), pv=(50.0,))
 
 
-def run(model, inputs):
-    return model(**inputs, return_dict=False)[0]
-
-
-@pytest.fixture
-def sparse_calls(monkeypatch):
-    """The arguments of every sparse call: query and key lengths, and the padding."""
-    seen = []
-    attend = autotune.module.sparse_attention
-
-    def spy(q, k, v, *args, **arguments):
-        seen.append((q.shape[2], k.shape[2], arguments["attn_mask"]))
-        return attend(q, k, v, *args, **arguments)
-
-    monkeypatch.setattr(autotune.module, "sparse_attention", spy)
-    return seen
-
-
 # -- HunyuanVideo -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cdf", [1.0, 0.4])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("cdf", "batch"), [(1.0, 2), (0.4, 1), (0.4, 2)])
 def test_hunyuan_video_honours_its_mask_and_runs_sparse(cdf, batch, set_sparse, sparse_calls, fallbacks):
     case = CASES["HunyuanVideo"]
     model, inputs = case.model(), case.inputs(batch)
@@ -60,8 +41,9 @@ def test_hunyuan_video_honours_its_mask_and_runs_sparse(cdf, batch, set_sparse, 
     inner = set_sparse(patch(model), cdf=cdf)
     got = run(model, inputs)
     assert len(sparse_calls) == 2 and fallbacks() == {}
-    for q_len, k_len, padding in sparse_calls:
-        assert q_len == k_len == 576
+    for call, _ in sparse_calls:
+        assert call.q_len == call.k_len == 576
+        padding = call.key_mask
         assert padding.shape == (batch, 576) and int((~padding[0]).sum()) == 16
         assert batch == 1 or bool(padding[1].all())
     assert all(float(module.last_density.mean()) < (1.01 if cdf == 1 else 0.9) for module in inner)
@@ -76,30 +58,6 @@ def test_hunyuan_video_honours_its_mask_and_runs_sparse(cdf, batch, set_sparse, 
     assert error < 1e-5 if cdf == 1 else error > 1e-3
 
 
-def test_hunyuan_video_padding_in_the_curves(set_sparse):
-    """A calibration counts no query of the padding, and keeps the text."""
-    case = CASES["HunyuanVideo"]
-    model, inputs = patch(case.model(), **LOOSE), case.inputs(1)
-    with autotune.calibrate(model, grid=GRID, query_blocks=None) as calibration:
-        for prompt in calibration.prompts([inputs]):
-            run(model, prompt)
-    for layer in calibration.layers:
-        assert int(layer.curves.queries[0]) == int(layer.check.queries[0]) == 560  # of 576 tokens 16 are padding
-        kept, possible = layer.check.kept[:, 1], layer.check.possible
-        assert (possible == 25).all()
-        density = torch.where(layer.module.is_sparse, kept / possible, 1.0)
-        assert layer.module.expected_density == pytest.approx(float(density.mean()))
-    # The very blocks that serve are those that were counted.
-    expected = [[head["sparsity"] for head in entry["heads"]] for entry in calibration.statistics]
-    inner = [module for module in model.modules() if isinstance(module, SparseAttention)]
-    for module in inner:
-        module.record_density = True
-    run(model, inputs)
-    for module, sparsity in zip(inner, expected, strict=True):
-        assert (1 - module.last_density[0]).tolist() == pytest.approx(sparsity, abs=1e-4)
-        assert min(sparsity) > 0.05
-
-
 def test_token_refiners_stay_as_they_are():
     model = CASES["HunyuanVideo"].model()
     refiners = {path: id(p) for path, p in model.attn_processors.items() if "refiner" in path}
@@ -108,13 +66,42 @@ def test_token_refiners_stay_as_they_are():
     assert refiners == {path: id(p) for path, p in model.attn_processors.items() if "refiner" in path}
 
 
+# -- Mochi and SD3.5 --------------------------------------------------------------------------------------------------
+
+
+def test_mochi_drops_the_padded_text_of_each_sample(set_sparse, sparse_calls, fallbacks):
+    case = CASES["Mochi"]
+    model, inputs = patch(case.model()), case.inputs(2)
+    set_sparse(model)
+    run(model, inputs)
+    lengths = inputs["encoder_attention_mask"].sum(1).tolist()
+    assert lengths == [24, 32] and fallbacks() == {}
+    assert [(call.k_len, call.text) for call, _ in sparse_calls] == [
+        (768 + length, ((768, 768 + length),)) for _ in case.layers for length in lengths
+    ]
+
+
+def test_sd35_dual_blocks_have_two_attentions(set_sparse, sparse_calls):
+    case = CASES["SD3.5"]
+    model = patch(case.model())
+    set_sparse(model)
+    run(model, case.inputs())
+    assert [(call.k_len, call.text) for call, _ in sparse_calls] == [
+        (608, ((576, 608),)),
+        (576, ()),
+        (608, ((576, 608),)),
+    ]
+    processors = [block.attn.processor for block in restore(model).transformer_blocks]
+    assert processors[0] is model.transformer_blocks[0].attn2.processor  # diffusers gives both the same
+
+
 # -- Flux -------------------------------------------------------------------------------------------------------------
 
 
 def test_flux_dual_and_single_blocks_never_mix(set_sparse):
     model = patch(CASES["Flux"].model())
     for value, module in zip((0.25, 0.75), set_sparse(model), strict=True):
-        module.cdfthreshd.fill_(value)
+        module.tuned.threshold.fill_(value)
     state = autotune.extract_sparse_attention_state_dict(model)
     fresh = patch(CASES["Flux"].model())
     autotune.load_sparse_attention_state_dict(fresh, dict(reversed(state.items())))
@@ -125,12 +112,7 @@ def test_flux_dual_and_single_blocks_never_mix(set_sparse):
         autotune.load_sparse_attention_state_dict(fresh, one_kind)
 
 
-def test_flux_single_blocks_know_the_text_of_every_call(set_sparse, monkeypatch):
-    seen = []
-    tuned = SparseAttention.tuned
-    monkeypatch.setattr(
-        SparseAttention, "tuned", lambda self, device, text: seen.append(text) or tuned(self, device, text)
-    )
+def test_flux_single_blocks_know_the_text_of_every_call(set_sparse, sparse_calls):
     case = CASES["Flux"]
     model = set_spas_sage_attn_flux(case.model(), layer_range=(1, 2))  # only the single-stream block
     set_sparse(model)
@@ -138,7 +120,7 @@ def test_flux_single_blocks_know_the_text_of_every_call(set_sparse, monkeypatch)
     for length in (64, 32, 64):
         part = {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :length], "txt_ids": torch.zeros(length, 3)}
         run(model, inputs | part)
-    assert seen == [((0, 64),), ((0, 32),), ((0, 64),)]
+    assert [call.text for call, _ in sparse_calls] == [((0, 64),), ((0, 32),), ((0, 64),)]
     assert [row.status for row in verify(model).layers] == ["left", "sparse"]
 
 
@@ -154,7 +136,8 @@ def test_a_padding_mask_of_the_user_is_honoured(shape, batch, rows, set_sparse, 
     expected = run(model, inputs)
     set_sparse(patch(model), cdf=1.0)
     assert_close(run(model, inputs), expected)
-    assert len(sparse_calls) == 2 and all(torch.equal(padding, mask.expand(batch, -1)) for *_, padding in sparse_calls)
+    assert len(sparse_calls) == 2
+    assert all(torch.equal(call.key_mask, mask.expand(batch, -1)) for call, _ in sparse_calls)
     assert fallbacks() == {}
 
 
@@ -180,17 +163,8 @@ def test_other_masks_run_dense_and_are_counted(kind, batch, set_sparse, sparse_c
     assert sparse_calls == []
     assert [("mask" in reason, count) for reason, count in fallbacks().items()] == [(True, 2)]
 
-    def tune():
-        with autotune.calibrate(model) as calibration:
-            for prompt in calibration.prompts([inputs]):
-                run(model, prompt)
 
-    with pytest.raises(RuntimeError, match="saw no call"):  # said, and counted, rather than tuned on nothing
-        tune()
-    assert list(fallbacks().values()) == [4]
-
-
-# -- Wan --------------------------------------------------------------------------------------------------------------
+# -- cross-attention, two transformers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Wan", "Wan I2V", "HunyuanDiT", "LTX-Video"])
@@ -201,56 +175,34 @@ def test_cross_attention_is_never_touched(name, set_sparse, sparse_calls):
     assert len(processors) == len(case.layers)
     set_sparse(patch(model))
     run(model, case.inputs(1))
-    assert [call[:2] for call in sparse_calls] == [(case.tokens, case.tokens)] * len(case.layers)
+    assert [(call.q_len, call.k_len) for call, _ in sparse_calls] == [(case.tokens, case.tokens)] * len(case.layers)
     assert processors == {path: id(p) for path, p in model.attn_processors.items() if ".attn2." in path}
 
 
 def test_wan_2_2_with_two_transformers(tmp_path, capsys):
-    pipe = pipelines.wan(two=True)
-    dense = pipelines.generate(pipe)
+    pipe = TINY["Wan2.2"].make()
+    dense = generate(pipe, "Wan2.2")
     assert patch(pipe, **LOOSE) is pipe
     paths = [row.path for row in verify(pipe).layers]
     assert paths == [f"{prefix}blocks.{i}.attn1" for prefix in ("", "transformer_2.") for i in (0, 1)]
     assert "4/4 attention layers replaced" in capsys.readouterr().out
-    assert torch.equal(pipelines.generate(pipe), dense)
+    assert torch.equal(generate(pipe, "Wan2.2"), dense)
     with autotune.calibrate(pipe, grid=GRID, query_blocks=2) as calibration:
         for seed in calibration.prompts([0, 1]):
-            pipelines.generate(pipe, seed=seed)
+            generate(pipe, "Wan2.2", seed=seed)
     assert [entry["path"] for entry in calibration.statistics] == [f"{path}.inner_attention" for path in paths]
     calibration.save(tmp_path / "tuned.pt")
-    expected = pipelines.generate(pipe)
-    fresh = pipelines.wan(two=True)
+    expected = generate(pipe, "Wan2.2")
+    fresh = TINY["Wan2.2"].make()
     assert autotune.load_sparse_attention_state_dict(patch(fresh), tmp_path / "tuned.pt") is fresh
-    for part in (fresh.transformer, fresh.transformer_2):
-        for block in part.blocks:
-            block.attn1.inner_attention.record_density = True
-    assert torch.equal(pipelines.generate(fresh), expected) and not torch.equal(expected, dense)
-    for part in (fresh.transformer, fresh.transformer_2):
-        assert all(float(block.attn1.inner_attention.last_density.mean()) < 1 for block in part.blocks)
+    with autotune.record_density(fresh) as recorded:
+        assert torch.equal(generate(fresh, "Wan2.2"), expected) and not torch.equal(expected, dense)
+    assert list(recorded.per_layer) == [f"{path}.inner_attention" for path in paths]
+    assert all(density < 1 for density in recorded.per_layer.values())
     with pytest.raises(ValueError, match=r"2 layers of the file are not in the model, first 'transformer_2\.blocks"):
-        autotune.load_sparse_attention_state_dict(patch(pipelines.wan()), tmp_path / "tuned.pt")
+        autotune.load_sparse_attention_state_dict(patch(TINY["Wan"].make()), tmp_path / "tuned.pt")
     restore(fresh)
-    assert torch.equal(pipelines.generate(fresh), dense)
-
-
-def test_calibration_of_a_pipeline_can_be_resumed(tmp_path):
-    checkpoint = tmp_path / "partial"
-    results = []
-    for fail in (True, False):
-        pipe = patch(pipelines.wan(two=True), **LOOSE)
-        try:
-            with autotune.calibrate(
-                pipe, grid=GRID, query_blocks=2, checkpoint=checkpoint, resume=not fail
-            ) as calibration:
-                for seed in calibration.prompts([0, 1, 2]):
-                    if fail and seed == 1:
-                        raise MemoryError
-                    results.append(seed)
-                    pipelines.generate(pipe, seed=seed)
-        except MemoryError:
-            assert verify(pipe).layers[0].status == "dense"
-    assert results[:3] == [0, 1, 2]  # 0 before the failure, then 1 first
-    assert {row.status for row in verify(pipe).layers} == {"sparse"}
+    assert torch.equal(generate(fresh, "Wan2.2"), dense)
 
 
 # -- CogVideoX --------------------------------------------------------------------------------------------------------
@@ -290,7 +242,7 @@ def test_files_of_the_original_map_onto_cogvideox(tmp_path, fallbacks):
         autotune.load_sparse_attention_state_dict(patch(CASES["CogVideoX"].model()), tmp_path / "original.pt")
 
 
-# -- the functions of the families ------------------------------------------------------------------------------------
+# -- the functions of the families, and their registry ----------------------------------------------------------------
 
 OWN = {
     "CogVideoX": set_spas_sage_attn_cogvideox,
@@ -305,6 +257,9 @@ OWN = {
 def test_functions_of_the_families(name, capsys):
     function = OWN[name]
     assert list(inspect.signature(function).parameters) == ["transformer", "l1", "pv_l1", "layer_range", "verbose"]
+    assert (
+        function.__name__.startswith("set_spas_sage_attn_") and type(CASES[name].model()).__name__ in function.__doc__
+    )
     model = CASES[name].model()
     assert function(model, 0.03, 0.04, layer_range=(1, 2), verbose=True) is model
     assert f"[2/{len(CASES[name].layers)}] {CASES[name].layers[1]}: sparse attention" in capsys.readouterr().out
@@ -320,3 +275,49 @@ def test_functions_of_the_families(name, capsys):
     with pytest.raises(ValueError, match=r"transformer must be .*, got SimpleNamespace; .*patch\(pipeline\)"):
         function(pipe)
     assert verify(patch(pipe)).ok
+
+
+def test_the_registry_names_every_model_class():
+    for case in CASES.values():
+        families.find_family(case.model())
+    known = {name for family in families._families.values() for name in family.model_classes}
+    assert known - {"ToyTransformer"} <= families.ADAPTERS.keys() and len(families.ADAPTERS) >= 10
+
+
+class DerivedBlock(torch.nn.Module):
+    """A block of a user's own model, with an attention of diffusers."""
+
+    def __init__(self):
+        from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+
+        super().__init__()
+        self.attention = Attention(32, heads=2, dim_head=16, processor=JointAttnProcessor2_0(), out_dim=32)
+        self.other = None
+
+    def forward(self, x):
+        return x + self.attention(x)
+
+
+class UsersTransformer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([DerivedBlock(), DerivedBlock()])
+
+    def forward(self, hidden_states, timestep=None):
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+def test_a_row_of_the_users_own(set_sparse, monkeypatch):
+    monkeypatch.setattr(families, "_families", dict(families._families))
+    diffusers_family("Users", "UsersTransformer", {"DerivedBlock.attention": None, "DerivedBlock.other": "text last"})
+    torch.manual_seed(0)
+    model, x = UsersTransformer().eval(), torch.randn(1, 400, 32)
+    expected = model(x)
+    patch(model)
+    assert [row.path for row in verify(model).layers] == ["blocks.0.attention", "blocks.1.attention"]
+    assert torch.equal(model(x), expected)
+    inner = set_sparse(model, cdf=0.1)
+    assert not torch.equal(model(x), expected)
+    assert all(float(module.last_density.mean()) < 1 for module in inner)
