@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +10,11 @@ import torch
 from cases import BF16, F32, HALF, Case
 from torch import Tensor
 
-from spas_attn import BlockMask
-from spas_attn.selectors import Inputs, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK, fused
-from spas_attn.selectors.base import per_head
-from spas_attn.selectors.pooled import pool
+from spas_attn import BlockMask, Call
+from spas_attn.checks import per_head
+from spas_attn.select import MAX_BLOCKS, Selection, fused_serves, rule_of, run_fused, select
+from spas_attn.selectors import MaxShare, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK, Union
+from spas_attn.selectors.pooled import mean_row, pooled_rows, probabilities
 
 pytest.importorskip("triton")
 
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TIE = 2e-4  # probabilities and sums of them this close may come in either order
 
 
-def inputs_of(case: Case, seed: int = 0) -> Inputs:
+def inputs_of(case: Case, seed: int = 0) -> Call:
     """A case's q and k with some structure: means that wander, so that blocks differ, and loud, mixed stretches."""
     call = case.call(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -32,31 +32,33 @@ def inputs_of(case: Case, seed: int = 0) -> Inputs:
         loud = torch.rand(*x.shape[:3], 1, generator=generator).cumsum(2) % 70 > 50
         return x.copy_(torch.where(loud, 2 * x.float(), drift + 0.3 * x.float()))  # keeps its strides
 
-    return Inputs(shaped(call.q), shaped(call.k), case.is_causal, call.scale, call.attn_mask, case.window)
+    return call.replace(q=shaped(call.q), k=shaped(call.k))
 
 
-def on_device(inputs: Inputs) -> Inputs:
+def constant(x: Tensor, is_causal: bool = False, scale: float = 1.0) -> Call:
+    return Call(x, x, x, is_causal, scale)
+
+
+def on_device(call: Call) -> Call:
     """Strides included."""
 
     def moved(x: Tensor) -> Tensor:
         return x if DEVICE == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
 
-    mask = None if inputs.key_mask is None else inputs.key_mask.to(DEVICE)
-    return replace(inputs, q=moved(inputs.q), k=moved(inputs.k), key_mask=mask)
+    mask = None if call.attn_mask is None else call.attn_mask.to(DEVICE)
+    return call.replace(q=moved(call.q), k=moved(call.k), v=moved(call.v), attn_mask=mask)
 
 
-def by_torch(selector: Selector, inputs: Inputs) -> BlockMask:
-    """The selection on the CPU, where the torch code makes it."""
-    return selector.select(
-        inputs.q, inputs.k, is_causal=inputs.is_causal, scale=inputs.scale, attn_mask=inputs.key_mask,
-        window=inputs.window,
-    )  # fmt: skip
+def fused(selector: Selector, call: Call, quantise: bool = False) -> Selection:
+    """The kernels' selection, whatever device serves; ``call`` is on the CPU."""
+    moved = on_device(call)
+    return Selection(*run_fused(rule_of(selector, moved), moved, quantise))
 
 
-def assert_same_selection(selector: Selector, inputs: Inputs, got: BlockMask | None = None) -> Tensor:
+def assert_same_selection(selector: Selector, call: Call, got: BlockMask | None = None) -> Tensor:
     """The fused selection is the torch code's, but for ties; returns it, bool ``[B, H, nq, nk]``."""
-    got = (fused.select(selector, on_device(inputs)) if got is None else got).to("cpu")
-    want = by_torch(selector, inputs)
+    got = (fused(selector, call).mask if got is None else got).to("cpu")
+    want = selector.mask_of(call)
     assert (got.block_q, got.block_k, got.q_len, got.k_len) == (want.block_q, want.block_k, want.q_len, want.k_len)
     kept, expected = got.to_dense(), want.to_dense()
     assert torch.equal(got.counts.long(), kept.sum(-1))
@@ -66,20 +68,21 @@ def assert_same_selection(selector: Selector, inputs: Inputs, got: BlockMask | N
     differs = kept != expected
     if not differs.any():
         return kept
-    ranking, _ = fused.parts(selector) or pytest.fail("no such selector")
-    heads = inputs.q.shape[1]
-    sim = per_head(getattr(ranking, "sim_threshold", -1.0), heads, "sim_threshold", torch.device("cpu"))
-    pooled = pool(ranking, inputs, ranking.pool)
+    ranking = next(leaf for leaf in leaves(selector) if not isinstance(leaf, Tokens))
     if isinstance(ranking, TopK):
-        probs = pooled._prepare(sim)[0].mean(-2)
+        probs = mean_row(probabilities(pooled_rows(ranking, call, ranking.pool)))
         highest = probs.masked_fill(~differs, 0.0).amax(-1)
         lowest = probs.masked_fill(~differs, 1.0).amin(-1)
         assert torch.equal(kept.sum(-1), expected.sum(-1))
         assert (highest - lowest <= TIE * highest)[differs.any(-1)].all()
     else:
-        cdf = per_head(ranking.cdf_threshold, heads, "cdf_threshold", torch.device("cpu"))
-        assert ((pooled.levels(sim) - cdf[:, None, None]).abs()[differs] <= TIE).all()
+        cdf = per_head(ranking.threshold, call.q.shape[1], "cdf_threshold", torch.device("cpu"))
+        assert ((ranking.levels(call) - cdf[:, None, None]).abs()[differs] <= TIE).all()
     return kept
+
+
+def leaves(selector: Selector) -> list[Selector]:
+    return leaves(selector.first) + leaves(selector.second) if isinstance(selector, Union) else [selector]
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -139,9 +142,9 @@ def test_calls(case: Case, selector: Selector) -> None:
 def test_ties_go_to_the_first(selector: Selector, is_causal: bool) -> None:
     """Constant inputs: all visible blocks of a row are equally probable, and as many of the first ones are kept."""
     x = torch.ones(1, 1, 1024, 16)
-    inputs = Inputs(x, x, is_causal, 0.25, None, None)
-    kept = fused.select(selector, on_device(inputs)).to("cpu").to_dense()
-    assert torch.equal(kept.sum(-1), by_torch(selector, inputs).to_dense().sum(-1))
+    call = constant(x, is_causal, 0.25)
+    kept = fused(selector, call).mask.to("cpu").to_dense()
+    assert torch.equal(kept.sum(-1), selector.kept(call).sum(-1))
     if not is_causal:
         assert (kept.int().diff(dim=-1) <= 0).all()
 
@@ -151,31 +154,31 @@ def test_equal_halves_at_the_threshold() -> None:
     x = torch.zeros(1, 1, 512, 16)
     for cdf, count in ((0.0, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.75, 3), (1.0, 4)):
         selector = MeanSimilarity(cdf, sink=False)
-        mask = fused.select(selector, on_device(Inputs(x, x, False, 1.0, None, None)))
+        mask = fused(selector, constant(x)).mask
         assert mask.counts.tolist() == [[[count] * 4]], cdf
         assert mask.indices[0, 0, 0, :count].tolist() == list(range(count))
 
 
 def test_blocks_of_no_probability() -> None:
     """Scores so far apart that all but one block has probability 0: 1 is 1, and 0.999 is not."""
-    inputs = inputs_of(Case(600, 600, density=None), 1)
-    inputs = replace(inputs, q=inputs.q * 100, k=inputs.k * 100)
-    assert fused.select(MeanSimilarity(1.0), on_device(inputs)).to_dense().all()
-    kept = fused.select(MeanSimilarity(0.999, sink=False), on_device(inputs)).to_dense()
-    assert torch.equal(kept.cpu(), by_torch(MeanSimilarity(0.999, sink=False), inputs).to_dense())
+    call = inputs_of(Case(600, 600, density=None), 1)
+    call = call.replace(q=call.q * 100, k=call.k * 100)
+    assert fused(MeanSimilarity(1.0), call).mask.to_dense().all()
+    kept = fused(MeanSimilarity(0.999, sink=False), call).mask.to_dense()
+    assert torch.equal(kept.cpu(), MeanSimilarity(0.999, sink=False).kept(call))
     assert not kept.all()
 
 
 @pytest.mark.parametrize("sim", [-1.0, 0.45])
 @pytest.mark.parametrize("pool", [16, 64])
 def test_later_tokens_do_not_change_earlier_selections(pool: int, sim: float) -> None:
-    inputs = inputs_of(Case(500, 560, dim=16, is_causal=True, density=None), 5)
+    call = inputs_of(Case(500, 560, dim=16, is_causal=True, density=None), 5)
     selector = MeanSimilarity(0.5, sim, pool=pool, block_q=64, local=0)
-    later_q, later_k = inputs.q.clone(), inputs.k.clone()
+    later_q, later_k = call.q.clone(), call.k.clone()
     later_q[:, :, 256:] *= -100
     later_k[:, :, 256 + 60 :] *= -100
-    before = fused.select(selector, on_device(inputs))
-    after = fused.select(selector, on_device(replace(inputs, q=later_q, k=later_k)))
+    before = fused(selector, call).mask
+    after = fused(selector, call.replace(q=later_q, k=later_k)).mask
     assert torch.equal(before.counts[:, :, :4], after.counts[:, :, :4])
     assert torch.equal(before.indices[:, :, :4], after.indices[:, :, :4])
     assert not torch.equal(before.to_dense()[:, :, 4:], after.to_dense()[:, :, 4:])
@@ -183,79 +186,72 @@ def test_later_tokens_do_not_change_earlier_selections(pool: int, sim: float) ->
 
 def test_with_int8_and_twice_the_same() -> None:
     case = Case(150, 200, heads=2, k_heads=1, batch=2, padding="holes", dtype=HALF, density=None)
-    inputs, selector = inputs_of(case), MeanSimilarity(0.6)
-    moved = on_device(inputs)
-    first = fused.prepare_and_select(selector, moved, (64, 128))
-    second = fused.prepare_and_select(selector, moved, (64, 128))
-    assert_same_selection(selector, inputs, first.mask)
+    call, selector = inputs_of(case), MeanSimilarity(0.6)
+    first, second = (fused(selector, call, quantise=True) for _ in range(2))
+    assert_same_selection(selector, call, first.mask)
     assert torch.equal(first.mask.indices, second.mask.indices)
-    for side, other, x, tile in ((first.q, second.q, moved.q, 64), (first.k, second.k, moved.k, 128)):
-        assert side.int8 is not None
-        assert side.scale is not None
-        assert other.int8 is not None
-        assert torch.equal(side.int8, other.int8)
-        factor = inputs.scale * 1.4426950408889634 if side is first.q else 1.0
-        back = side.int8 * (side.scale / factor).repeat_interleave(tile, -1)[:, :, : x.shape[2], None]
-        if side is first.k:
-            assert first.key_sums is not None
-            sums, counts = first.key_sums
-            back = back + (sums[:, 0] / counts).view(2, 1, 1, 64)
-        valid = moved.key_mask[:, None, :, None] if side is first.k and moved.key_mask is not None else True
-        error = torch.where(torch.as_tensor(valid, device=DEVICE), (back - x.float()).abs(), 0.0)
-        assert error.max() <= 0.6 * side.scale.max() / factor
-    without = fused.prepare_and_select(selector, moved)
-    assert without.k.int8 is None
-    assert torch.equal(without.mask.indices, first.mask.indices)
+    assert first.keys is not None and second.keys is not None
+    assert all(torch.equal(a, b) for a, b in zip(first.keys, second.keys, strict=True))
+    int8, scale, total, count = (x.cpu() for x in first.keys)
+    back = int8 * scale.repeat_interleave(128, -1)[:, :, :200, None] + (total[:, 0] / count).view(2, 1, 1, 64)
+    assert call.key_mask is not None
+    error = torch.where(call.key_mask[:, None, :, None], (back - call.k.float()).abs(), 0.0)
+    assert error.max() <= 0.6 * scale.max()
+    assert torch.equal(fused(selector, call).mask.indices, first.mask.indices)
 
 
 def test_which_selectors_are_known() -> None:
+    call = inputs_of(Case(64, 64, density=None))
     mean, top, tokens = MeanSimilarity(0.5), TopK(0.5), Tokens(((0, 1),))
     for selector in (mean, top, mean | tokens, tokens | top, tokens | (mean | tokens)):
-        ranking, others = fused.parts(selector) or pytest.fail(str(selector))
-        assert ranking in (mean, top)
-        assert all(other is tokens for other in others)
+        rule = rule_of(selector, call)
+        assert rule.by_rank == (top in leaves(selector))
+        assert rule.tokens == (tokens in leaves(selector))
+
+    class Own(TopK):
+        """May rank otherwise."""
+
     blocks = {"block_q": 64, "block_k": 64}
-    for selector in (
-        tokens,
-        mean | top,
-        PeakMass(),
-        Streaming(),
-        Streaming() | mean,
-        PeakMass() | Tokens((), **blocks),
-    ):
-        assert fused.parts(selector) is None
-        with pytest.raises(ValueError, match=type(selector).__name__):
-            fused.select(selector, on_device(inputs_of(Case(64, 64, density=None))))
+    heads = torch.tensor([True, False])
+    for other in (
+        tokens, mean | top, PeakMass(), MaxShare(), Streaming(), Streaming() | mean, PeakMass() | Tokens((), **blocks),
+        Own(), tokens | Tokens((), dense_heads=heads) | mean,
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"not {type(other).__name__}"):
+            rule_of(other, call)
+        assert not fused_serves(other, on_device(call))
 
 
 @pytest.mark.parametrize("name", ["cdf_threshold", "sim_threshold"])
 def test_thresholds_of_another_number_of_heads(name: str) -> None:
     selector = MeanSimilarity(**{name: torch.ones(3)})
     with pytest.raises(ValueError, match=rf"{name} must be a float or a tensor \[2\].*\(3,\)"):
-        fused.select(selector, on_device(inputs_of(Case(64, 64, density=None))))
+        fused(selector, inputs_of(Case(64, 64, density=None)))
 
 
 def test_cpu_tensors_are_left_to_torch() -> None:
-    inputs = inputs_of(Case(64, 64, density=None))
-    assert not fused.serves(MeanSimilarity(), inputs)
+    call = inputs_of(Case(64, 64, density=None))
+    assert not fused_serves(MeanSimilarity(), call)
+    assert select(MeanSimilarity(), call, quantise=True).keys is None
 
 
 @pytest.mark.gpu
-def test_route_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = on_device(inputs_of(Case(300, 300, density=None)))
-    calls = []
-    monkeypatch.setattr(fused, "prepare_and_select", lambda *args: calls.append(args))
-    monkeypatch.setattr(fused, "select", lambda *args: calls.append(args))
+def test_route_on_a_gpu() -> None:
+    call = on_device(inputs_of(Case(300, 300, density=None)))
     for selector in (MeanSimilarity(0.5), TopK(0.5) | Tokens(((0, 1),))):
-        by_torch(selector, inputs)
-        assert calls.pop() == (selector, inputs)
+        assert fused_serves(selector, call)
+        got, keys = run_fused(rule_of(selector, call), call, True)
+        chosen = select(selector, call, quantise=True)
+        assert torch.equal(chosen.mask.indices, got.indices)
+        assert chosen.keys is not None
+        assert len(chosen.keys) == len(keys) == 4
+        assert select(selector, call).keys is None
     for selector in (PeakMass(), Streaming() | TopK(0.5)):
-        assert isinstance(by_torch(selector, inputs), BlockMask)
-    assert not fused.serves(MeanSimilarity(), replace(inputs, q=inputs.q.double()))
-    long = inputs.k[:, :, :1].expand(-1, -1, 128 * fused.MAX_BLOCKS + 1, -1)
-    assert not fused.serves(MeanSimilarity(), replace(inputs, k=long))
-    assert fused.serves(MeanSimilarity(), replace(inputs, k=long[:, :, 1:]))
-    assert not calls
+        assert not fused_serves(selector, call)
+        assert torch.equal(select(selector, call).mask.to_dense(), selector.kept(call))
+    long = call.k[:, :, :1].expand(-1, -1, 128 * MAX_BLOCKS + 1, -1)
+    assert not fused_serves(MeanSimilarity(), call.replace(k=long))
+    assert fused_serves(MeanSimilarity(), call.replace(k=long[:, :, 1:]))
 
 
 @pytest.mark.gpu
@@ -271,9 +267,9 @@ def test_full_size(length: int, dim: int, is_causal: bool, selector: Selector) -
         return x + means[:, :, stretch]
 
     q, k = draw(8), draw(2)
-    inputs = Inputs(q, k, is_causal, dim**-0.5, None, None)
-    got = fused.select(selector, inputs).to_dense()
-    visible, kept = selector.visible(inputs), selector.kept_blocks(inputs)
+    call = Call(q, k, k, is_causal, dim**-0.5)
+    got = select(selector, call).mask.to_dense()
+    visible, kept = selector.visible(call), selector.kept(call)
     assert not (got & ~visible).any()
     assert ((got != kept).float().sum() / kept.sum()) < 1e-3
     assert 0.01 < kept.float().mean() < 0.95
@@ -286,23 +282,21 @@ def test_no_host_synchronisation() -> None:
         (Case(300, 300, batch=2, padding="holes", dtype=HALF, density=None), TopK(0.5) | Tokens(((3, 9),))),
         (Case(300, 300, dtype=F32, density=None), MeanSimilarity(torch.full((2,), 0.5).cuda(), 0.4)),
     ):
-        inputs = on_device(inputs_of(case))
-        expected = fused.prepare_and_select(selector, inputs, (64, 128))  # compiles
+        call = on_device(inputs_of(case))
+        expected = select(selector, call, quantise=True)  # compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            fused.prepare_and_select(selector, inputs, (64, 128))
+            select(selector, call, quantise=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = fused.prepare_and_select(selector, inputs, (64, 128))
-        for tensor in (captured.mask.indices, captured.mask.counts, captured.k.int8):
-            assert tensor is not None
+            captured = select(selector, call, quantise=True)
+        assert captured.keys is not None and expected.keys is not None
+        made = (captured.mask.indices, captured.mask.counts, captured.keys[0])
+        for tensor in made:
             tensor.zero_()
         graph.replay()
-        assert torch.equal(captured.mask.indices, expected.mask.indices)
-        assert torch.equal(captured.mask.counts, expected.mask.counts)
-        assert captured.k.int8 is not None
-        assert expected.k.int8 is not None
-        assert torch.equal(captured.k.int8, expected.k.int8)
+        for tensor, other in zip(made, (expected.mask.indices, expected.mask.counts, expected.keys[0]), strict=True):
+            assert torch.equal(tensor, other)
