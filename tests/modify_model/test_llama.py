@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-import autotune.module
 from modify_model import patch, restore, verify
 from modify_model.modify_llama import enable_tune_mode
 
@@ -162,22 +161,14 @@ def test_decoding_is_dense_and_exact(make_llama, tokens, set_sparse, fallbacks, 
     assert fallbacks() == {}
 
 
-def test_kv_heads_are_not_repeated_and_static_slots_are_cropped(make_llama, tokens, set_sparse, monkeypatch):
-    seen = []
-    run = autotune.module.sparse_attention
-
-    def spy(q, k, v, *args, **kwargs):
-        seen.append((tuple(q.shape), tuple(k.shape), kwargs["attn_mask"]))
-        return run(q, k, v, *args, **kwargs)
-
-    monkeypatch.setattr(autotune.module, "sparse_attention", spy)
+def test_kv_heads_are_not_repeated_and_static_slots_are_cropped(make_llama, tokens, set_sparse, sparse_calls):
     model = patch(make_llama(num_key_value_heads=1))
     set_sparse(model)
     generate(model, tokens(1, LENGTH), cache_implementation="static")
-    assert len(seen) == 2
-    for q, k, padding in seen:
-        assert q == (1, 4, LENGTH, 32) and k == (1, 1, LENGTH, 32)
-        assert padding is None or bool(padding.all())
+    assert len(sparse_calls) == 2
+    for call, _ in sparse_calls:
+        assert call.q.shape == (1, 4, LENGTH, 32) and call.k.shape == (1, 1, LENGTH, 32)
+        assert call.attn_mask is None
 
 
 def packed(ids):

@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modify_model import patch, restore
-from modify_model.modify_llama import PreparedMask
+from modify_model.masks import PreparedMask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning"),
@@ -101,7 +101,8 @@ def test_accelerate_hooks(make_llama, tokens, set_sparse, order, offload, left_p
 
 def test_mask_travels_through_accelerate():
     operations = pytest.importorskip("accelerate.utils.operations")
-    mask = PreparedMask(torch.ones(1, 1, 4, 4), torch.ones(1, 4, dtype=torch.bool), 4, 4, None, None)
+    padding = torch.ones(1, 4, dtype=torch.bool)
+    mask = PreparedMask(lambda padding: padding[:, None, None], {"padding": padding}, [], padding, 4, 4, None, None)
     moved = operations.send_to_device(mask, "meta")
     assert isinstance(moved, PreparedMask)
     assert moved.original.device.type == moved.key_mask.device.type == "meta"

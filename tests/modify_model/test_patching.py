@@ -14,10 +14,18 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import SparseAttention, extract_sparse_attention_state_dict, load_sparse_attention_state_dict
-from modify_model import patch, patching, restore, verify
+from autotune import (
+    Grid,
+    SparseAttention,
+    calibrate,
+    extract_sparse_attention_state_dict,
+    load_sparse_attention_state_dict,
+)
+from modify_model import families, patch, restore, verify
+from modify_model.families import Family, Layer
 from modify_model.modify_llama import SparseLlamaAttention, set_spas_sage_attn_llama
-from spas_attn.selectors import TopK
+from modify_model.patching import Verification
+from spas_attn.selectors import MaxShare, MeanSimilarity, PeakMass, TopK
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning"),
@@ -69,19 +77,55 @@ def test_patched_model_shares_projections_and_keeps_its_state_dict(make_llama):
     assert not new.training and not new.inner_attention.training
 
 
-def test_patching_twice_keeps_modules_and_updates_named_bounds(make_llama, set_sparse):
+def test_patching_twice_keeps_modules_and_takes_what_is_named(make_llama, set_sparse):
     model = patch(make_llama(), l1=0.05, tail=None)
     inner = model.model.layers[0].self_attn.inner_attention
+    patch(model, selector=MaxShare())  # nothing is tuned yet, so nothing is lost
+    assert model.model.layers[0].self_attn.inner_attention is inner and isinstance(inner.selector, MaxShare)
     set_sparse(model)
+    tuned = inner.tuned
     patch(model)
-    assert model.model.layers[0].self_attn.inner_attention is inner
+    assert model.model.layers[0].self_attn.inner_attention is inner and inner.tuned is tuned
     assert (inner.l1, inner.pv_l1, inner.tail, inner.mode) == (0.05, 0.07, None, "sparse")
-    patch(model, l1=0.1, pv_l1=0.2, tail=0.3, precision="int8_bf16")
-    assert (inner.l1, inner.pv_l1, inner.tail, inner.precision) == (0.1, 0.2, 0.3, "int8_bf16")
+    patch(model, l1=0.1, pv_l1=0.2, tail=0.3, precision="bf16")
+    assert (inner.l1, inner.pv_l1, inner.tail, inner.precision) == (0.1, 0.2, 0.3, "native")
     patch(model, l1=0.15)  # below the pv_l1 that the layer keeps
-    assert inner.l1 == 0.15
+    assert inner.l1 == 0.15 and inner.tuned is tuned
     restore(model)
     assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+
+
+def tuned_llama(make_llama, tokens):
+    """A tiny LLaMA that was calibrated, and its tuned file."""
+    model = patch(make_llama(), l1=0.3, pv_l1=0.4, tail=None)
+    with calibrate(model, grid=Grid(cdf=(0.5, 0.9), pv=(50.0,)), query_blocks=2) as calibration:
+        for length in calibration.prompts([300, 301]):
+            model(tokens(1, length), logits_to_keep=1)
+    return model, extract_sparse_attention_state_dict(model)
+
+
+def test_a_tuned_model_keeps_the_bounds_that_were_checked(make_llama, tokens):
+    model, state = tuned_llama(make_llama, tokens)
+    patch(model, l1=0.001, pv_l1=0.002)
+    again = extract_sparse_attention_state_dict(model)
+    for name in ("l1", "pv_l1", "tail", "selector"):
+        assert again["_metadata"][name] == state["_metadata"][name]
+    assert again["_metadata"]["l1"] == 0.3 and verify(model).ok
+
+
+@pytest.mark.parametrize("selector", [PeakMass(), TopK(), MeanSimilarity(pool=16), MeanSimilarity(block_q=64, pool=8)])
+def test_another_selector_drops_the_thresholds_of_a_tuned_model(make_llama, tokens, selector):
+    model, _ = tuned_llama(make_llama, tokens)
+    inner = model.model.layers[0].self_attn.inner_attention
+    patch(model, selector=dataclasses.replace(inner.selector))  # an equal one changes nothing
+    assert {row.status for row in verify(model).layers} == {"sparse"}
+    with pytest.warns(RuntimeWarning, match="another selector: the layers lose their thresholds"):
+        patch(model, selector=selector, l1=0.2, pv_l1=0.25)
+    inner = model.model.layers[0].self_attn.inner_attention
+    assert (inner.selector, inner.l1, inner.pv_l1, inner.tuned) == (selector, 0.2, 0.25, None)
+    assert {row.status for row in verify(model).layers} == {"dense"}
+    dense = make_llama()
+    assert torch.equal(model(tokens(1, 300)).logits, dense(tokens(1, 300)).logits)
 
 
 def test_layer_range(make_llama, tokens, set_sparse, capsys):
@@ -114,8 +158,7 @@ def test_bad_layer_range(make_llama, layer_range):
         ({"l1": "a"}, TypeError, "l1 must be a number .*, got 'a'"),
         ({"pv_l1": [0.1]}, TypeError, r"pv_l1 must be a number .*, got \[0\.1\]"),
         ({"tail": True}, TypeError, "tail must be a number .* or None, got True"),
-        ({"selector": "x"}, TypeError, "selector must be a MeanSimilarity or PeakMass, or None, got 'x'"),
-        ({"selector": TopK()}, TypeError, "selector must be a MeanSimilarity or PeakMass, or None, got TopK"),
+        ({"selector": "x"}, TypeError, "selector must be a Selector or None, got 'x'"),
         ({"text_sink": "no"}, TypeError, "text_sink must be True or False, got 'no'"),
         ({"dense_layers": 1}, ValueError, "dense_layers must be a list of numbers from 0 to 1, got 1"),
         ({"dense_layers": "1"}, ValueError, "dense_layers must be a list of numbers from 0 to 1, got '1'"),
@@ -279,7 +322,7 @@ class ToyAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.to_q = nn.Linear(8, 8)
+        self.to_q = nn.Linear(16, 16)
         self.processor = ToyProcessor()
 
     def forward(self, x):
@@ -293,7 +336,7 @@ class ToyProcessor:
 
 class SparseToyProcessor(ToyProcessor):
     def __call__(self, attention, x):
-        q = attention.to_q(x).view(1, -1, 1, 8).transpose(1, 2)
+        q = attention.to_q(x).view(1, -1, 1, 16).transpose(1, 2)
         out = attention.inner_attention(q, q, q, dense=lambda: q, is_causal=False, scale=1.0)
         return out.transpose(1, 2).reshape(x.shape)
 
@@ -309,34 +352,30 @@ class ToyTransformer(nn.Module):
         return x
 
 
-@pytest.fixture
-def toy_family(monkeypatch):
-    def install(attention, inner):
-        original, attention.processor = attention.processor, SparseToyProcessor()
-        attention.inner_attention = inner
-        return attention, original
+@dataclasses.dataclass(frozen=True)
+class ToyFamily(Family):
+    def layers(self, model):
+        return [Layer(path, attention) for path, attention in families.find_modules(model, "ToyAttention")]
 
-    def remove(attention, original):
-        attention.processor = original
-        del attention.inner_attention
+    def heads(self, attention):
+        return 1, 16
+
+    def install(self, layer, inner):
+        layer.attention.original, layer.attention.processor = layer.attention.processor, SparseToyProcessor()
+        layer.attention.inner_attention = inner
+        return layer.attention
+
+    def remove(self, attention):
+        attention.processor = attention.original
+        del attention.inner_attention, attention.original
         return attention
 
-    monkeypatch.setattr(patching, "_families", dict(patching._families))
-    return patching.register(
-        patching.Family(
-            name="toy",
-            model_classes=("ToyTransformer",),
-            layers=lambda model: patching.find_modules(model, "ToyAttention"),
-            num_heads=lambda attention: 1,
-            install=install,
-            remove=remove,
-        )
-    )
 
-
-def test_processor_swap_and_pipelines(toy_family):
+def test_processor_swap_and_pipelines(monkeypatch):
+    monkeypatch.setattr(families, "_families", dict(families._families))
+    toy = families.register(ToyFamily("toy", ("ToyTransformer",)))
     pipeline = types.SimpleNamespace(transformer=ToyTransformer(), transformer_2=ToyTransformer(), vae=nn.Linear(2, 2))
-    x = torch.randn(1, 5, 8)
+    x = torch.randn(1, 5, 16)
     parts = (pipeline.transformer, pipeline.transformer_2)
     before = [(part(x), sorted(part.state_dict()), [sorted(vars(m)) for m in part.modules()]) for part in parts]
     processor = pipeline.transformer.blocks[0].processor
@@ -356,9 +395,6 @@ def test_processor_swap_and_pipelines(toy_family):
     assert pipeline.transformer.blocks[0].processor is processor
     assert [sorted(vars(m)) for m in pipeline.transformer.modules()] == before[0][2]
     assert not any(isinstance(module, SparseAttention) for part in parts for module in part.modules())
-
-
-def test_family_and_result_are_plain_data(toy_family):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        toy_family.name = "other"
-    assert not patching.Verification().ok
+        toy.name = "other"
+    assert not Verification().ok
