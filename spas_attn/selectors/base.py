@@ -197,6 +197,10 @@ class Selector:
         """Levels with what is forced (-inf) and what is invisible (+inf), float32 ``[B, Hq, nq, nk]``."""
         visible, forced = self.visible(call), self.forced(call)
         if self.dense_heads is not None:
+            heads = call.q.shape[1]
+            if len(self.dense_heads) != heads:
+                shape = tuple(self.dense_heads.shape)
+                raise ValueError(f"dense_heads must be a boolean tensor [{heads}], got shape {shape}")
             forced = forced | self.dense_heads.to(call.q.device)[:, None, None]
         levels = self.levels(call).expand(*call.q.shape[:2], *visible.shape[-2:])
         return levels.masked_fill(forced, -torch.inf).masked_fill(~visible, torch.inf)
