@@ -235,3 +235,5 @@ def test_tune_mode_returns_the_dense_output(make_llama, tokens, set_sparse):
     enable_tune_mode(model, True)
     assert [row.status for row in verify(model).layers] == ["tune", "tune"]
     assert torch.equal(model(ids).logits, expected)
+    enable_tune_mode(model, False)
+    assert [row.status for row in verify(model).layers] == ["sparse", "sparse"]
