@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -140,7 +141,8 @@ class Calibration:
         for layer in self.layers:
             if layer.module.observer is not None:
                 raise RuntimeError(f"layer {layer.path!r} is being calibrated already")
-        if hasattr(torch.compiler, "set_stance"):  # from torch 2.6 on: traced, every observed call would compile anew
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # from torch 2.6 on
+            # Something may be compiled: it runs eagerly meanwhile. Traced, every observed call would compile anew.
             self._open.enter_context(torch.compiler.set_stance("force_eager"))
         if self.steps.every > 1:
             for _, part in transformers_of(self.model):

@@ -148,7 +148,7 @@ def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
             raise ValueError(f"_metadata of the tuned file: {name} must be {what} or None, got {value!r}")
         return default if value is None else value
 
-    precision = optional("precision", f"one of {PRECISIONS}", lambda x: x in PRECISIONS or x in ALIASES)
+    precision = optional("precision", f"one of {PRECISIONS}", lambda x: x in (*PRECISIONS, *ALIASES))
     steps = optional("dense_steps", "two shares", lambda x: _pair(x, _share) and x[0] + x[1] < 1)
     lengths = optional("lengths", "two numbers of keys", lambda x: _pair(x, _count) and x[0] <= x[1])
     optional("mean_density", "in [0, 1]", _share)

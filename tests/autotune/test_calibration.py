@@ -1,25 +1,23 @@
-"""The calibration loop: passes, checks, back-off, interruptions, and what is left behind when it fails."""
+"""The calibration loop: passes, checks, back-off, what it says and leaves behind when it fails, and tune mode."""
 
 from __future__ import annotations
 
-import copy
 import json
-import math
-from collections import UserDict
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_model import BOUNDS, GRID, HEADS, FakeModel, Prompt, activations, same, tuned_model
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from autotune import Calibration, calibrate, enable_tune_mode, load, observe, tune_mode
+from autotune import Calibration, accumulate, calibrate, enable_tune_mode, load
 from autotune import calibration as calibration_module
-from autotune.checkpoint import digest, identity
-from autotune.module import BUFFERS
-from autotune.observe import Watched
-from spas_attn.selectors import MeanSimilarity
+from autotune.tuned import FILE_KEYS
+from spas_attn import backends, count_fallback
+from spas_attn.call import Call
 
 PROMPTS = [Prompt(seed, length) for seed, length in enumerate((512, 400, 450, 330, 512, 380))]
 SETTINGS: dict[str, Any] = dict(grid=GRID, query_blocks=4, **BOUNDS)
@@ -39,14 +37,12 @@ def tuned() -> tuple[FakeModel, Calibration]:
 
 
 def state_of(model: FakeModel) -> list[Any]:
-    """Everything that a calibration may change, comparable."""
-    names = ("mode", "observer", "l1", "pv_l1", "tail", "lengths", "expected_density")
-    values = [[None if getattr(m, n) is None else getattr(m, n).tolist() for n in BUFFERS] for m in model.inner]
-    return [[getattr(m, n) for n in names] for m in model.inner] + values
+    """Everything that a calibration may change."""
+    return [(m.mode, m.observer, m.l1, m.pv_l1, m.tail, m.tuned) for m in model.inner]
 
 
 def equal_results(a: FakeModel, b: FakeModel) -> bool:
-    return all(same(x.thresholds(), y.thresholds()) for x, y in zip(a.inner, b.inner, strict=True))
+    return all(same(x.tuned, y.tuned) for x, y in zip(a.inner, b.inner, strict=True))
 
 
 def test_order_of_prompts(tuned: tuple[FakeModel, Calibration]) -> None:
@@ -70,17 +66,17 @@ def test_statistics(tuned: tuple[FakeModel, Calibration], tmp_path: Path) -> Non
     some_sparse = 0
     for entry, module in zip(statistics, model.inner, strict=True):
         assert (entry["l1"], entry["pv_l1"], entry["tail"]) == (0.1, 0.15, 1.5)
-        assert entry["lengths"] == [330, 512] == list(module.lengths)
+        assert entry["lengths"] == [330, 512] == list(module.tuned.lengths)
         assert entry["query_blocks_per_call"] == 4
         assert entry["checked_on_the_fitted_calls"] is False
         assert entry["check_backend"] in ("cpu", "reference")
         heads = entry["heads"]
         assert [head["head"] for head in heads] == list(range(HEADS))
         assert entry["mean_sparsity"] == pytest.approx(sum(head["sparsity"] for head in heads) / HEADS, abs=1e-3)
-        assert 1 - module.expected_density == pytest.approx(entry["mean_sparsity"], abs=1e-3)
+        assert 1 - module.tuned.expected_density == pytest.approx(entry["mean_sparsity"], abs=1e-3)
         for h, head in enumerate(heads):
             assert head["is_sparse"] == bool(module.is_sparse[h])
-            for name in BUFFERS[1:]:
+            for name in list(FILE_KEYS)[1:]:
                 assert head[name] == pytest.approx(float(getattr(module, name)[h]), abs=1e-5)
             if head["is_sparse"]:
                 some_sparse += 1
@@ -103,11 +99,10 @@ def test_achieved_errors_are_those_of_the_prompts_kept_aside(tuned: tuple[FakeMo
     module, num, den = model.inner[0], torch.zeros(HEADS), torch.zeros(HEADS)
     for prompt in PROMPTS[4:]:
         q, k, v = activations(prompt.seed * 10, prompt.length, prompt.length, prompt.noise)
-        call = Watched(q, k, v, is_causal=True, scale=0.25)
-        selector, pv = module.tuned(q.device)
-        mask = selector.select(q, k, is_causal=True)
-        truth = calibration_module.observe.backends.get("reference").run(call)
-        out = calibration_module.observe.backends.get("reference").run(call.replace(mask=mask, pv_threshold=pv))
+        call = Call.make(q, k, v, is_causal=True)
+        selector, pv = module.serving(call)
+        reference = backends.get("reference").run
+        truth, out = reference(call), reference(call.replace(mask=selector.mask_of(call), pv_threshold=pv))
         num += (out - truth).abs().sum((0, 2, 3))
         den += truth.abs().sum((0, 2, 3))
     for h, head in enumerate(calibration.statistics[0]["heads"]):
@@ -127,8 +122,8 @@ def test_the_same_seed_gives_the_same_result(tuned: tuple[FakeModel, Calibration
     again, other = FakeModel(), FakeModel()
     assert tune(again).statistics == tuned[1].statistics
     assert equal_results(again, tuned[0])
-    assert tune(other, seed=1, query_blocks=1).layers[0].curves.total().tolist() != (
-        tune(again, seed=2, query_blocks=1).layers[0].curves.total().tolist()
+    assert tune(other, PROMPTS[:4], seed=1, query_blocks=1).layers[0].curves.total().tolist() != (
+        tune(again, PROMPTS[:4], seed=2, query_blocks=1).layers[0].curves.total().tolist()
     )
 
 
@@ -167,8 +162,7 @@ def test_own_bounds_of_the_modules() -> None:
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [FakeModel, tuned_model])
-@pytest.mark.parametrize("after", [1, 5, 7])  # in the curve pass, the PV pass, the check
+@pytest.mark.parametrize(("make", "after"), [(FakeModel, 1), (tuned_model, 5), (tuned_model, 7)])
 def test_an_early_break_raises_and_leaves_everything_as_before(make: Any, after: int) -> None:
     model = make()
     before = state_of(model)
@@ -199,11 +193,10 @@ def test_refusals() -> None:
         calibrate(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="at least one prompt, got none"):
         tune(FakeModel(), [])
-    with pytest.raises(RuntimeError, match=r"layers\.0\.inner_attention' saw no call of .* in prompt 0"):
-        tune(FakeModel(), [Prompt(0, length=63), Prompt(1)])
     with pytest.raises(ValueError, match="resume=True needs checkpoint"):
         calibrate(FakeModel(), resume=True)
-    for name, value in (("kept_aside", 0), ("kept_aside", 1.0), ("rounds", 0), ("query_blocks", 0), ("tail", "no")):
+    options = [("kept_aside", 0), ("kept_aside", 1.0), ("rounds", 0), ("query_blocks", 0), ("tail", "no"), ("every", 0)]
+    for name, value in options:
         with pytest.raises(ValueError, match=name):
             calibrate(FakeModel(), **{name: value})
     model = FakeModel()
@@ -215,6 +208,145 @@ def test_refusals() -> None:
             with pytest.raises(RuntimeError, match="is being calibrated already"), calibrate(model):
                 pass
     assert all(module.mode == "sparse" for module in model.inner)
+
+
+def test_layers_that_cannot_be_sparse_are_refused_at_once() -> None:
+    model = FakeModel()
+    for dim in (8, 320):
+        model.inner[1].head_dim = dim
+        with pytest.raises(ValueError, match=rf"layers\.1\.inner_attention' has head dim {dim}; .* 16 to 256"):
+            calibrate(model)
+    with pytest.raises(ValueError, match=r"layers\.0\.projection\.weight' is float64"):
+        calibrate(FakeModel().double())
+
+
+def test_a_short_prompt_among_others_is_left_out() -> None:
+    model, without = FakeModel(), FakeModel()
+    with pytest.warns(
+        RuntimeWarning, match=r"prompt 1 is left out: layer 'layers\.0.*fewer than 64 queries, one block"
+    ):
+        tune(model, [PROMPTS[0], Prompt(9, length=63), *PROMPTS[1:3]])
+    with calibrate(without, **SETTINGS) as calibration:
+        for prompt in calibration.prompts(PROMPTS[:3]):
+            without(prompt)
+    assert calibration.statistics[0]["prompts_fitted"] == 2
+    assert [module.tuned.lengths for module in model.inner] == [module.tuned.lengths for module in without.inner]
+    before = state_of(model)
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(RuntimeError, match="saw no prompt in the curves pass: .*63|fewer"),
+    ):
+        tune(model, [Prompt(9, length=63), Prompt(8, length=60)])
+    assert state_of(model) == before
+
+
+def unseen(prepare: Any, run: Any = None, **options: Any) -> str:
+    """The error of a calibration in which a layer sees nothing."""
+    model = FakeModel()
+    prepare(model)
+    with pytest.raises(RuntimeError) as caught, calibrate(model, **SETTINGS, **options) as calibration:  # noqa: PT012
+        for prompt in calibration.prompts(PROMPTS[:2]):
+            (run or model)(prompt)
+    return str(caught.value)
+
+
+def test_the_cause_is_named_when_a_layer_sees_nothing() -> None:
+    def scheduled(model: FakeModel) -> None:
+        model.inner[1].dense_now = True
+
+    def not_ours(model: FakeModel) -> None:
+        model.layers[1].forward = lambda q, k, v: q  # type: ignore[assignment,method-assign]
+
+    def fallen_back(model: FakeModel) -> None:
+        not_ours(model)
+        model.layers[1].register_forward_hook(lambda *_: count_fallback("of a strange mask"))
+
+    def masked(model: FakeModel) -> None:
+        forward = model.inner[0].forward
+        mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+        model.inner[0].forward = lambda *a, **k: forward(*a, **(k | {"attn_mask": mask}))  # type: ignore[method-assign]
+
+    second = r"layer 'layers.1.inner_attention' saw nothing to calibrate on: "
+    assert unseen(scheduled).startswith(f"prompt 0: {second}its calls were dense by schedule")
+    assert f"{second}its attention was never called" in unseen(not_ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert f"{second}calls ran dense: of a strange mask" in unseen(fallen_back)
+        assert "layers.0.inner_attention' saw nothing to calibrate on: the model passed a full 4-D" in unseen(masked)
+    assert "every=3 left all of its calls out" in unseen(lambda model: None, every=3)
+    assert "the model was not run" in unseen(lambda model: None, run=lambda prompt: None)
+
+
+def test_the_second_transformer_of_a_pipeline_that_no_step_reached() -> None:
+    class Pipeline:
+        transformer, transformer_2 = FakeModel(), FakeModel()
+
+    message = "no step of this run reached the second transformer"
+    with pytest.raises(RuntimeError, match=message), calibrate(Pipeline(), **SETTINGS) as calibration:  # noqa: PT012
+        for prompt in calibration.prompts(PROMPTS[:2]):
+            Pipeline.transformer(prompt)
+
+
+def test_values_that_are_not_finite_name_prompt_layer_and_call() -> None:
+    model, without = FakeModel(), FakeModel()
+
+    def spoil(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if model.ran[-1].seed == 1:
+            args[1][:, :, 77] = float("nan")
+
+    model.layers[1].register_forward_pre_hook(spoil)
+    where = r"call 0 of layer 'layers\.1\.inner_attention' in prompt 1: .*not finite"
+    with pytest.raises(ValueError, match=where):
+        tune(model, PROMPTS[:4])
+    with pytest.warns(RuntimeWarning, match=f"prompt 1 is left out: {where}"):
+        calibration = tune(model, PROMPTS[:4], skip_not_finite=True)
+    assert calibration.statistics[0]["prompts_fitted"] == 2
+    assert torch.equal(calibration.layers[0].curves.sums[0], tune(without, PROMPTS[:4]).layers[0].curves.sums[0])
+
+
+# -- every n-th step --------------------------------------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    """A model that is told a timestep and calls its layer once, with the timestep as seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = FakeModel(layers=1).layers[0]
+
+    def forward(self, timestep: Tensor) -> None:
+        self.layer(*activations(int(timestep), 128, 128))
+
+
+@pytest.mark.parametrize(("every", "seen"), [(1, [9, 7, 5, 3, 1]), (2, [7, 3]), (3, [7, 1]), (5, [5])])
+def test_every_nth_step_is_observed(every: int, seen: list[int]) -> None:
+    model, found = Denoiser(), []
+    with calibrate(model, every=every, **SETTINGS) as calibration:
+        observer = model.layer.inner_attention.observer
+        model.layer.inner_attention.observer = lambda call: found.append(calibration.layers[0].calls) or observer(call)
+        for _ in calibration.prompts(range(2)):
+            for step in (9, 7, 5, 3, 1):
+                for _ in range(2):  # guidance
+                    model(timestep=torch.tensor([step]))
+    calls = 2 * len(seen)
+    assert calibration.layers[0].calls == calls, "of the last prompt"
+    assert not model._forward_pre_hooks
+    expected, steps = accumulate.PromptTally(HEADS, 2), [step for step in seen for _ in range(2)]
+    for step in steps:
+        call = Call.make(*activations(step, 128, 128), is_causal=True)
+        accumulate.add_check(expected, model.layer.inner_attention, call)
+    check = calibration.layers[0].check
+    assert torch.allclose(check.total()[0], expected.sums[0])
+
+
+def test_every_nth_call_of_a_language_model_is_observed() -> None:
+    model = FakeModel()
+    with calibrate(model, every=2, **SETTINGS) as calibration:
+        for prompt in calibration.prompts(PROMPTS[:2]):
+            for length in (64, 128, 192, 256):  # 128 and 256 are observed
+                model(Prompt(prompt.seed, length))
+    assert [layer.calls for layer in calibration.layers] == [2, 2]
+    assert calibration.statistics[0]["lengths"] == [128, 256]
 
 
 # -- check and back-off -----------------------------------------------------------------------------------------------
@@ -260,18 +392,18 @@ def test_bounds_that_nothing_holds_give_dense_heads() -> None:
     reasons = {head["runs_dense_because"] for entry in calibration.statistics for head in entry["heads"]}
     assert reasons == {"no candidate threshold holds the bounds"}
     assert [entry["mean_sparsity"] for entry in calibration.statistics] == [0.0, 0.0]
-    assert [module.expected_density for module in model.inner] == [1.0, 1.0]
+    assert [module.tuned.expected_density for module in model.inner] == [1.0, 1.0]
 
 
 def test_a_kernel_that_gives_nonsense_makes_its_heads_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = observe.sparse_attention
+    run = accumulate.attend
 
     def broken(*args: Any, **more: Any) -> Any:
         out, stats = run(*args, **more)
         out[:, 0, 5] = float("nan")
         return out, stats
 
-    monkeypatch.setattr(observe, "sparse_attention", broken)
+    monkeypatch.setattr(accumulate, "attend", broken)
     model = FakeModel()
     tune(model, EASY)
     assert not model.inner[0].is_sparse[0] and not model.inner[1].is_sparse[0]
@@ -313,7 +445,7 @@ def test_tune_mode_without_a_loop() -> None:
     assert all(module.mode == "tune" for module in model.inner)
     lines: list[str] = []
     calibration = enable_tune_mode(model, False, verbose=True, printer=lines.append)
-    assert calibration is begun and model not in tune_mode._open
+    assert calibration is begun
     assert all(module.mode == "sparse" and module.observer is None for module in model.inner)
     assert "sparse heads" in lines[0]
     for entry in calibration.statistics:
@@ -330,7 +462,7 @@ def test_tune_mode_that_saw_nothing() -> None:
     before = state_of(model)
     enable_tune_mode(model, True)
     model(Prompt(0, length=63))
-    with pytest.raises(RuntimeError, match="saw no call of at least 64 queries"):
+    with pytest.raises(RuntimeError, match="saw nothing to calibrate on: .* fewer than 64 queries"):
         enable_tune_mode(model, False)
     assert state_of(model) == before
     enable_tune_mode(model, True)  # it can be switched on again
@@ -346,201 +478,25 @@ def test_the_reservoir_respects_its_budget_in_a_calibration(monkeypatch: pytest.
     calibration = enable_tune_mode(model, True)
     for i in range(8):
         model(Prompt(i, length=(256, 512)[i % 2]))
-    for layer in calibration.layers:
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for _, parts in layer.reservoir.calls
+    free: Any = calibration._pass
+    for reservoir, curves in zip(free.reservoirs, free.sums, strict=True):
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for _, parts in reservoir.calls
                 for call, _ in parts for x in (call.q, call.k, call.v)}  # fmt: skip
-        assert sum(held.values()) == sum(layer.reservoir.used) <= budget // 2
-        assert layer.reservoir.seen == 8 > len(layer.reservoir.calls) >= 1
-        assert len(layer.curves.sums) == 8, "every call counts in the curves"
+        assert sum(held.values()) == sum(reservoir.used) <= budget // 2
+        assert reservoir.seen == 8 > len(reservoir.calls) >= 1
+        assert len(curves.sums) == 8, "every call counts in the curves"
     enable_tune_mode(model, False)
     assert calibration.statistics[0]["prompts_checked"] < calibration.statistics[0]["prompts_fitted"] == 8
 
 
-def test_the_reservoir_is_a_uniform_sample_within_its_budget() -> None:
-    selector = MeanSimilarity(pool=16, block_q=64, block_k=64)
-    counts = torch.zeros(12)
-    for seed in range(150):
-        reservoir = observe.Reservoir(4 * (3 * 64 * 16 * 4), seed)
-        for number in range(12):
-            reservoir.offer(number, Watched(*(torch.zeros(1, 1, 64, 16) for _ in range(3))), selector, [0])
-            assert sum(reservoir.used) <= reservoir.budget
-        assert len(reservoir.calls) == 4 and len({n for n, _ in reservoir.calls}) == 4
-        for number, _ in reservoir.calls:
-            counts[number] += 1
-    expected = 150 * 4 / 12
-    assert (counts - expected).abs().max() < 4.5 * math.sqrt(expected * 2 / 3)
-    long = Watched(*(torch.zeros(1, 1, 640, 16) for _ in range(3)))
-    one = observe.Reservoir(1000, 0)
-    one.offer(0, long, selector, [0, 3])
-    assert len(one.calls) == 1, "a single call is always held"
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [dict(q_len=512, k_len=512), dict(q_len=333, k_len=333), dict(q_len=256, k_len=384), dict(q_len=200, k_len=460)],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", ["causal", "not causal", "causal, left padding", "not causal, padding"])
-@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (128, 64), (64, 128)])
-def test_parts_of_a_call_are_treated_as_the_whole(sizes: dict[str, int], kind: str, block_q: int, block_k: int) -> None:
-    q, k, v = activations(3, **sizes)
-    mask = None
-    if "padding" in kind:
-        mask = torch.ones(1, k.shape[2], dtype=torch.bool)
-        mask[:, :70] = False
-    call = Watched(q, k, v, is_causal=kind.startswith("causal"), scale=0.25, attn_mask=mask)
-    module = tuned_model().inner[0]
-    module.simthreshd1.fill_(0.3)
-    module.selector = MeanSimilarity(pool=16, block_q=block_q, block_k=block_k)
-    blocks = [0, 1, -(-q.shape[2] // block_q) - 1]
-    whole, split = (observe.PromptTally(HEADS, len(GRID.pv)) for _ in range(2))
-    observe.add_pv_curves(whole, module, call, GRID, blocks)
-    for part, inside in observe.parts(call, module.selector, blocks):
-        observe.add_pv_curves(split, module, part, GRID, inside)
-    assert torch.equal(whole.kept, split.kept) and torch.equal(whole.possible, split.possible)
-    torch.testing.assert_close(whole.sums, split.sums, rtol=1e-5, atol=1e-5)
-    assert torch.equal(whole.histogram.sum(-1), split.histogram.sum(-1))
-
-
-# -- interruptions ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fail_at", [1, 3, 4])
-def test_resume_runs_only_what_is_unfinished(
-    tuned: tuple[FakeModel, Calibration], tmp_path: Path, fail_at: int
-) -> None:
-    path = tmp_path / "some[1].partial.pt"  # brackets mean something to glob
-    model = FakeModel()
-    model.fail_at = fail_at
-    with pytest.raises(MemoryError):
-        tune(model, checkpoint=path)
-    assert path.with_name(path.name + ".rank0").exists()
-    resumed = FakeModel()
-    calibration = tune(resumed, checkpoint=path, resume=True)
-    assert [prompt.seed for prompt in resumed.ran[: 6 - fail_at]] == list(range(fail_at, 6))[: 6 - fail_at]
-    assert len(resumed.ran) == len(tuned[0].ran) - min(fail_at, 4)
-    assert equal_results(resumed, tuned[0])
-    assert calibration.statistics == tuned[1].statistics
-    calibration.save(tmp_path / "tuned.pt")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["tuned.json", "tuned.pt"], (
-        "saved: no checkpoint is left"
-    )
-
-
-def test_a_failed_save_costs_nothing(tuned: tuple[FakeModel, Calibration], tmp_path: Path) -> None:
-    file, taken = tmp_path / "c.rank0", tmp_path / "tuned.pt"
-    calibration = tune(FakeModel(), checkpoint=tmp_path / "c")
-    taken.mkdir()
-    with pytest.raises(IsADirectoryError):
-        calibration.save(taken)
-    assert file.exists()
-    resumed = FakeModel()
-    again = tune(resumed, checkpoint=tmp_path / "c", resume=True)
-    assert {prompt.seed for prompt in resumed.ran} == {4, 5}, "only those kept aside are run again"
-    assert equal_results(resumed, tuned[0])
-    assert again.statistics == tuned[1].statistics
-    taken.rmdir()
-    again.save(taken)
-    assert taken.is_file() and not file.exists()
-    file.touch()  # of a later calibration
-    again.save(taken)
-    assert file.exists()
-
-
-def interrupted(path: Path, fail_at: int = 2, **changes: Any) -> Path:
-    model = FakeModel()
-    model.fail_at = fail_at
-    with pytest.raises(MemoryError):
-        tune(model, checkpoint=path, **changes)
-    return path.with_name(path.name + ".rank0")
-
-
-OTHERS: dict[str, dict[str, Any]] = {
-    "prompts": dict(prompts=[*PROMPTS[:5], Prompt(99)]),
-    "another order": dict(prompts=PROMPTS[::-1]),
-    "fewer prompts": dict(prompts=PROMPTS[:5]),
-    "seed": dict(seed=1),
-    "sample": dict(query_blocks=5),
-    "grid": dict(grid=observe.Grid(cdf=(0.5,))),
-    "share kept aside": dict(kept_aside=0.5),
-}
-
-
-def test_models_of_one_class_are_told_apart() -> None:
-    models = [nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)) for _ in range(2)]
-    assert identity(models[0]) == identity(copy.deepcopy(models[0])) != identity(models[1])
-    tuned = copy.deepcopy(models[0])
-    with torch.no_grad():
-        tuned[1].bias += 1  # type: ignore[operator]
-    assert identity(tuned) != identity(models[0])
-    assert identity(models[0].half()) != identity(tuned) and identity(models[0].to("meta")) == identity(nn.Sequential())
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_the_checkpoint_of_another_calibration_is_refused(tmp_path: Path, other: str) -> None:
-    interrupted(tmp_path / "c")
-    model = FakeModel()
-    before = state_of(model)
-    with pytest.raises(ValueError, match="belongs to another calibration"):
-        tune(model, checkpoint=tmp_path / "c", resume=True, **OTHERS[other])
-    assert state_of(model) == before and not model.ran
-
-
-def test_other_bounds_may_use_a_checkpoint(tmp_path: Path) -> None:
-    interrupted(tmp_path / "c")
-    model = FakeModel()
-    tune(model, checkpoint=tmp_path / "c", resume=True, l1=0.05)
-    assert model.ran[0].seed == 2
-
-
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    file = interrupted(tmp_path / "c")
-    whole = file.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"nonsense"):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"checkpoint .*c\.rank0' is damaged: delete it or run without resume"):
-            tune(FakeModel(), checkpoint=tmp_path / "c", resume=True)
-    torch.save({"fingerprint": "x"}, file)
-    with pytest.raises(ValueError, match="is not a checkpoint"):
-        tune(FakeModel(), checkpoint=tmp_path / "c", resume=True)
-
-
-def test_without_resume_old_checkpoints_are_dropped(tmp_path: Path) -> None:
-    file = interrupted(tmp_path / "c", fail_at=3)
-    file.with_name("c.rank1").write_bytes(file.read_bytes())  # of a run with more processes
-    interrupted(tmp_path / "c", fail_at=1)
-    model = FakeModel()
-    tune(model, checkpoint=tmp_path / "c", resume=True)
-    assert model.ran[0].seed == 1
-
-
-def test_checkpoints_of_several_ranks_count_each_prompt_once(
-    tuned: tuple[FakeModel, Calibration], tmp_path: Path
-) -> None:
-    # Rank 0 had taken over the file of rank 1, and was killed before it removed it.
-    file = interrupted(tmp_path / "c", fail_at=1)
-    old = file.read_bytes()
-    file.write_bytes(interrupted(tmp_path / "c", fail_at=3).read_bytes())
-    file.with_name("c.rank1").write_bytes(old)
-    model = FakeModel()
-    tune(model, checkpoint=tmp_path / "c", resume=True)
-    assert model.ran[0].seed == 3
-    assert equal_results(model, tuned[0])
-
-
-def test_resume_without_a_checkpoint_starts_at_the_beginning(tmp_path: Path) -> None:
-    model = FakeModel()
-    tune(model, checkpoint=tmp_path / "c", resume=True)
-    assert model.ran[0].seed == 0
-
-
-def test_digests_tell_prompts_apart() -> None:
-    ids = torch.arange(6)
-    items: list[Any] = [
-        "a text", "another", 3, 3.5, None, b"3", ids, ids + 1, ids.view(2, 3), ids.float(), ids.bfloat16(), ids > 2,
-        {"ids": ids}, {"ids": ids + 1}, UserDict(ids=ids + 2), UserDict(ids=ids + 3), [ids], (ids, ids),
-        ids.numpy(), ids.numpy() + 1, Prompt(1), Prompt(2),
-    ]  # fmt: skip
-    digests = [digest(item) for item in items]
-    assert len(set(digests)) == len(items)
-    assert digests == [digest(item) for item in items]
+def test_compiled_models_are_calibrated_outside_of_the_graph(tuned: tuple[FakeModel, Calibration]) -> None:
+    model, counter = FakeModel(), CompileCounter()
+    for layer in model.layers:
+        layer.compile(fullgraph=True, backend=counter)
+    model(PROMPTS[3])
+    frames = counter.frame_count
+    assert frames >= 1
+    assert tune(model).statistics == tuned[1].statistics
+    assert counter.frame_count == frames, "nothing is compiled meanwhile"
+    model(PROMPTS[3])
+    assert counter.frame_count > frames, "in mode sparse it is again"
