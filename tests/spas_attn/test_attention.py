@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spas_attn
-from spas_attn import BlockMask, attention, backends, block_sparse_attention, explain, sparse_attention
-from spas_attn.backends import Call
+import spas_attn.plan as plan
+from spas_attn import BlockMask, Call, backends, block_sparse_attention, explain, sparse_attention
+from spas_attn.block_mask import visible_blocks
 from spas_attn.metrics import relative_l1
 from spas_attn.selectors import Dense, MeanSimilarity, Streaming, TopK
 
@@ -24,7 +26,7 @@ SPARSE = TopK(0.4, local=0)
 @pytest.fixture(autouse=True)
 def fresh_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with no fallback counted, so that it sees its own first warning."""
-    monkeypatch.setattr(attention, "_fallbacks", type(attention._fallbacks)())
+    monkeypatch.setattr(plan, "_fallbacks", Counter())
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,7 @@ def qkv(
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None, **more: Any) -> Tensor:
-    return backends.get("reference").run(Call(q, k, v, mask, **{"scale": q.shape[-1] ** -0.5, **more}))
+    return backends.get("reference").run(Call.make(q, k, v, mask=mask, **more))
 
 
 class TestResults:
@@ -151,8 +153,8 @@ class TestResults:
             alone, one = sparse_attention(*part, SPARSE, is_causal=is_causal, backend=backend, return_stats=True)
             assert torch.equal(heads_first[:, :, start:stop], alone)
             assert one.mask is not None
-            visible, grid = one.mask._visible_counts(is_causal, None)
-            kept, possible = kept + visible, possible + grid
+            grid = visible_blocks(part[0].shape[2], part[1].shape[2], 128, 128, is_causal=is_causal)
+            kept, possible = kept + (one.mask.to_dense() & grid).sum((-1, -2)), possible + grid.sum()
         assert torch.allclose(stats.density, kept / possible)
 
     def test_dense_selector(self) -> None:
@@ -185,6 +187,26 @@ class TestResults:
         _, stats = sparse_attention(q, k, v, MeanSimilarity(thresholds), return_stats=True)
         assert (stats.density.diff(dim=1) > 0).all()
         assert (stats.density[:, 3] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "sdpa", "reference"])
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    """The inputs' dtype and ``precision`` say what is computed in, whatever surrounds the call."""
+    q, k, v = qkv()
+    selector = MeanSimilarity(0.6, 0.2)
+    mask = selector.select(q, k, is_causal=True)
+    for attend in (
+        lambda: sparse_attention(q, k, v, selector, is_causal=True, backend=backend, strict=True),
+        lambda: sparse_attention(q, k, v, Dense(), backend=backend, strict=True),
+        lambda: block_sparse_attention(q, k, v, mask, is_causal=True, backend=backend, strict=True),
+        lambda: block_sparse_attention(q, k, v, mask, is_causal=True, return_lse=True)[0],
+    ):
+        expected = attend()
+        with torch.autocast("cpu", dtype=dtype):
+            out = attend()
+        assert out.dtype == torch.float32
+        assert torch.equal(out, expected)
 
 
 class Largest(TorchDispatchMode):
@@ -262,7 +284,7 @@ class TestFallbacks:
 
     def test_a_declined_precision(self) -> None:
         q, k, v = qkv()
-        with pytest.warns(RuntimeWarning, match="int8_bf16.*not available on a processor"):
+        with pytest.warns(RuntimeWarning, match="int8_bf16.*not available on a CPU"):
             out, stats = sparse_attention(q, k, v, SPARSE, precision="int8_bf16", return_stats=True)
         assert relative_l1(out, truth(q, k, v, stats.mask)) < 1e-5
         for backend in ("auto", "cpu", "sdpa", "reference"):
@@ -273,14 +295,14 @@ class TestFallbacks:
             sparse_attention(q, k, v, Dense(), precision="int8_bf16", backend="sdpa")
         assert len(spas_attn.fallback_counts()) == 2
 
-    def test_a_backend_that_cannot_run_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_backend_that_cannot_run_here(self, registry: None) -> None:
         q, k, v = qkv()
 
         def never(call: Call) -> Tensor:
             raise AssertionError("an absent backend ran")
 
         absent = backends.Backend("absent", lambda: "no such machine", lambda call: None, never)
-        monkeypatch.setitem(backends.base._REGISTRY, "absent", absent)
+        backends.register(absent)
         with pytest.warns(RuntimeWarning, match="no such machine"):
             out = sparse_attention(q, k, v, SPARSE, backend="absent")
         assert relative_l1(out, truth(q, k, v, SPARSE.select(q, k, is_causal=False))) < 1e-5
@@ -357,7 +379,7 @@ class TestExplain:
         q, k, v = qkv()
         said = explain(q, k, v, SPARSE, attn_mask=TestFallbacks.MASK)
         assert said.backend == "sdpa"
-        assert "4-D" in said.declined["sparse"]
+        assert "4-D" in str(said.fallback)
         assert "4-D" in str(said)
         said = explain(q, k, v, SPARSE, precision="int8_bf16", backend="cpu")
         assert said.backend == "sdpa"
@@ -374,26 +396,26 @@ class TestExplain:
         sparse_attention(q, k, v, SPARSE, pv_threshold=4.0, backend="sdpa", strict=True)  # and it is no fallback
         assert spas_attn.fallback_counts() == {}
 
-    def test_sees_what_the_call_will_bring(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_sees_what_the_call_will_bring(self, registry: None) -> None:
         q, k, v = qkv()
         seen = []
 
         def declines(call: Call) -> str | None:
-            seen.append((call.mask is not None and (call.mask.block_q, call.mask.block_k), call.scale))
-            return "it takes no block mask" if call.mask is not None else None
+            seen.append((call.blocks, call.scale))
+            return "it takes no block mask" if call.blocks is not None else None
 
         def left_out(call: Call) -> str:
-            assert call.mask is not None
-            return f"{call.mask.block_q} does not fit"
+            assert call.blocks is not None
+            return f"{call.blocks[0]} does not fit"
 
         picky = dataclasses.replace(backends.get("cpu"), name="picky", declines=declines)
         tight = dataclasses.replace(backends.get("cpu"), name="tight", pv_skip_left_out=left_out)
         for backend in (picky, tight):
-            monkeypatch.setitem(backends.base._REGISTRY, backend.name, backend)
+            backends.register(backend)
         selector = TopK(0.5, block_q=64, block_k=128)
         assert explain(q, k, v, selector, backend="picky", scale=0.5).backend == "sdpa"
         assert explain(q, k, v, backend="picky").backend == "picky"
-        assert seen == [((64, 128), 0.5), (False, 32**-0.5)]
+        assert seen == [((64, 128), 0.5), (None, 32**-0.5)]
         assert explain(q, k, v, selector, backend="tight", pv_threshold=4.0).pv_skip_left_out == "64 does not fit"
         assert explain(q, k, v, selector, backend="tight").pv_skip_left_out is None
         cu = torch.tensor([0, 100, 300], dtype=torch.int32)
@@ -451,17 +473,33 @@ def given(**changes: Any) -> Any:
         ),
         (lambda: call(k=K[:, :, :60], v=V[:, :, :60], is_causal=True), ValueError, "Lq <= Lk.*Lq=100, Lk=60"),
         (lambda: call(selector=0.5), TypeError, "selector must be a Selector, got float"),
-        (lambda: call(layout="BHND"), ValueError, "layout must be 'HND' or 'NHD', got 'BHND'"),
-        (lambda: call(precision="fp4"), ValueError, "precision must be one of .*'bf16'.*got 'fp4'"),
+        (lambda: call(layout="BHND"), ValueError, "layout must be one of .*'HND', 'NHD'.*got 'BHND'"),
+        (lambda: call(precision="fp4"), ValueError, "precision must be one of .*'native'.*got 'fp4'"),
         (lambda: call(backend="quick"), ValueError, "backend must be 'auto' or one of .*'cpu'.*got 'quick'"),
         (lambda: call(scale="big"), TypeError, "scale must be a number or None, got str"),
-        (lambda: call(scale=float("nan")), ValueError, "scale must be finite, got nan"),
+        (lambda: call(scale=float("nan")), ValueError, "scale must be finite and above 0, got nan"),
+        *[
+            (lambda scale=scale: call(scale=scale), ValueError, "scale must be finite and above 0, got")
+            for scale in (0, 0.0, -0.1, float("inf"))
+        ],
+        (lambda: call(scale=True), TypeError, "scale must be a number or None, got bool"),
+        (lambda: call(window=True, is_causal=True), ValueError, "window must be a positive number .*got True"),
         (lambda: call(window=0, is_causal=True), ValueError, "window must be a positive number .*got 0"),
         (lambda: call(window=2.5, is_causal=True), ValueError, "window must be a positive number .*got 2.5"),
         (lambda: call(window=64), ValueError, "window needs is_causal=True"),
         (lambda: call(pv_threshold=torch.ones(3)), ValueError, r"pv_threshold must be .*\[4\].*\(3,\)"),
-        (lambda: call(pv_threshold="high"), TypeError, "pv_threshold must be a number, a tensor or None, got str"),
-        (lambda: call(pv_threshold=float("nan")), ValueError, "pv_threshold must be a number, got nan"),
+        (lambda: call(pv_threshold="high"), TypeError, "pv_threshold must be a number or a tensor .*, got str"),
+        (lambda: call(pv_threshold=float("nan")), ValueError, r"pv_threshold must be in \(0, inf\], got nan"),
+        *[
+            (lambda value=value: call(pv_threshold=value), ValueError, r"pv_threshold must be in \(0, inf\], got")
+            for bad in (0.0, -1.0, float("nan"))
+            for value in (bad, torch.tensor([5.0, bad, 5.0, 5.0]), torch.tensor(bad))
+        ],
+        (lambda: call(pv_threshold=torch.ones(1, 4)), ValueError, r"pv_threshold must be .*\(1, 4\)"),
+        (lambda: call(pv_threshold=torch.ones(4).bool()), TypeError, "pv_threshold must be a tensor of numbers"),
+        (lambda: call(error_bound=0.0), ValueError, "error_bound must be a number above 0 .*got 0.0"),
+        (lambda: call(error_bound=float("nan")), ValueError, "error_bound must be a number above 0 .*got nan"),
+        (lambda: call(expected_density=float("nan")), ValueError, r"expected_density must be in \[0, 1\], got nan"),
         (lambda: call(expected_density="low"), TypeError, "expected_density must be a number or None, got str"),
         (lambda: call(expected_density=7.0), ValueError, r"expected_density must be in \[0, 1\], got 7"),
         (
@@ -524,7 +562,10 @@ def test_causal_and_window_bounds_are_inclusive() -> None:
 
 def test_public_names() -> None:
     assert set(spas_attn.__all__) >= {
+        "AttentionStats",
         "BlockMask",
+        "Call",
+        "Plan",
         "block_sparse_attention",
         "explain",
         "fallback_counts",

@@ -30,7 +30,7 @@ def run(name: str, call: Call) -> Tensor:
 
 
 def in_loops(call: Call) -> Tensor:
-    """Attention written out: one query at a time, in float64, from the definitions of design.md alone."""
+    """Attention written out: one query at a time, in float64, from the definitions alone."""
     q, k, v = call.q.double(), call.k.double(), call.v.double()
     out = torch.zeros(q.shape, dtype=torch.float64)
     q_len, k_len = q.shape[2], k.shape[2]
@@ -210,7 +210,7 @@ def test_long_queries_are_cut_into_parts(name: str, monkeypatch: pytest.MonkeyPa
 
 
 class TestPVSkip:
-    """PV skip in `reference`, against the rule of algorithms.md in loops."""
+    """PV skip in `reference`, against its rule in loops."""
 
     @staticmethod
     def in_loops(call: Call, threshold: float) -> Tensor:
