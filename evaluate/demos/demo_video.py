@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import _model  # noqa: F401
 import sampler
 import torch
 from clips import DEMO

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _model  # noqa: F401
 import numpy as np
 import torch
 from clips import FRAMES

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import _model  # noqa: F401
 import torch
 from clips import FRAMES, GUIDANCE, SIZE, generate, load_pipeline, to_frames
 from prompts import PROMPTS

@@ -1,8 +1,8 @@
 """Train the demo Wan: a small text-to-video transformer, on clips of moving shapes that the program draws itself.
 
-    python evaluate/train_demo_video.py --out out/demo_wan --minutes 8                         # one GPU
-    python evaluate/train_demo_video.py --out out/demo_wan2 --minutes 8 --resume out/demo_wan  # go on from its weights
-    python evaluate/train_demo_video.py --out /tmp/demo --tiny --device cpu                    # a smoke test, seconds
+    python evaluate/training/train_video.py --out out/demo_wan --minutes 8                     # one GPU
+    python evaluate/training/train_video.py --out out/second --minutes 8 --resume out/demo_wan # from its weights
+    python evaluate/training/train_video.py --out /tmp/demo --tiny --device cpu                # a smoke test, seconds
 
 Flow matching on freshly drawn clips, a share of them without their prompt for classifier-free guidance. `--out` gets
 the pipeline (averaged weights, bf16), pictures of generated clips, and `training.json` with the share of generated
@@ -11,44 +11,36 @@ clips in which a simple recogniser sees what the prompt says.
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import _demos  # noqa: F401
+import loop
 import numpy as np
 import torch
-from _demo_clips import (
+from clips import (
     CHANNELS,
     FRAMES,
-    PROMPTS,
     SHIFT,
     SIZE,
-    TEXT_DIM,
     draw_batch,
-    embed,
     generate,
     load_pipeline,
     make_pipeline,
     marks,
-    parse,
-    random_prompts,
-    random_things,
-    save_gif,
     to_frames,
     to_latents,
 )
-from _demo_recognise import recognise
 from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
+from prompts import PROMPTS, TEXT_DIM, embed, parse, random_prompts, random_things
+from recognise import recognise
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from modify_model.cli.pictures import save_animation
 
 DROPPED = 0.12  # share of the prompts that training replaces by the empty one
 AVERAGE = 0.998  # per step, of the weights that are saved
@@ -141,7 +133,7 @@ def make_optimizers(transformer: nn.Module, lr: float) -> list[torch.optim.Optim
 class Trainer:
     """A model in training: its optimizers, the running average of its weights, and what was trained so far."""
 
-    def __init__(self, transformer: WanTransformer3DModel, lr: float, stages: list[dict]) -> None:
+    def __init__(self, transformer: WanTransformer3DModel, lr: float, stages: list[dict[str, Any]]) -> None:
         self.transformer, self.stages = transformer, stages
         self.weights = list(transformer.parameters())
         self.average = [weight.detach().clone() for weight in self.weights]
@@ -189,61 +181,20 @@ class Trainer:
         return self.transformer
 
 
-class Progress:
-    """A bar on a terminal; elsewhere (logs) a line about every 10 seconds."""
-
-    def __init__(self, limit: float) -> None:
-        layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
-        self.bar = tqdm(
-            total=limit, desc="training", bar_format=layout, mininterval=5, disable=None
-        )  # off: no terminal
-        self.limit, self.began, self.next = limit, time.perf_counter(), 0.0
-
-    def show(self, done: float, loss: float, steps: int, gap: float) -> None:
-        """Report the work `done` of the limit, a mean loss and the last direction gap."""
-        seconds = time.perf_counter() - self.began
-        if not self.bar.disable:
-            self.bar.set_postfix(loss=f"{loss:.4f}", direction=f"{gap:+.1%}", steps=steps)
-            self.bar.update(done - self.bar.n)
-        elif seconds >= self.next or done >= self.limit:
-            self.next = seconds + 10
-            text = f"training {done / self.limit:4.0%}  {seconds:.0f} s  step {steps}  loss {loss:.4f}"
-            print(f"{text}  direction gap {gap:+.1%}", file=sys.stderr, flush=True)
-
-
-def train(trainer: Trainer, args: argparse.Namespace, device: torch.device) -> dict:
-    """Train to the time limit (or the number of steps); returns steps, speed and a loss curve."""
+def train(trainer: Trainer, args: Any, device: torch.device) -> dict[str, Any]:
+    """One stage; returns steps, speed and a loss curve."""
     batches, probe = Batches(args.batch, device, args.seed), DirectionProbe(args.batch, device)
     trainer.compute(*batches.next()).backward()  # compiles, outside the time limit
     trainer.transformer.zero_grad()
-    gap = probe.gap(trainer.compute)  # compiles too
-    limit = float(args.steps) if args.steps else 60.0 * args.minutes
-    curve: list[dict] = []
-    losses: list[Tensor] = []
-    steps, done = 0, 0.0
-    began = time.perf_counter()
-    progress = Progress(limit)
-    while done < limit:
-        share = done / limit
-        losses.append(trainer.step(batches.next(), share))
-        steps += 1
-        done = min(limit, float(steps) if args.steps else time.perf_counter() - began)
-        if steps % (1 if args.tiny else 10) == 0:
-            mean = torch.stack(losses).mean().item()  # waits for the device: the clock is true
-            losses = []
-            if not curve or share - curve[-1]["done"] >= 0.025:
-                gap = probe.gap(trainer.compute)
-                curve.append({"done": round(share, 3), "step": steps, "loss": round(mean, 5), "gap": round(gap, 4)})
-            progress.show(done, mean, steps, gap)
-    progress.bar.close()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    return {
-        "steps": steps, "seconds": round(seconds, 1), "clips": steps * args.batch, "batch": args.batch,
-        "clips_per_second": round(steps * args.batch / seconds, 1), "learning_rate": args.lr, "seed": args.seed,
-        "loss_curve": curve,
-    }  # fmt: skip
+    probe.gap(trainer.compute)  # compiles too
+
+    def step(share: float) -> Tensor:
+        return trainer.step(batches.next(), share)
+
+    def note(loss: float) -> dict[str, float]:
+        return {"loss": round(loss, 5), "gap": round(probe.gap(trainer.compute), 4)}
+
+    return loop.train(step, note, args, unit="clips", per_step=args.batch)
 
 
 def save(transformer: WanTransformer3DModel, out: Path) -> None:
@@ -255,9 +206,9 @@ def save(transformer: WanTransformer3DModel, out: Path) -> None:
 
 
 @torch.inference_mode()
-def evaluate(pipe: WanPipeline, count: int, steps: int, guidance: float) -> dict:
+def evaluate(pipe: WanPipeline, count: int, steps: int, guidance: float) -> dict[str, Any]:
     """Share of generated clips in which exactly the prompt's objects, colours, shapes and moves are recognised."""
-    result: dict = {"steps": steps, "guidance": guidance}
+    result: dict[str, Any] = {"steps": steps, "guidance": guidance}
     for name, objects in (("one", 1), ("two", 2)):
         prompts = random_prompts(count, objects, seed=1)
         clips = [
@@ -281,39 +232,26 @@ def show(pipe: WanPipeline, out: Path, steps: int, guidance: float) -> None:
     rows = torch.cat([torch.cat(list(clip[::3]), dim=1) for clip in clips])
     Image.fromarray((rows.numpy() * 255).round().astype(np.uint8)).save(out / "samples.png")
     half = len(clips) // 2
-    save_gif(
-        torch.cat([torch.cat(list(some), dim=2) for some in (clips[:half], clips[half:])], dim=1), out / "samples.gif"
-    )
+    sheet = torch.cat([torch.cat(list(some), dim=2) for some in (clips[:half], clips[half:])], dim=1)
+    large = sheet.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    save_animation([Image.fromarray(frame) for frame in (large * 255).round().byte().numpy()], out / "samples.gif")
     for prompt, clip in zip(prompts, clips, strict=True):
         seen = recognise(clip)
         print(f"{'right' if seen == set(parse(prompt)) else 'WRONG'}  {prompt}  |  seen: {sorted(map(str, seen))}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Train, save, reload what was saved, evaluate it, and write `training.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline, samples and training.json")
-    limits = parser.add_mutually_exclusive_group()
-    limits.add_argument("--minutes", type=float, default=8.0, help="training time; the learning rate ends with it")
-    limits.add_argument("--steps", type=int, help="train this many steps instead")
+    parser = loop.parser(__doc__, batch=(32, "clips per step"), lr=1e-3, tiny="3 steps of 2 clips")
     parser.add_argument("--resume", type=Path, help="go on from an --out folder (weights) or a --state file (all)")
     parser.add_argument("--state", type=Path, help="also write weights and optimizers in full precision to this file")
-    parser.add_argument("--batch", type=int, default=32, help="clips per step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW; Muon's is 4 times it")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the clips and the noise")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--tiny", action="store_true", help="smoke test: a tiny model, 3 steps of 2 clips")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.tiny:
         args.steps, args.batch = args.steps or 3, 2
-    device = torch.device(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-
+    device = loop.begin(args)
     if args.resume is not None and args.resume.is_dir():
-        stages = json.loads((args.resume / "training.json").read_text(encoding="utf-8"))["stages"]
-        trainer = Trainer(load_pipeline(args.resume, device).transformer.train(), args.lr, stages)
+        transformer = load_pipeline(args.resume, device).transformer.train()
+        trainer = Trainer(transformer, args.lr, loop.read_stages(args.resume))
     else:
         trainer = Trainer(make_transformer(args.tiny).to(device), args.lr, [])
         if args.resume is not None:
@@ -325,19 +263,11 @@ def main() -> None:
 
     pipe = load_pipeline(args.out, device, torch.bfloat16)
     count, settings = (2, ((2, 3.0),)) if args.tiny else (64, SETTINGS)
-    results: dict = {
-        "date": date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers")},
-        "parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters()),
-        "clip": {"frames": FRAMES, "size": SIZE},
-        "recognised": [],
-        "stages": trainer.stages,
-    }
+    results: dict[str, Any] = {"clip": {"frames": FRAMES, "size": SIZE}, "recognised": [], "stages": trainer.stages}
     for steps, guidance in settings:
         results["recognised"].append(evaluate(pipe, count, steps, guidance))
         print(json.dumps(results["recognised"][-1]), flush=True)
-    (args.out / "training.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    loop.write(pipe.transformer, args, ("torch", "diffusers"), results)
     show(pipe, args.out, *settings[0])
     print(f"{trainer.stages[-1]['clips_per_second']} clips/s, {trainer.stages[-1]['steps']} steps")
 

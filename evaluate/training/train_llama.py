@@ -1,8 +1,8 @@
 """Train the demo LLaMA: a byte-level model of Python source, from code that is installed on every machine.
 
-    python evaluate/train_demo_llama.py --out out/demo_first --minutes 8.1    # one GPU
-    python evaluate/train_demo_llama.py --finish out/demo_first --out out/demo --minutes 0.85 --lr 5e-4 --seed 1
-    python evaluate/train_demo_llama.py --out /tmp/demo --tiny                # a smoke test, CPU, seconds
+    python evaluate/training/train_llama.py --out out/demo_first --minutes 8.1    # one GPU
+    python evaluate/training/train_llama.py --finish out/demo_first --out out/demo --minutes 0.85 --lr 5e-4 --seed 1
+    python evaluate/training/train_llama.py --out /tmp/demo --tiny                # a smoke test, CPU, seconds
 
 The data are the standard library (three times) and installed packages, without tests, without the 60 held-out modules
 and without files that share many lines with them. Weights, tokenizer, held-out texts and `training.json` go to `--out`.
@@ -10,25 +10,23 @@ and without files that share many lines with them. Weights, tokenizer, held-out 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import json
 import math
-import platform
 import random
 import sys
 import sysconfig
-import time
 from collections import Counter
 from collections.abc import Iterable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import _demos  # noqa: F401
+import loop
 import numpy as np
 import torch
-from _demo_text import BYTE_OFFSET, EOS, copy_tests, heldout_groups, load_texts, plant_names, windows
+from texts import BYTE_OFFSET, EOS, byte_windows, copy_tests, plant_names
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -39,7 +37,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-DEMO = Path(__file__).resolve().parent.parent / "models_dict" / "demo_llama"
+from modify_model.cli.language import DEMO
+
 LENGTH = 4096
 STDLIB_TIMES = 3
 COPY_SHARE = 1 / 8  # of the training windows
@@ -67,17 +66,24 @@ def stdlib_path(module: str) -> Path:
     return path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
 
 
-def heldout_texts(out: Path) -> list[tuple[str, str]]:
-    """The held-out texts as shipped; where none are shipped yet, Python 3.12's, written to `out`."""
-    groups = heldout_groups(DEMO / "heldout_files.txt")
-    if not (DEMO / "heldout").is_dir():
+def heldout_groups() -> dict[str, str]:
+    """Group ("calibration" or "unseen") of every held-out module, from `heldout_files.txt`."""
+    lines = (DEMO / "heldout_files.txt").read_text("utf-8").splitlines()
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#")]
+    return {module: group for group, module in pairs}
+
+
+def heldout_texts(out: Path) -> dict[str, str]:
+    """The held-out texts as shipped, by module; where none are shipped yet, Python 3.12's, written to `out`."""
+    folder = DEMO / "heldout"
+    if not folder.is_dir():
         if sys.version_info[:2] != (3, 12):
-            raise SystemExit(f"{DEMO / 'heldout'} is missing: only Python 3.12 can write it")
-        (out / "heldout").mkdir(parents=True, exist_ok=True)
-        for module, _ in groups:
-            (out / "heldout" / f"{module}.txt").write_bytes(stdlib_path(module).read_bytes())
-        return load_texts(out / "heldout")
-    return load_texts(DEMO / "heldout")
+            raise SystemExit(f"{folder} is missing: only Python 3.12 can write it")
+        folder = out / "heldout"
+        folder.mkdir(parents=True, exist_ok=True)
+        for module in heldout_groups():
+            (folder / f"{module}.txt").write_bytes(stdlib_path(module).read_bytes())
+    return {path.stem: path.read_text("utf-8") for path in sorted(folder.glob("*.txt"))}
 
 
 def long_lines(text: str) -> set[str]:
@@ -87,16 +93,16 @@ def long_lines(text: str) -> set[str]:
 
 
 def training_files(
-    heldout: list[tuple[str, str]], packages: Iterable[str], tiny: bool
-) -> tuple[dict[str, list[bytes]], dict]:
+    heldout: dict[str, str], packages: Iterable[str], tiny: bool
+) -> tuple[dict[str, list[bytes]], dict[str, Any]]:
     """Source files by package, in a fixed order, and a report of how many were dropped and why."""
-    excluded = {stdlib_path(name) for name, _ in heldout}
+    excluded = {stdlib_path(name) for name in heldout}
     roots = {"stdlib": Path(sysconfig.get_path("stdlib"))}
     for name in () if tiny else packages:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations:
             roots[name] = Path(next(iter(spec.submodule_search_locations)))
-    held = [long_lines(text) for _, text in heldout]
+    held = [long_lines(text) for text in heldout.values()]
     owners: dict[str, list[int]] = {}
     for index, lines in enumerate(held):
         for line in lines:
@@ -188,77 +194,56 @@ def make_model(tiny: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(model: LlamaForCausalLM, batches: Batches, args: argparse.Namespace, device: torch.device) -> dict:
-    """AdamW with a cosine that ends at the time limit (or the last step); returns steps, speed and a loss curve."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda",
-    )  # fmt: skip
+class Trainer:
+    """A model in training: AdamW with a cosine that ends with the time."""
 
-    def loss_of(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    def __init__(self, model: LlamaForCausalLM, batches: Batches, lr: float) -> None:
+        self.model, self.batches, self.lr = model.train(), batches, lr
+        decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+        others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+        gpu = batches.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+            lr=lr, betas=(0.9, 0.95), fused=gpu,
+        )  # fmt: skip
+        self.compute = torch.compile(self.loss) if gpu else self.loss
+        self.compute(batches.next()).backward()  # compiles, outside the time limit
+        self.optimizer.zero_grad()
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean loss of ids `[batch, LENGTH + 1]`, in nats."""
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+            logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
-    compute = torch.compile(loss_of) if device.type == "cuda" else loss_of
-    model.train()
-    compute(batches.next()).backward()  # compiles, outside the time limit
-    optimizer.zero_grad()
-    limit = float(args.steps) if args.steps else 60.0 * args.minutes
-    check = 1 if args.tiny else 10
-    curve, losses, steps, done = [], [], 0, 0.0
-    began = time.perf_counter()
-    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
-    with tqdm(total=limit, desc="training", bar_format=layout, mininterval=5) as bar:
-        while done < limit:
-            share = done / limit
-            warm = min(1.0, share / 0.02 + 0.01)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * warm * (0.5 + 0.5 * math.cos(math.pi * share))
-            loss = compute(batches.next())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-            steps += 1
-            if steps % check == 0:
-                bits = torch.stack(losses).mean().item() / math.log(2)  # waits for the device: the clock is true
-                losses = []
-                bar.set_postfix(loss=f"{bits:.3f} bits", steps=steps)
-                if not curve or share - curve[-1]["done"] >= 0.025:
-                    curve.append({"done": round(share, 3), "step": steps, "bits_per_byte": round(bits, 4)})
-            now = float(steps) if args.steps else time.perf_counter() - began
-            bar.update(min(now, limit) - done)
-            done = min(now, limit)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    tokens = steps * batches.batch * LENGTH
-    return {
-        "steps": steps, "seconds": round(seconds, 1), "million_tokens": round(tokens / 1e6, 1),
-        "tokens_per_second": round(tokens / seconds), "epochs_begun": batches.epochs, "batch": batches.batch,
-        "learning_rate": args.lr, "seed": args.seed, "loss_curve": curve,
-    }  # fmt: skip
+    def step(self, share: float) -> torch.Tensor:
+        """One update at a `share` of the time: 2% warm-up, then the cosine."""
+        warm = min(1.0, share / 0.02 + 0.01)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * share))
+        loss = self.compute(self.batches.next())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
 
 @torch.inference_mode()
-def evaluate(model: LlamaForCausalLM, heldout: list[tuple[str, str]], count: int, device: torch.device) -> dict:
+def evaluate(model: LlamaForCausalLM, heldout: dict[str, str], count: int, device: torch.device) -> dict[str, Any]:
     """Bits per byte on held-out windows, by position and group of files, and the share of names copied in full."""
-    groups = dict(heldout_groups(DEMO / "heldout_files.txt"))
+    groups = heldout_groups()
     bits: dict[str, torch.Tensor] = {}
     size = 8 if device.type == "cuda" else 2
     for group in ("calibration", "unseen"):
-        texts = [(name, text) for name, text in heldout if groups[name] == group]
-        found, rows = windows(texts, LENGTH, count, seed=1), []
+        texts = [text for name, text in heldout.items() if groups[name] == group]
+        found, rows = byte_windows(texts, LENGTH, count, seed=1), []
         for begin in range(0, count, size):
             ids = to_ids(found[begin : begin + size], device)
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
             rows.append(torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").cpu())
         bits[group] = torch.cat(rows) / math.log(2)
-    tests, right = copy_tests(heldout, count, distance=3000, length=LENGTH, seed=1), 0
+    tests, right = copy_tests([*heldout.values()], count, distance=3000, length=LENGTH, seed=1), 0
     for begin in range(0, count, size):
         some = tests[begin : begin + size]
         ids = to_ids([test.prompt + test.answer for test in some], device)
@@ -268,14 +253,13 @@ def evaluate(model: LlamaForCausalLM, heldout: list[tuple[str, str]], count: int
             for guess, row, test in zip(guesses, ids, some, strict=True)
         )
     both = torch.cat(list(bits.values()))
+    by_position = {f"{low}-{high}": both[:, low - 1 : high - 1] for low, high in BANDS}
     return {
         "windows": len(both),
         "length": LENGTH,
         "bits_per_byte": round(both.mean().item(), 4),
         "bits_per_byte_by_group": {group: round(values.mean().item(), 4) for group, values in bits.items()},
-        "bits_per_byte_by_position": {
-            f"{low}-{high}": round(both[:, low - 1 : high - 1].mean().item(), 4) for low, high in BANDS
-        },
+        "bits_per_byte_by_position": {band: round(values.mean().item(), 4) for band, values in by_position.items()},
         "copy_tests": count,
         "copy_accuracy_at_3000_bytes": right / count,
     }
@@ -303,55 +287,42 @@ def save(model: LlamaForCausalLM, out: Path) -> None:
     ByT5Tokenizer(extra_ids=0, model_max_length=LENGTH).save_pretrained(out)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Train, save, reload what was saved, evaluate it, and write `training.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and training.json")
-    limits = parser.add_mutually_exclusive_group()
-    limits.add_argument("--minutes", type=float, default=8.0, help="training time; the learning rate ends with it")
-    limits.add_argument("--steps", type=int, help="train this many steps instead")
+    batch = 16, f"windows of {LENGTH} bytes per step"
+    parser = loop.parser(__doc__, batch=batch, lr=1.5e-3, tiny="200 files, 4 steps, 8 windows")
     parser.add_argument("--finish", type=Path, help="second stage: go on from this folder, on the closest packages")
-    parser.add_argument("--batch", type=int, default=16, help="windows of 4096 bytes per step")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the windows and the made-up names")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--tiny", action="store_true", help="smoke test: a tiny model, 200 files, 4 steps, 8 windows")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.tiny:
         args.steps, args.batch = args.steps or 4, 8
-    device = torch.device(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-
+    device = loop.begin(args)
     heldout = heldout_texts(args.out)
     files, data = training_files(heldout, CLOSE if args.finish else PACKAGES, args.tiny)
     batches = Batches(files, args.batch, device, args.seed)
     data["million_tokens_per_epoch"] = round(len(batches.ids) / 1e6, 1)
     print(f"{data['million_tokens_per_epoch']} MB of training data; files dropped: {data['dropped_files']}")
-    stages = []
     if args.finish:
-        stages = json.loads((args.finish / "training.json").read_text(encoding="utf-8"))["stages"]
         model = LlamaForCausalLM.from_pretrained(args.finish, dtype=torch.float32).to(device)
     else:
         model = make_model(args.tiny).to(device)
-    training = train(model, batches, args, device)
+    trainer = Trainer(model, batches, args.lr)
+
+    def note(loss: float) -> dict[str, float]:
+        return {"bits_per_byte": round(loss / math.log(2), 4)}
+
+    training = loop.train(trainer.step, note, args, unit="tokens", per_step=args.batch * LENGTH)
+    training["epochs_begun"] = batches.epochs
     save(model, args.out)
 
     shipped = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16).to(device).eval()
     results = {
-        "date": date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "numpy")},
-        "parameters": sum(parameter.numel() for parameter in shipped.parameters()),
-        "heldout": {"files": len(heldout), "bytes": sum(len(text.encode()) for _, text in heldout)},
+        "heldout": {"files": len(heldout), "bytes": sum(len(text.encode()) for text in heldout.values())},
         "evaluation": evaluate(shipped, heldout, 8 if args.tiny else 200, device),
         "sample": sample(args.out, device, 16 if args.tiny else 400),
-        "stages": [*stages, {"data": data, "training": training}],
+        "stages": [*loop.read_stages(args.finish), {"data": data, "training": training}],
     }
-    (args.out / "training.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({key: results[key] for key in ("parameters", "evaluation")}, indent=2))
+    loop.write(shipped, args, ("torch", "transformers", "numpy"), results)
+    print(json.dumps(results["evaluation"], indent=2))
     print(f"{training['tokens_per_second']:,} tokens/s, {training['steps']} steps\n{results['sample']}")
 
 
