@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import json
 import sys
@@ -26,25 +27,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluate"))
-
-from _llama import (
-    DEMO,
-    encode,
-    greedy,
-    layer_range,
-    load_model,
-    negative_log_likelihood,
-    patch_and_load,
+from autotune import (
+    SparseAttention,
+    Tuned,
+    extract_sparse_attention_state_dict,
+    load,
+    load_sparse_attention_state_dict,
     record_density,
-    take_density,
-    token_windows,
+    save,
 )
-from _loading import DTYPES
-
-from autotune import SparseAttention, extract_sparse_attention_state_dict, save
-from autotune.module import Thresholds, sparse_modules
+from autotune.module import sparse_modules
+from autotune.tuned import PV_OFF
 from modify_model import restore
+from modify_model.cli.arguments import DTYPES, check_output, layer_range, whole
+from modify_model.cli.driver import tuned_layers
+from modify_model.cli.language import DEMO, encode, greedy, load_model, negative_log_likelihood, token_windows
+from modify_model.cli.main import Parser
+from modify_model.cli.parallel import guarded
 from modify_model.modify_llama import set_spas_sage_attn_llama
 from spas_attn import fallback_counts
 from spas_attn.metrics import cosine_similarity
@@ -70,6 +69,13 @@ def pack(values: Tensor) -> str:
     return base64.b64encode(values.cpu().numpy().astype(kind).tobytes()).decode()
 
 
+def patch_and_load(model: PreTrainedModel, path: str | Path, layers: tuple[int, int] | None = None) -> None:
+    """Patch the layers that a tuned file is for (or those given) and load it."""
+    state = load(path)
+    set_spas_sage_attn_llama(model, layer_range=layers or tuned_layers(model, state))
+    load_sparse_attention_state_dict(model, state)
+
+
 @torch.inference_mode()
 def record_window(model: PreTrainedModel, window: Tensor) -> tuple[dict[str, Any], Tensor]:
     """What is stored of a window ``[1, L]``, and sum, sum of squares, minimum, maximum and count of its logits."""
@@ -79,7 +85,6 @@ def record_window(model: PreTrainedModel, window: Tensor) -> tuple[dict[str, Any
     stored = logits[STRIDE - 1 :: STRIDE] if len(logits) >= STRIDE else logits[-1:]
     entry = {
         "nll": float(nll),
-        "top5_last": logits[-1].topk(min(5, logits.shape[1])).indices.tolist(),
         "top1": pack(logits.argmax(-1).int()),  # of every position
         "rows": len(stored),
         "logsumexp": pack(stored.logsumexp(-1)),
@@ -104,13 +109,11 @@ def record(
     entries, sums, densities = [], [], []
     before = fallback_counts()
     for window in windows:
-        if patched:
-            record_density(model)
-        entry, window_sums = record_window(model, window)
+        with record_density(model) if patched else contextlib.nullcontext() as density:
+            entry, window_sums = record_window(model, window)
         entries.append(entry)
         sums.append(window_sums)
-        density = take_density(model) if patched else 1.0
-        densities.append(1.0 if density is None else density)
+        densities.append(1.0 if density is None else density.mean)
     fallbacks = {reason: n - before.get(reason, 0) for reason, n in fallback_counts().items()}
     total, squares, lowest, highest, count = torch.stack(sums).unbind(1)
     mean = float(total.sum() / count.sum())
@@ -160,41 +163,37 @@ def record(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Record one model; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=str(DEMO), help="a folder or a name on the hub (default: the demo model)")
     add("--model_out_path", help="a tuned file: patch the model and load it")
     add("--output", help="where the JSON goes (default: only a summary is printed)")
-    add("--max_length", type=int, default=2048, help="tokens of a text (default: 2048)")
-    add("--num_samples", type=int, default=4, help="number of texts (default: 4)")
-    add("--max_new_tokens", type=int, default=64, help="tokens to generate after each prompt (default: 64)")
+    add("--max_length", type=whole(2), default=2048, help="tokens of a text (default: 2048)")
+    add("--num_samples", type=whole(1), default=4, help="number of texts (default: 4)")
+    add("--max_new_tokens", type=whole(1), default=64, help="tokens to generate after each prompt (default: 64)")
     add("--layer_range", type=layer_range, help="start,stop of the patched layers (default: those of the tuned file)")
     add("--device", help="cuda, cpu, … (default: cuda if there is one)")
-    add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's; float32 on a processor")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's; float32 on a CPU")
     args = parser.parse_args(argv)
-    for name, least in (("max_length", 2), ("num_samples", 1), ("max_new_tokens", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.layer_range and not args.model_out_path:
         parser.error("--layer_range needs --model_out_path: without it the model is recorded unpatched")
-    try:
-        model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
-        if args.model_out_path:
-            patch_and_load(model, args.model_out_path, args.layer_range)
-        result = record(
-            model,
-            tokenizer,
-            max_length=args.max_length,
-            num_samples=args.num_samples,
-            max_new_tokens=args.max_new_tokens,
-        )
-        result = {"model": args.model, "tuned_file": args.model_out_path, **result}
-        if args.output:
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.output).write_text(json.dumps(result) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return guarded(Path(__file__).name, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything after the arguments."""
+    if args.output:
+        check_output("output", args.output)
+    if args.model_out_path:
+        load(args.model_out_path)
+    model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
+    if args.model_out_path:
+        patch_and_load(model, args.model_out_path, args.layer_range)
+    counts = {name: getattr(args, name) for name in ("max_length", "num_samples", "max_new_tokens")}
+    result = {"model": args.model, "tuned_file": args.model_out_path, **record(model, tokenizer, **counts)}
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(result) + "\n", encoding="utf-8")
     numbers = result["logits"]
     print("logits      {min:.4f} to {max:.4f}, mean {mean:.4f}, std {std:.4f}".format(**numbers))
     print(f"density     {result['mean_density']:.4f}")
@@ -244,13 +243,9 @@ def tuned_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = set_spas_sage_attn_llama(load_model(DEMO, device="cpu")[0])
     for module in sparse_modules(model).values():
         heads = module.heads or 0
-        values = Thresholds(
-            is_sparse=torch.arange(heads) < heads - 1,
-            cdfthreshd=torch.full((heads,), CDF),
-            simthreshd1=torch.full((heads,), -1.0),
-            pvthreshd=torch.full((heads,), 50.0),
-        )
-        module.set_thresholds(values, expected_density=0.7, lengths=(LENGTH, LENGTH))
+        full = torch.ones(heads)
+        sparse = torch.arange(heads) < heads - 1
+        module.set_thresholds(Tuned(sparse, full * CDF, -full, full * PV_OFF, 0.7, (LENGTH, LENGTH)))
     path = tmp_path_factory.mktemp("tuned") / "demo.pt"
     save(extract_sparse_attention_state_dict(model), path)
     return path
@@ -270,12 +265,11 @@ def test_tuned_stays_close(
     model: PreTrainedModel, tuned_file: Path, windows: list[Tensor], dense: list[Tensor]
 ) -> None:
     patch_and_load(model, tuned_file)
-    record_density(model)
     fallbacks = fallback_counts()
-    sparse = [logits_of(model, window) for window in windows]
-    density = take_density(model)
+    with record_density(model) as density:
+        sparse = [logits_of(model, window) for window in windows]
     assert fallback_counts() == fallbacks
-    assert density is not None and 0.2 < density < 0.95
+    assert 0.2 < density.mean < 0.95
     losses = [0.0, 0.0]
     for got, reference, window in zip(sparse, dense, windows, strict=True):
         assert torch.isfinite(got).all()
