@@ -384,4 +384,4 @@ def select_blocks(
         TOUCH_K=rule.touched_k is not None, num_warps=1 if width <= 512 else width // 512,
     )
     # fmt: on
-    return BlockMask(counts, indices, rule.block_q, rule.block_k, q_len, k_len)
+    return BlockMask(counts, indices, rule.block_q, rule.block_k, q_len, k_len, trusted=True)
