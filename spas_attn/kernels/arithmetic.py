@@ -7,12 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+def narrow(x, dtype: tl.constexpr):
     """float32 to dtype; for fp8, |x| must be at most 448."""
-    if INTERPRET and dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    if INTERPRET and dtype == tl.float8e4nv:
+    if INTERPRETED and dtype == tl.float8e4nv:
         bits = x.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         subnormal = (x + 24576.0) - 24576.0  # steps of 2^-9 below 2^-6
@@ -27,12 +27,12 @@ def nearest_int8(x):
 
 
 @triton.jit
-def dot(a, b, acc, INTERPRET: tl.constexpr):
+def dot(a, b, acc):
     """a @ b + acc in float32; the interpreter's matrix product cannot take 16-bit operands."""
-    if INTERPRET:
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-INTERPRETED = not isinstance(narrow, triton.JITFunction)
+INTERPRETED = tl.constexpr(not isinstance(narrow, triton.JITFunction))

@@ -8,68 +8,74 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_mask import cdiv
+from .operands import Rows, Valid, are_valid
 
 _STEP = 64  # rows taken at a time
 _SPAN, _CHUNKS = 512, 64  # least rows of a program, most programs of a head
 
 
-# fmt: off
 @triton.jit
 def _column_kernel(
-    X, Valid, Out, Count,
-    stride_b, stride_h, stride_n, stride_d, stride_valid_b, stride_valid_n,
-    heads, length, tokens, every, span, chunks,
-    D: tl.constexpr, DPAD: tl.constexpr, STEP: tl.constexpr, AMAX: tl.constexpr, PADDING: tl.constexpr,
-):
-    """Per column, the sum or the largest magnitude of ``span`` of the ``tokens`` rows 0, every, 2 every, ..."""
-    # fmt: on
+    x, valid, out, count, heads, length, tokens, every, span, chunks,
+    D: tl.constexpr, DPAD: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Of ``span`` of the ``tokens`` rows 0, every, 2 every, ...: sums and their number, or largest magnitudes.
+
+    Args:
+        x: Rows [B, H, L, D]; valid: Valid or None.
+        out: float32 [B, H, chunks, DPAD]: sums, or without count largest magnitudes.
+        count: float32 [B, H, chunks] or None.
+    """
     chunk = tl.program_id(0)
     head = tl.cast(tl.program_id(1), tl.int64)
     b, h = head // heads, head % heads
     offs_d = tl.arange(0, DPAD)
-    columns = X + b * stride_b + h * stride_h + offs_d[None, :] * stride_d
+    p_columns = x.data + b * x.stride_b + h * x.stride_h + offs_d[None, :] * x.stride_d  # [1, DPAD]
     total = tl.zeros([STEP, DPAD], tl.float32)
-    count = tl.zeros([STEP], tl.float32)
+    number = tl.zeros([STEP], tl.float32)
     end = tl.minimum((chunk + 1) * span, tokens)
     for first in range(chunk * span, end, STEP):
-        visited = first + tl.arange(0, STEP)
+        visited = first + tl.arange(0, STEP)  # [STEP]
         rows = tl.cast(visited, tl.int64) * every
-        wanted = (visited < end) & (rows < length)
-        if PADDING:
-            wanted &= tl.load(Valid + b * stride_valid_b + rows * stride_valid_n, mask=wanted, other=0) != 0
-        x = tl.load(columns + rows[:, None] * stride_n, mask=wanted[:, None] & (offs_d < D)[None, :], other=0.0)
-        x = x.to(tl.float32)
-        if AMAX:
-            total = tl.maximum(total, tl.abs(x))
+        wanted = are_valid(valid, b, rows, (visited < end) & (rows < length))
+        p_x = p_columns + rows[:, None] * x.stride_n  # [STEP, DPAD]
+        b_x = tl.load(p_x, mask=wanted[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+        if count is None:
+            total = tl.maximum(total, tl.abs(b_x))
         else:
-            total += x
-            count += wanted.to(tl.float32)
-    to = head * chunks + chunk
-    if AMAX:
-        tl.store(Out + to * DPAD + offs_d, tl.max(total, 0))
+            total += b_x
+            number += wanted.to(tl.float32)
+    place = head * chunks + chunk
+    if count is None:
+        tl.store(out + place * DPAD + offs_d, tl.max(total, 0))
     else:
-        tl.store(Out + to * DPAD + offs_d, tl.sum(total, 0))
-        tl.store(Count + to, tl.sum(count, 0))
+        tl.store(out + place * DPAD + offs_d, tl.sum(total, 0))
+        tl.store(count + place, tl.sum(number, 0))
 
 
-def partial_columns(
-    x: Tensor, dim: int, valid: Tensor | None, tokens: int, every: int, *, amax: bool
-) -> tuple[Tensor, Tensor]:
-    """Partial column statistics float32 ``[B * H, chunks, dim]`` and the rows in each, float32 ``[B * H, chunks]``.
-
-    ``tokens`` rows are taken, every ``every``-th. No atomics: partial results are put together in a fixed order.
-    """
+def _partial(
+    x: Tensor, dim: int, valid: Tensor | None, tokens: int, every: int, counted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Partial results float32 ``[B * H, chunks, dim]``; no atomics, so that they are joined in a fixed order."""
     batch, heads, length, d = x.shape
     span = max(_SPAN, cdiv(cdiv(tokens, _CHUNKS), _STEP) * _STEP)
     chunks = cdiv(tokens, span)
     out = torch.empty(batch * heads, chunks, dim, dtype=torch.float32, device=x.device)
-    count = out if amax else torch.empty(batch * heads, chunks, dtype=torch.float32, device=x.device)
-    # fmt: off
+    count = torch.empty(batch * heads, chunks, dtype=torch.float32, device=x.device) if counted else None
     _column_kernel[(chunks, batch * heads)](
-        x, x if valid is None else valid, out, count,
-        *x.stride(), *((0, 0) if valid is None else valid.stride()),
-        heads, length, tokens, every, span, chunks,
-        D=d, DPAD=dim, STEP=_STEP, AMAX=amax, PADDING=valid is not None, num_warps=4 if dim <= 128 else 8,
-    )
-    # fmt: on
+        Rows.of(x), Valid.of(valid), out, count, heads, length, tokens, every, span, chunks,
+        D=d, DPAD=dim, STEP=_STEP, num_warps=4 if dim <= 128 else 8,
+    )  # fmt: skip
     return out, count
+
+
+def column_sums(x: Tensor, dim: int, valid: Tensor | None, every: int) -> tuple[Tensor, Tensor]:
+    """Sums over every ``every``-th valid token, float32 ``[B * H, 1, dim]``, and their number, ``[B * H, 1]``."""
+    sums, counts = _partial(x, dim, valid, cdiv(x.shape[2], every), every, counted=True)
+    assert counts is not None
+    return (sums, counts) if sums.shape[1] == 1 else (sums.sum(1, keepdim=True), counts.sum(1, keepdim=True))
+
+
+def partial_amax(x: Tensor, dim: int, valid: Tensor | None) -> Tensor:
+    """Largest magnitudes of the columns in parts of the valid tokens, float32 ``[B * H, parts, dim]``."""
+    return _partial(x, dim, valid, x.shape[2], 1, counted=False)[0]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..traced import constant_when_traced
+
 INTERPRETER_SHARED_MEMORY = 1 << 30  # Triton's interpreter has no such limit
 _DEFAULT_SHARED_MEMORY = 101_376  # RTX 30 and 40 series; what is assumed when the driver does not tell
 _RESERVED = 2048  # scratch of reductions and barriers
@@ -85,7 +87,7 @@ _GENERAL: _Table = {
 _TABLES = {9: _HOPPER}  # by major compute capability
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 @functools.cache
 def _facts(index: int) -> tuple[int, int, int]:
     """Compute capability of a GPU, and the bytes of shared memory that one program may use."""

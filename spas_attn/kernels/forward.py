@@ -6,6 +6,9 @@ ragged end, which do. Key padding is tested by one scalar per tile.
 
 Three precisions share the walk: both products in the inputs' own type; Q and K in int8 (SageAttention, arXiv
 2410.02367), Q quantised per row when its tile is loaded; and P and V in fp8 besides (SageAttention2, arXiv 2411.10958).
+
+Names: ``p_`` are pointers, ``b_`` tiles in registers or shared memory, ``offs_`` offsets within a tile. M counts
+queries, N keys, and DPAD is the head dim padded to a power of two.
 """
 
 from __future__ import annotations
@@ -17,24 +20,22 @@ from .arithmetic import dot, narrow, nearest_int8
 
 
 @triton.jit
-def _kept_before(row, count, bound, CHUNK: tl.constexpr):
-    """How many of the first ``count`` entries of an ascending index row are below ``bound``."""
+def _kept_before(p_indices, count, bound, CHUNK: tl.constexpr):
+    """How many of the first ``count`` entries of an ascending list are below ``bound``."""
     before = 0
     for first in range(0, count, CHUNK):
-        at = first + tl.arange(0, CHUNK)
-        index = tl.load(row + at, mask=at < count, other=2147483647)
+        at = first + tl.arange(0, CHUNK)  # [CHUNK]
+        index = tl.load(p_indices + at, mask=at < count, other=2147483647)
         before += tl.sum((index < bound).to(tl.int32), 0)
     return before
 
 
-# fmt: off
 @triton.jit
 def _runs(
-    row, count, first_row, q_len, k_len, window,
-    BLOCK_M: tl.constexpr, MASK_K: tl.constexpr, SPARSE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-):
+    p_indices, count, first_row, q_len, k_len, window,
+    BLOCK_M: tl.constexpr, MASK_K: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
     """Four ascending bounds in the list of key blocks: masked run, full run, masked run lie between them."""
-    # fmt: on
     offset = k_len - q_len
     last_row = tl.minimum(first_row + BLOCK_M, q_len) - 1
     begin, full_begin = 0, 0
@@ -42,107 +43,103 @@ def _runs(
     if CAUSAL:
         end = (last_row + offset) // MASK_K + 1
         full_end = (first_row + offset + 1) // MASK_K
-        if WINDOW:
+        if window is not None:
             begin = tl.maximum(first_row + offset - window + 1, 0) // MASK_K
             full_begin = tl.cdiv(tl.maximum(last_row + offset - window + 1, 0), MASK_K)
-    if SPARSE:
-        if WINDOW:
-            begin = _kept_before(row, count, begin, 128)
-            full_begin = _kept_before(row, count, full_begin, 128)
-        full_end = _kept_before(row, count, full_end, 128)
+    if p_indices is not None:  # from numbers of blocks to places in the list of kept ones
+        if window is not None:
+            begin = _kept_before(p_indices, count, begin, 128)
+            full_begin = _kept_before(p_indices, count, full_begin, 128)
+        if CAUSAL or RAGGED:
+            full_end = _kept_before(p_indices, count, full_end, 128)
         if CAUSAL:
-            end = _kept_before(row, count, end, 128)
+            end = _kept_before(p_indices, count, end, 128)
         else:
             end = count
-    full_begin = tl.minimum(full_begin, end)
-    full_end = tl.minimum(tl.maximum(full_begin, full_end), end)
+    if CAUSAL or RAGGED:
+        full_begin = tl.minimum(full_begin, end)
+        full_end = tl.minimum(tl.maximum(full_begin, full_end), end)
+    else:
+        full_end = end
     return begin, full_begin, full_end, end
 
 
-# fmt: off
 @triton.jit
-def _hide(
-    scores, cols, limit, k_len, window, key_valid, stride_valid, tile_valid,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr, MASKED: tl.constexpr,
-):
-    """-inf where a query must not see a key; ``limit`` is the last key of each row under causality."""
-    # fmt: on
-    if MASKED:
-        if CAUSAL:
-            seen = cols[None, :] <= limit[:, None]
-            if WINDOW:
-                seen &= cols[None, :] > limit[:, None] - window
+def _load_k(
+    k, k_desc, p_k, b, kh, start, k_len,
+    DIM: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Kᵀ of the keys from ``start`` on, [DPAD, BLOCK_N], zeros where there is nothing."""
+    if k_desc is not None:  # the copy engine fills what lies outside with zeros by itself
+        b_k = tl.trans(k_desc.load([b.to(tl.int32), kh.to(tl.int32), start, 0]).reshape(BLOCK_N, DPAD))
+    else:
+        offs_n, offs_d = tl.arange(0, BLOCK_N)[None, :], tl.arange(0, DPAD)[:, None]
+        p_k += tl.cast(start, tl.int64) * k.stride_n  # [DPAD, BLOCK_N]
+        if MASKED:
+            b_k = tl.load(p_k, mask=(start + offs_n < k_len) & (offs_d < DIM), other=0)
+        elif DIM < DPAD:
+            b_k = tl.load(p_k, mask=offs_d < DIM, other=0)
         else:
-            seen = (cols < k_len)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-    if PADDING:
-        if tl.load(tile_valid) == 0:
-            kept = tl.load(key_valid + cols * stride_valid, mask=cols < k_len, other=0) != 0
-            scores = tl.where(kept[None, :], scores, float("-inf"))
-    return scores
-
-
-# fmt: off
-@triton.jit
-def _key_tile(
-    K, k_at, b, kh, start, in_length,
-    QK_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
-):
-    """Kᵀ of one tile, [DPAD, BLOCK_N]; the copy engine fills what lies outside with zeros by itself."""
-    # fmt: on
-    in_dim = (tl.arange(0, DPAD) < QK_D)[:, None]
-    if TMA:
-        k = tl.trans(K.load([b, kh, start, 0]).reshape(BLOCK_N, DPAD))
-    elif MASKED:
-        k = tl.load(k_at, mask=in_length[None, :] & in_dim, other=0)
-    elif QK_D < DPAD:
-        k = tl.load(k_at, mask=in_dim, other=0)
-    else:
-        k = tl.load(k_at)
-    return k
-
-
-# fmt: off
-@triton.jit
-def _value_tile(
-    V, v_at, b, kh, start, in_length,
-    V_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """V of one tile, [BLOCK_N, DPAD]; in fp8 it lies transposed in memory, whole and padded with zeros."""
-    # fmt: on
-    in_dim = (tl.arange(0, DPAD) < V_D)[None, :]
-    if TMA and FP8:
-        v = tl.trans(V.load([b, kh, 0, start]).reshape(DPAD, BLOCK_N))
-    elif TMA:
-        v = V.load([b, kh, start, 0]).reshape(BLOCK_N, DPAD)
-    elif MASKED and not FP8:
-        v = tl.load(v_at, mask=in_length[:, None] & in_dim, other=0)
-    elif V_D < DPAD:
-        v = tl.load(v_at, mask=in_dim, other=0)
-    else:
-        v = tl.load(v_at)
-    return v
+            b_k = tl.load(p_k)
+    return b_k
 
 
 @triton.jit
-def _probabilities(scores, scale, anchor, SHIFT: tl.constexpr, INT8: tl.constexpr):
-    """exp2 of ``(scores - SHIFT) * scale - anchor``; scale is one per row in int8, else one for all."""
-    if INT8:
-        exponent = scores * scale[:, None] - (SHIFT * scale + anchor)[:, None]
+def _load_v(
+    v, v_desc, p_v, b, kh, start, k_len,
+    DIM: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """V of the keys from ``start`` on, [BLOCK_N, DPAD]; fp8 lies transposed in memory, whole and padded with zeros."""
+    if v_desc is not None and FP8:
+        b_v = tl.trans(v_desc.load([b.to(tl.int32), kh.to(tl.int32), 0, start]).reshape(DPAD, BLOCK_N))
+    elif v_desc is not None:
+        b_v = v_desc.load([b.to(tl.int32), kh.to(tl.int32), start, 0]).reshape(BLOCK_N, DPAD)
     else:
-        exponent = scores * scale - anchor[:, None]
-    return tl.exp2(exponent)
+        offs_n, offs_d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, DPAD)[None, :]
+        p_v += tl.cast(start, tl.int64) * v.stride_n  # [BLOCK_N, DPAD]
+        if MASKED and not FP8:
+            b_v = tl.load(p_v, mask=(start + offs_n < k_len) & (offs_d < DIM), other=0)
+        elif DIM < DPAD:
+            b_v = tl.load(p_v, mask=offs_d < DIM, other=0)
+        else:
+            b_v = tl.load(p_v)
+    return b_v
 
 
-# fmt: off
+@triton.jit
+def _hide(b_s, cols, last_key, k_len, window, CAUSAL: tl.constexpr):
+    """Scores, -inf where a query must not see a key; ``last_key`` [BLOCK_M]: the last one of each row if causal."""
+    if CAUSAL:
+        seen = cols[None, :] <= last_key[:, None]  # [BLOCK_M, BLOCK_N]
+        if window is not None:
+            seen &= cols[None, :] > last_key[:, None] - window
+    else:
+        seen = (cols < k_len)[None, :]
+    return tl.where(seen, b_s, float("-inf"))
+
+
+@triton.jit
+def _hide_padding(b_s, cols, k_len, p_valid, stride, p_tile_valid):
+    """Scores, -inf for padded keys."""
+    if tl.load(p_tile_valid) == 0:
+        valid = tl.load(p_valid + cols * stride, mask=cols < k_len, other=0) != 0  # [BLOCK_N]
+        b_s = tl.where(valid[None, :], b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def _comes_near(tile_peak, new_peak, inside, pv_threshold):
+    """PV skip: whether a tile's largest score comes within the threshold of the largest so far, in any row."""
+    behind = tl.where(inside & (tile_peak > float("-inf")), tile_peak - new_peak, float("-inf"))  # [BLOCK_M]
+    return tl.max(behind, 0) + pv_threshold > 0
+
+
 @triton.jit
 def _absorb(
-    acc, total, peak, scores, scale, new_peak, v,
-    SHIFT: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr, HIDING: tl.constexpr, INTERPRET: tl.constexpr,
-):
-    """One step of the online softmax in base 2."""
-    # fmt: on
+    acc, total, peak, new_peak, b_s, scale, b_v,
+    SHIFT: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr, HIDING: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax in base 2, with weights exp2((b_s - SHIFT) * scale - new_peak)."""
     anchor = new_peak
     if HIDING:
         # Nothing seen yet: any finite anchor makes exp2(-inf - anchor) zero instead of NaN.
@@ -150,112 +147,73 @@ def _absorb(
     decay = tl.exp2(peak - anchor)
     if FP8:
         # P up to 2^8 instead of 1: fp8 ends at 448, and below 2^-6 it loses digits. The factor cancels in acc / total.
-        p = _probabilities(scores, scale, anchor - 8.0, SHIFT, INT8)
-        total = total * decay + tl.sum(p, 1)
-        BLOCK_M: tl.constexpr = p.shape[0]
-        BLOCK_N: tl.constexpr = p.shape[1]
-        p = narrow(p, tl.float8e4nv, INTERPRET)
-        # In this order of the keys (prepare.py stores V in it) a thread's scores are what it feeds to the next product.
-        p = p.reshape(BLOCK_M, BLOCK_N // 32, 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(BLOCK_M, BLOCK_N)
-        acc = dot(p, v, acc * decay[:, None], INTERPRET)
+        anchor -= 8.0
+    if INT8:
+        b_p = tl.exp2(b_s * scale[:, None] - (SHIFT * scale + anchor)[:, None])  # [BLOCK_M, BLOCK_N]
     else:
-        p = _probabilities(scores, scale, anchor, SHIFT, INT8)
-        total = total * decay + tl.sum(p, 1)
-        acc = dot(narrow(p, v.dtype, INTERPRET), v, acc * decay[:, None], INTERPRET)
-    return acc, total, new_peak
-
-
-# fmt: off
-@triton.jit
-def _walk(
-    acc, total, peak, q, q_scale, K, V, b, kh, k_ptrs, v_ptrs, stride_kn, stride_vn, row, k_scales,
-    key_valid, stride_valid, tile_valid, limit, wants, threshold, lo, hi, k_len, window,
-    QK_D: tl.constexpr, V_D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, MASK_K: tl.constexpr,
-    SPARSE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr, INT8: tl.constexpr,
-    FP8: tl.constexpr, SKIP: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
-):
-    """Take key blocks ``lo`` to ``hi`` of the list into the running softmax; MASKED ones pay for token masks."""
-    # fmt: on
-    PARTS: tl.constexpr = MASK_K // BLOCK_N
-    # int32 -> float32 runs at a quarter of the rate of an addition. Adding the bits of 1.5 * 2^23 instead gives that
-    # number plus the score, exact below 2^22 (127 * 127 * 256 is); the softmax's subtrahend takes it away again.
-    SHIFT: tl.constexpr = 12582912.0 if INT8 else 0.0
-    offs_n = tl.arange(0, BLOCK_N)
-    # A masked run is a tile or two: overlapping its loads would only cost the full run registers and shared memory.
-    STAGES: tl.constexpr = 1 if MASKED else None
-    for part in tl.range(lo * PARTS, hi * PARTS, num_stages=STAGES):
-        if SPARSE:
-            start = tl.load(row + part // PARTS) * MASK_K + (part % PARTS) * BLOCK_N
-        else:
-            start = part * BLOCK_N
-        cols = start + offs_n
-        far = tl.cast(start, tl.int64)
-        in_length = cols < k_len
-        k = _key_tile(K, k_ptrs + far * stride_kn, b, kh, start, in_length, QK_D, DPAD, BLOCK_N, TMA, MASKED)
-        if INT8:
-            scores = (tl.dot(q, k, out_dtype=tl.int32) + 0x4B400000).to(tl.float32, bitcast=True)
-            # Beyond the cap, where a step of the integers is half a power of two, the subtrahend could not be rounded.
-            scale = tl.minimum(q_scale * tl.load(k_scales + start // MASK_K), 0.5)
-        else:
-            scores = dot(q, k, None, INTERPRET)
-            scale = q_scale
-        scores = _hide(
-            scores, cols, limit, k_len, window, key_valid, stride_valid, tile_valid + start // BLOCK_N,
-            CAUSAL, WINDOW, PADDING, MASKED,
-        )  # fmt: skip
-        tile_peak = (tl.max(scores, 1) - SHIFT) * scale
-        if not INT8:
-            # Rounded up, so that no multiply-add of a huge score comes out above 0 and its exponential overflows.
-            tile_peak = tl.maximum(tile_peak * (1 + 2.0**-23), tile_peak * (1 - 2.0**-23))
-        new_peak = tl.maximum(peak, tile_peak)
-        v_at = v_ptrs + far * stride_vn
-        if SKIP:
-            behind = tl.where(wants & (tile_peak > float("-inf")), tile_peak - new_peak, float("-inf"))
-            if tl.max(behind, 0) + threshold > 0:
-                v = _value_tile(V, v_at, b, kh, start, in_length, V_D, DPAD, BLOCK_N, FP8, TMA, MASKED)
-                acc, total, peak = _absorb(
-                    acc, total, peak, scores, scale, new_peak, v, SHIFT, INT8, FP8, MASKED or PADDING, INTERPRET
-                )
-        else:
-            v = _value_tile(V, v_at, b, kh, start, in_length, V_D, DPAD, BLOCK_N, FP8, TMA, MASKED)
-            acc, total, peak = _absorb(
-                acc, total, peak, scores, scale, new_peak, v, SHIFT, INT8, FP8, MASKED or PADDING, INTERPRET
-            )
-    return acc, total, peak
+        b_p = tl.exp2(b_s * scale - anchor[:, None])
+    total = total * decay + tl.sum(b_p, 1)
+    b_p = narrow(b_p, b_v.dtype)
+    if FP8:
+        # In this order of the keys (prepare.py stores V in it) a thread's scores are what it feeds to the next product.
+        M: tl.constexpr = b_p.shape[0]
+        N: tl.constexpr = b_p.shape[1]
+        b_p = b_p.reshape(M, N // 32, 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(M, N)
+    return dot(b_p, b_v, acc * decay[:, None]), total, new_peak
 
 
 @triton.jit
-def _quantise_rows(q, softmax_scale):
-    """int8 of each row and its scale, softmax factor included."""
-    q = q.to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / 127.0
-    return nearest_int8(q / scale[:, None]), scale * softmax_scale
+def _quantise_rows(b_q, softmax_scale):
+    """int8 of each row [BLOCK_M, DPAD] and its scale [BLOCK_M], softmax factor included."""
+    b_q = b_q.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(b_q), 1), 1e-12) / 127.0
+    return nearest_int8(b_q / scale[:, None]), scale * softmax_scale
 
 
 @triton.jit
-def _finish(acc, total, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """The output rows; 0 where nothing was seen."""
+def _finish(acc, total, dtype: tl.constexpr):
+    """The output rows [BLOCK_M, DPAD]; 0 where nothing was seen."""
     out = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
     if dtype == tl.float16:
         # P is rounded, its sum is not: a mean of values near the end of the range may come out just above it.
         out = tl.where(tl.abs(out) < float("inf"), tl.minimum(tl.maximum(out, -65504.0), 65504.0), out)
-    return narrow(out, dtype, INTERPRET)
+    return narrow(out, dtype)
 
 
-# fmt: off
 @triton.jit
 def sparse_attention_fwd_kernel(
-    Q, K, V, Out, Lse, KScale, KMean, VScale, Counts, Indices, KeyValid, TileValid, Threshold,
-    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
-    stride_cb, stride_ch, stride_ib, stride_ih, stride_in, stride_valid_b, stride_valid_n,
+    q, k, v, o, lse, k_desc, v_desc, k_scale, k_mean, v_scale, blocks, valid, tile_valid, pv_threshold,
     heads, group, q_len, k_len, window, softmax_scale,
-    D: tl.constexpr, Q_D: tl.constexpr, QK_D: tl.constexpr, V_D: tl.constexpr, DPAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_Q: tl.constexpr, MASK_K: tl.constexpr, SPARSE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr, RAGGED: tl.constexpr, INT8: tl.constexpr,
-    FP8: tl.constexpr, SKIP: tl.constexpr, WITH_LSE: tl.constexpr, TMA: tl.constexpr, INTERPRET: tl.constexpr,
-):
-    # fmt: on
+    D: tl.constexpr, DPAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK_Q: tl.constexpr, MASK_K: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Attention of BLOCK_M queries of one head; one function, because its parts would share nearly every name here.
+
+    Args:
+        q, o: Rows [B, Hq, Lq, D]; in int8 q is padded to DPAD where D is no multiple of 16.
+        k, v: Rows [B, Hkv, Lk, D], in int8 [.., DPAD], v in fp8 as well; None where descriptors stand for them.
+        k_desc, v_desc: descriptors of tiles [1, 1, BLOCK_N, DPAD], of fp8 v [1, 1, DPAD, BLOCK_N]; or None.
+        k_scale: float32 [B, Hkv, key blocks]; None: no int8.  v_scale: float32 [B, Hkv, DPAD]; None: no fp8.
+        k_mean: float32 [B, Hkv, DPAD], what int8 keys come without; needed for lse only.
+        lse: float32 [B, Hq, Lq], or None.
+        blocks: Blocks to compute, None for all.
+        valid, tile_valid: key padding, and uint8 [B, key tiles]: 1 where a tile has none; or None.
+        pv_threshold: float32 [Hq], or None.
+        window: keys that a query sees under causality, or None.
+        softmax_scale: factor on q·k, log2(e) included.
+        MASK_Q, MASK_K: blocks of the mask, multiples of BLOCK_M and BLOCK_N; without a mask equal to them.
+        RAGGED: k_len is no multiple of MASK_K.
+    """
+    INT8: tl.constexpr = k_scale is not None
+    FP8: tl.constexpr = v_scale is not None
+    Q_DIM: tl.constexpr = DPAD if INT8 and D % 16 != 0 else D
+    K_DIM: tl.constexpr = DPAD if INT8 else D
+    V_DIM: tl.constexpr = DPAD if FP8 else D
+    PARTS: tl.constexpr = MASK_K // BLOCK_N
+    # int32 -> float32 runs at a quarter of the rate of an addition. Adding the bits of 1.5 * 2^23 instead gives that
+    # number plus the score, exact below 2^22 (127 * 127 * 256 is); the softmax's subtrahend takes it away again.
+    SHIFT: tl.constexpr = 12582912.0 if INT8 else 0.0
+
     tiles_m, tiles_n = tl.cdiv(q_len, BLOCK_M), tl.cdiv(k_len, BLOCK_N)
     pid = tl.program_id(0)
     tile = pid % tiles_m
@@ -264,60 +222,83 @@ def sparse_attention_fwd_kernel(
     head = tl.cast(pid // tiles_m, tl.int64)
     b, h = head // heads, head % heads
     kh = h // group
+    kv_head = b * (heads // group) + kh
     first_row = tile * BLOCK_M
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, DPAD)
-    rows = first_row + offs_m
+    rows = first_row + offs_m  # [BLOCK_M]
     inside, far = rows < q_len, tl.cast(first_row, tl.int64)
+    last_key = rows + (k_len - q_len)  # [BLOCK_M]
 
-    q_first = Q + b * stride_qb + h * stride_qh + far * stride_qn
-    q_at = q_first + offs_m[:, None] * stride_qn + offs_d[None, :] * stride_qd
-    q = tl.load(q_at, mask=inside[:, None] & (offs_d < Q_D)[None, :], other=0)
-    k_ptrs, v_ptrs = q_at, q_at  # never read where the copy engine loads the tiles
-    if not TMA:
-        k_ptrs = K + b * stride_kb + kh * stride_kh + offs_n[None, :] * stride_kn + offs_d[:, None] * stride_kd
-        v_ptrs = V + b * stride_vb + kh * stride_vh + offs_n[:, None] * stride_vn + offs_d[None, :] * stride_vd
-    kv_head = b * (heads // group) + kh
-    q_scale, k_scales, shift = softmax_scale, KScale, 0.0
+    p_q = q.data + b * q.stride_b + h * q.stride_h + far * q.stride_n
+    p_q += offs_m[:, None] * q.stride_n + offs_d[None, :] * q.stride_d
+    b_q = tl.load(p_q, mask=inside[:, None] & (offs_d < Q_DIM)[None, :], other=0)  # [BLOCK_M, DPAD]
+    p_k, p_v = None, None
+    if k_desc is None:
+        p_k = k.data + b * k.stride_b + kh * k.stride_h + offs_n[None, :] * k.stride_n + offs_d[:, None] * k.stride_d
+        p_v = v.data + b * v.stride_b + kh * v.stride_h + offs_n[:, None] * v.stride_n + offs_d[None, :] * v.stride_d
+    q_scale, shift, p_k_scale = softmax_scale, 0.0, k_scale
     if INT8:
-        if WITH_LSE:  # K comes without its mean, which lowered all scores of a row by the same
-            mean = tl.load(KMean + kv_head * DPAD + offs_d)
-            shift = tl.sum(q.to(tl.float32) * mean[None, :], 1) * softmax_scale
-        q, q_scale = _quantise_rows(q, softmax_scale)
-        k_scales = KScale + kv_head * tl.cdiv(k_len, MASK_K)
-    row, count, threshold = Indices, 0, 0.0
-    if SPARSE:
+        if k_mean is not None:  # it lowered all scores of a row by the same
+            b_mean = tl.load(k_mean + kv_head * DPAD + offs_d)  # [DPAD]
+            shift = tl.sum(b_q.to(tl.float32) * b_mean[None, :], 1) * softmax_scale  # [BLOCK_M]
+        b_q, q_scale = _quantise_rows(b_q, softmax_scale)
+        p_k_scale = k_scale + kv_head * tl.cdiv(k_len, MASK_K)
+    p_indices, count = None, 0
+    if blocks is not None:
         block = first_row // MASK_Q
-        row = Indices + b * stride_ib + h * stride_ih + tl.cast(block, tl.int64) * stride_in
-        count = tl.load(Counts + b * stride_cb + h * stride_ch + block)
-    if SKIP:
-        threshold = tl.load(Threshold + h)
-    if CAUSAL or RAGGED:
-        begin, full_begin, full_end, end = _runs(
-            row, count, first_row, q_len, k_len, window, BLOCK_M, MASK_K, SPARSE, CAUSAL, WINDOW
-        )
-    else:
-        begin, full_begin, end = 0, 0, count if SPARSE else k_len // MASK_K
-        full_end = end
-    acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    limit = rows + (k_len - q_len)
-    for run in tl.static_range(0 if WINDOW else 1, 3 if CAUSAL or RAGGED else 2):
-        lo = begin if run == 0 else (full_begin if run == 1 else full_end)
-        hi = full_begin if run == 0 else (full_end if run == 1 else end)
-        acc, total, peak = _walk(
-            acc, total, peak, q, q_scale, K, V, b.to(tl.int32), kh.to(tl.int32), k_ptrs, v_ptrs, stride_kn, stride_vn,
-            row, k_scales, KeyValid + b * stride_valid_b, stride_valid_n, TileValid + b * tiles_n, limit, inside,
-            threshold, lo, hi, k_len, window,
-            QK_D, V_D, DPAD, BLOCK_N, MASK_K, SPARSE, CAUSAL, WINDOW, PADDING, INT8, FP8, SKIP, TMA, run != 1,
-            INTERPRET,
-        )  # fmt: skip
-    if WITH_LSE:
+        p_indices = blocks.indices + b * blocks.stride_b + h * blocks.stride_h
+        p_indices += tl.cast(block, tl.int64) * blocks.stride_q
+        count = tl.load(blocks.counts + head * tl.cdiv(q_len, MASK_Q) + block)
+    if valid is not None:
+        p_valid = valid.data + b * valid.stride_b
+        p_tiles = tile_valid + b * tiles_n
+    if pv_threshold is not None:
+        threshold = tl.load(pv_threshold + h)
+    bounds = _runs(p_indices, count, first_row, q_len, k_len, window, BLOCK_M, MASK_K, CAUSAL, RAGGED)
+
+    acc = tl.zeros([BLOCK_M, DPAD], tl.float32)  # weighted sum of values
+    total = tl.zeros([BLOCK_M], tl.float32)  # sum of the weights
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)  # largest score so far, in base 2
+    for run in tl.static_range(0 if window is not None else 1, 3 if CAUSAL or RAGGED else 2):
+        # A masked run is a tile or two: overlapping its loads would only cost the full run registers and shared memory.
+        for part in tl.range(bounds[run] * PARTS, bounds[run + 1] * PARTS, num_stages=None if run == 1 else 1):
+            start = part * BLOCK_N
+            if blocks is not None:
+                start = tl.load(p_indices + part // PARTS) * MASK_K + (part % PARTS) * BLOCK_N
+            cols = start + offs_n  # [BLOCK_N]
+            b_k = _load_k(k, k_desc, p_k, b, kh, start, k_len, K_DIM, DPAD, BLOCK_N, run != 1)
+            if INT8:
+                b_s = (tl.dot(b_q, b_k, out_dtype=tl.int32) + 0x4B400000).to(tl.float32, bitcast=True)
+                # Beyond the cap, where an integer's step is half a power of two, the subtrahend could not be rounded.
+                scale = tl.minimum(q_scale * tl.load(p_k_scale + start // MASK_K), 0.5)  # [BLOCK_M]
+            else:
+                b_s = dot(b_q, b_k, None)  # [BLOCK_M, BLOCK_N]
+                scale = q_scale
+            if run != 1:
+                b_s = _hide(b_s, cols, last_key, k_len, window, CAUSAL)
+            if valid is not None:
+                b_s = _hide_padding(b_s, cols, k_len, p_valid, valid.stride_n, p_tiles + start // BLOCK_N)
+            tile_peak = (tl.max(b_s, 1) - SHIFT) * scale  # [BLOCK_M]
+            if not INT8:
+                # Rounded up, so that no multiply-add of a huge score comes out above 0 and its exponential overflows.
+                tile_peak = tl.maximum(tile_peak * (1 + 2.0**-23), tile_peak * (1 - 2.0**-23))
+            new_peak = tl.maximum(peak, tile_peak)
+            adds = True
+            if pv_threshold is not None:
+                adds = _comes_near(tile_peak, new_peak, inside, threshold)
+            if adds:
+                b_v = _load_v(v, v_desc, p_v, b, kh, start, k_len, V_DIM, DPAD, BLOCK_N, FP8, run != 1)
+                acc, total, peak = _absorb(
+                    acc, total, peak, new_peak, b_s, scale, b_v, SHIFT, INT8, FP8, run != 1 or valid is not None
+                )
+
+    if lse is not None:
         log2_total = tl.log2(total) + (-8.0 if FP8 else 0.0)
-        lse = tl.where(total > 0, (peak + log2_total + shift) * 0.6931471805599453, float("-inf"))
-        tl.store(Lse + head * q_len + rows, lse, mask=inside)
+        row_lse = tl.where(total > 0, (peak + log2_total + shift) * 0.6931471805599453, float("-inf"))
+        tl.store(lse + head * q_len + rows, row_lse, mask=inside)
     if FP8:
-        acc = acc * tl.load(VScale + kv_head * DPAD + offs_d)[None, :]
-    o_first = Out + b * stride_ob + h * stride_oh + far * stride_on
-    o_at = o_first + offs_m[:, None] * stride_on + offs_d[None, :] * stride_od
-    tl.store(o_at, _finish(acc, total, Out.dtype.element_ty, INTERPRET), mask=inside[:, None] & (offs_d < D)[None, :])
+        acc = acc * tl.load(v_scale + kv_head * DPAD + offs_d)[None, :]
+    p_o = o.data + b * o.stride_b + h * o.stride_h + far * o.stride_n
+    p_o += offs_m[:, None] * o.stride_n + offs_d[None, :] * o.stride_d
+    b_o = _finish(acc, total, o.data.dtype.element_ty)
+    tl.store(p_o, b_o, mask=inside[:, None] & (offs_d < D)[None, :])

@@ -12,8 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..block_mask import BlockMask, cdiv
 from . import config as configs
-from .arithmetic import INTERPRETED
 from .forward import sparse_attention_fwd_kernel
+from .operands import Blocks, Rows, Valid
 from .prepare import LOG2E, as_bytes, key_sums, prepare, prepare_v
 from .prepare import padded_dim as padded_dim_8_bits
 
@@ -65,11 +65,10 @@ def whole_block_config(q: Tensor, blocks: tuple[int, int], precision: str) -> co
     return configs.choose_whole_blocks(kind, dim, configs.shared_memory_limit(q.device), blocks)
 
 
-def choose_config(q: Tensor, mask: BlockMask | None, precision: str) -> configs.Config:
-    """The configuration of a launch without PV skip."""
+def choose_config(q: Tensor, blocks: tuple[int, int] | None, precision: str) -> configs.Config:
+    """The configuration of a launch without PV skip, whose tiles divide ``blocks``."""
     kind = kind_of(q, precision)
     dim = padded_dim(q.shape[-1], kind in ("int8", "fp8"))
-    blocks = None if mask is None else (mask.block_q, mask.block_k)
     return configs.choose(kind, dim, configs.shared_memory_limit(q.device), blocks, configs.capability(q.device))
 
 
@@ -114,83 +113,62 @@ def sparse_attention_fwd(
     out = torch.empty_like(q) if out is None else out
     if out.numel() == 0:
         return out
-    skip = pv_threshold is not None and mask is not None and config is None
-    if skip and mask is not None:
-        config = whole_block_config(q, (mask.block_q, mask.block_k), precision)
-        skip = config is not None
-    config = config or choose_config(q, mask, precision)
-    threshold = pv_threshold if skip else None
+    blocks = (mask.block_q, mask.block_k) if mask else None
+    whole = whole_block_config(q, blocks, precision) if blocks and config is None and pv_threshold is not None else None
+    config = config or whole or choose_config(q, blocks, precision)
+    pv_threshold = pv_threshold if whole else None  # left out where it cannot be judged
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        valid = None if key_mask is None else as_bytes(key_mask)
-        if precision in KINDS:
-            dim, block = padded_dim(q.shape[-1], True), config.block_n if mask is None else mask.block_k
-            keys = keys or prepare_k(k, block, dim, valid=valid)
+        valid = as_bytes(key_mask)
+        if precision not in KINDS:
+            keys = values = None
+        else:
+            dim = padded_dim(q.shape[-1], True)
+            keys = keys or prepare_k(k, blocks[1] if blocks else config.block_n, dim, valid=valid)
             if precision == "int8_fp8":
                 values = values or prepare_v(v, dim, valid=valid)
-        else:
-            keys = values = None
-        _launch(q, k, v, mask, scale, is_causal, window, valid, threshold, keys, values, out, lse, config)
+        _launch(q, k, v, mask, scale, is_causal, window, valid, pv_threshold, keys, values, out, lse, config)
     return out
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    scale: float,
-    is_causal: bool,
-    window: int | None,
-    valid: Tensor | None,
-    pv_threshold: Tensor | None,
-    keys: Keys | None,
-    values: tuple[Tensor, Tensor] | None,
-    out: Tensor,
-    lse: Tensor | None,
-    config: configs.Config,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, scale: float, is_causal: bool, window: int | None,
+    valid: Tensor | None, pv_threshold: Tensor | None, keys: Keys | None, values: tuple[Tensor, Tensor] | None,
+    out: Tensor, lse: Tensor | None, config: configs.Config,
+) -> None:  # fmt: skip
     (batch, heads, q_len, d), k_len = q.shape, k.shape[2]
-    dim, group = padded_dim(d, keys is not None), heads // k.shape[1]
+    dim, block_n = padded_dim(d, keys is not None), config.block_n
     if keys is not None:
-        k = keys.int8
         if d % 16:
             # Seen with Triton 3.6 on an H200: rows that do not end at a multiple of 16 elements are quantised to zeros.
             q = torch.nn.functional.pad(q, (0, dim - d))
         v = v.to(torch.bfloat16) if v.dtype == torch.float32 else v
-    if values is not None:
-        v = values[0].transpose(-1, -2)
-    counts = indices = q
-    if mask is not None:
-        counts = mask.counts.expand(batch, heads, -1).contiguous()
-        indices = mask.indices.expand(batch, heads, -1, -1)
-        indices = indices if indices.stride(-1) == 1 else indices.contiguous()
-    block_n = config.block_n
-    k_tile = _tiles(k, (block_n, dim))
-    v_tile = _tiles(v if values is None else values[0], (block_n, dim) if values is None else (dim, block_n))
-    tma = k_tile is not None and v_tile is not None
+    k_data = keys.int8 if keys else k
+    v_data, v_tile = (values[0], (dim, block_n)) if values else (v, (block_n, dim))  # fp8 lies transposed
+    k_desc, v_desc, k_rows, v_rows = _descriptor(k_data, (block_n, dim)), _descriptor(v_data, v_tile), None, None
+    if k_desc is None or v_desc is None:
+        k_desc = v_desc = None
+        k_rows, v_rows = Rows.of(k_data), Rows.of(v_data.transpose(-1, -2) if values else v_data)
+    mask_q, mask_k = (mask.block_q, mask.block_k) if mask else (config.block_m, block_n)
     options = {"maxnreg": config.registers} if config.registers and q.is_cuda else {}
-    mask_k = mask.block_k if mask else block_n
-    # fmt: off
     sparse_attention_fwd_kernel[(cdiv(q_len, config.block_m) * batch * heads,)](
-        q, k_tile if tma else k, v_tile if tma else v, out, q if lse is None else lse,
-        q if keys is None else keys.scale, q if keys is None or lse is None else keys.mean(),
-        q if values is None else values[1], counts, indices,
-        q if valid is None else valid, q if valid is None else _tile_valid(valid, block_n),
-        q if pv_threshold is None else pv_threshold,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-        *counts.stride()[:2], *indices.stride()[:3], *((0, 0) if valid is None else valid.stride()),
-        heads, group, q_len, k_len, window or 0, scale * LOG2E,
-        D=d, Q_D=q.shape[-1], QK_D=dim if keys else d, V_D=dim if values else d, DPAD=dim, BLOCK_M=config.block_m,
-        BLOCK_N=block_n, MASK_Q=mask.block_q if mask else config.block_m, MASK_K=mask_k,
-        SPARSE=mask is not None, CAUSAL=is_causal, WINDOW=is_causal and window is not None,
-        PADDING=valid is not None, RAGGED=k_len % mask_k != 0, INT8=keys is not None, FP8=values is not None,
-        SKIP=pv_threshold is not None, WITH_LSE=lse is not None, TMA=tma, INTERPRET=INTERPRETED,
+        Rows.of(q), k_rows, v_rows, Rows.of(out), lse, k_desc, v_desc,
+        keys.scale if keys else None, keys.mean() if keys and lse is not None else None, values[1] if values else None,
+        _blocks(mask, batch, heads) if mask else None, Valid.of(valid), _tile_valid(valid, block_n), pv_threshold,
+        heads, heads // k.shape[1], q_len, k_len, window if is_causal else None, scale * LOG2E,
+        D=d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=block_n, MASK_Q=mask_q, MASK_K=mask_k,
+        CAUSAL=is_causal, RAGGED=k_len % mask_k != 0,
         num_warps=config.num_warps, num_stages=config.num_stages, **options,
-    )
-    # fmt: on
+    )  # fmt: skip
 
 
-def _tiles(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor | None:
+def _blocks(mask: BlockMask, batch: int, heads: int) -> Blocks:
+    """The mask's lists for every sequence and head, without a copy of lists that several share."""
+    indices = mask.indices.expand(batch, heads, -1, -1)
+    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
+    return Blocks(mask.counts.expand(batch, heads, -1).contiguous(), indices, *indices.stride()[:3])
+
+
+def _descriptor(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor | None:
     """A descriptor with which the copy engine of Hopper and later loads tiles of ``x``; None where it cannot.
 
     It wants addresses and strides of whole 16 bytes and the last dimension dense.
@@ -207,7 +185,9 @@ def _tiles(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor | None:
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, *tile])
 
 
-def _tile_valid(valid: Tensor, block: int) -> Tensor:
+def _tile_valid(valid: Tensor | None, block: int) -> Tensor | None:
     """uint8 ``[B, ceil(Lk / block)]``: 1 where all keys of the tile may be attended to."""
+    if valid is None:
+        return None
     padded: Any = torch.nn.functional.pad(valid, (0, -valid.shape[1] % block))
     return padded.unflatten(1, (-1, block)).amin(-1)

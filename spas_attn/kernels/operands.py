@@ -1,0 +1,82 @@
+"""Tensors as kernels take them: pointer and strides in one argument, a named tuple, or None for an absent tensor.
+
+Triton makes None a compile-time constant: ``if x is not None`` in a kernel costs nothing, and needs no flag beside x.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor, device, float32
+
+
+class Rows(NamedTuple):
+    """Q, K, V or the output, ``[B, H, L, D]``, in any layout; strides in elements."""
+
+    data: Tensor
+    stride_b: int
+    stride_h: int
+    stride_n: int
+    stride_d: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        return cls(x, *x.stride())
+
+
+class Valid(NamedTuple):
+    """Key padding, uint8 ``[B, L]``: 0 for tokens that take no part."""
+
+    data: Tensor
+    stride_b: int
+    stride_n: int
+
+    @classmethod
+    def of(cls, valid: Tensor | None) -> Valid | None:
+        return None if valid is None else cls(valid, *valid.stride())
+
+
+class Blocks(NamedTuple):
+    """A block mask: int32 ``[B, Hq, nq]``, contiguous, and ascending lists ``[B, Hq, nq, nk]``, dense in ``nk``."""
+
+    counts: Tensor
+    indices: Tensor
+    stride_b: int
+    stride_h: int
+    stride_q: int
+
+
+class PerHead(NamedTuple):
+    """A threshold: float32 ``[H]``, or ``[1]`` with stride 0; where ``data`` is None, one number for all heads."""
+
+    data: Tensor | None
+    stride: int
+    number: float
+
+    @classmethod
+    def of(cls, value: float | Tensor, device: device) -> PerHead:
+        """A float goes by value, without a copy to the device."""
+        if not isinstance(value, Tensor):
+            return cls(None, 0, float(value))
+        value = value.to(device, float32)
+        return cls(value, value.stride(0) if value.dim() and value.shape[0] > 1 else 0, 0.0)
+
+
+@triton.jit
+def are_valid(valid, b, tokens, inside):
+    """Which of the tokens take part, of those that lie ``inside`` the tensor; bool like both."""
+    if valid is not None:
+        p_valid = valid.data + b * valid.stride_b + tl.cast(tokens, tl.int64) * valid.stride_n
+        inside &= tl.load(p_valid, mask=inside, other=0) != 0
+    return inside
+
+
+@triton.jit
+def of_head(threshold, h):
+    """The threshold of one head, a scalar."""
+    value = threshold.number
+    if threshold.data is not None:
+        value = tl.load(threshold.data + h * threshold.stride)
+    return value

@@ -1,0 +1,154 @@
+"""How probable key blocks are for query blocks, from the means of sub-blocks, without holding fine scores.
+
+The kernel goes over the key sub-blocks twice, once for the log-sum-exp of every row of sub-block scores and once for
+the probabilities, which it sums per key block and averages over the rows of a query block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import dot
+from .operands import of_head
+from .similarity import mixed
+
+
+@triton.jit
+def last_within(limit, length, SIZE: tl.constexpr):
+    """Index of the last stretch of SIZE tokens that ends at ``limit`` or before; the ragged last one ends at length."""
+    whole = tl.where(limit < 0, -1, limit // SIZE - 1)
+    return tl.where(limit >= length, tl.cdiv(length, SIZE) - 1, whole)
+
+
+@triton.jit
+def _bounds(
+    rows, q_len, k_len, window,
+    POOL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """First and last key sub-block that each query sub-block sees, last key block whose similarity it judges; [M]."""
+    low = rows * 0
+    high = low + tl.cdiv(k_len, POOL) - 1
+    judged = low + tl.cdiv(k_len, BLOCK_K) - 1
+    if CAUSAL:
+        offset = k_len - q_len
+        starts = rows * POOL
+        last = tl.minimum(starts + POOL, q_len) - 1 + offset
+        # A mean that reaches past the end of the query block would leak later tokens into its selection.
+        end = tl.minimum((starts // BLOCK_Q + 1) * BLOCK_Q, q_len) + offset
+        high = tl.minimum(tl.where(last < 0, -1, last // POOL), last_within(end, k_len, POOL))
+        judged = last_within(end, k_len, BLOCK_K)
+        if window is not None:
+            low = tl.maximum(starts + offset - window + 1, 0) // POOL
+    high = tl.where(rows < tl.cdiv(q_len, POOL), high, -1)
+    return low, high, judged
+
+
+@triton.jit
+def _scores(
+    q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, window, scale, fine_k,
+    DPAD: tl.constexpr, N: tl.constexpr, PER_K: tl.constexpr,
+):  # fmt: skip
+    """Scores [M, N] in base 2 of a tile of query rows with N key sub-blocks; -inf where a row does not see one.
+
+    Row r sees the sub-blocks ``low[r]`` to ``high[r]``, and judges the similarity of key blocks up to ``judged[r]``.
+    """
+    cols = start + tl.arange(0, N)
+    p_means = p_k + cols[None, :] * (2 * DPAD) + tl.arange(0, DPAD)[:, None]  # [DPAD, N]
+    inside = (cols < fine_k)[None, :]
+    k_high = tl.load(p_means, mask=inside, other=0.0)
+    k_low = tl.load(p_means + DPAD, mask=inside, other=0.0)
+    scores = dot(q_high, k_high, None)
+    scores = dot(q_high, k_low, scores)
+    scores = dot(q_low, k_high, scores)
+    seen = cols[None, :] <= high[:, None]
+    if window is not None:
+        seen &= cols[None, :] >= low[:, None]
+    if p_filled is not None:
+        seen &= (tl.load(p_filled + cols, mask=cols < fine_k, other=0) != 0)[None, :]
+    if p_similarity is not None:
+        block = cols // PER_K  # [N]
+        is_mixed = mixed(p_similarity + block, cols < fine_k, threshold)
+        seen &= ~(is_mixed[None, :] & (block[None, :] <= judged[:, None]))
+    return tl.where(seen, scores * scale, float("-inf"))
+
+
+@triton.jit
+def probabilities_kernel(
+    q_means, k_means, filled, k_similarity, sim_threshold, probs, heads, group, q_len, k_len, window, scale,
+    DPAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, POOL: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of M sub-blocks of queries of one head; one function, because the two passes share all names.
+
+    Args:
+        q_means, k_means: bf16 [B, Hq, fine_q, 2, DPAD] and [B, Hkv, fine_k, 2, DPAD], each a sum of two numbers.
+        filled: uint8 [B, fine_k], 0 for sub-blocks of padding; or None.
+        k_similarity: float32 [B, Hkv, nk], or None; sim_threshold: PerHead, or None.
+        probs: [B, Hq, nq, nk]: to be written, the bits of float32 probabilities.
+        window: keys that a query sees under causality, or None.
+        scale: factor on q·k, log2(e) included.
+        M, N: query and key sub-blocks of a tile, whole blocks.
+    """
+    PER_Q: tl.constexpr = BLOCK_Q // POOL
+    PER_K: tl.constexpr = BLOCK_K // POOL
+    fine_q, fine_k = tl.cdiv(q_len, POOL), tl.cdiv(k_len, POOL)
+    nq, nk = tl.cdiv(q_len, BLOCK_Q), tl.cdiv(k_len, BLOCK_K)
+    tiles = tl.cdiv(fine_q, M)
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the longest first
+    head = tl.cast(pid // tiles, tl.int64)
+    b, h = head // heads, head % heads
+    k_head = b * (heads // group) + h // group
+    rows = tile * M + tl.arange(0, M)  # [M]
+
+    p_q = q_means + (head * fine_q + rows)[:, None] * (2 * DPAD) + tl.arange(0, DPAD)[None, :]  # [M, DPAD]
+    q_high = tl.load(p_q, mask=(rows < fine_q)[:, None], other=0.0)
+    q_low = tl.load(p_q + DPAD, mask=(rows < fine_q)[:, None], other=0.0)
+    p_k = k_means + k_head * fine_k * (2 * DPAD)
+    p_filled, p_similarity, threshold = None, None, 0.0
+    if filled is not None:
+        p_filled = filled + b * fine_k
+    if k_similarity is not None:
+        p_similarity, threshold = k_similarity + k_head * nk, of_head(sim_threshold, h)
+
+    low, high, judged = _bounds(rows, q_len, k_len, window, POOL, BLOCK_Q, BLOCK_K, CAUSAL)
+    stop = tl.max(high, 0) + 1
+    begin = 0
+    if window is not None:
+        begin = tl.min(low, 0) // N * N
+
+    peak = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for start in range(begin, stop, N):
+        scores = _scores(
+            q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, window, scale, fine_k,
+            DPAD, N, PER_K,
+        )  # fmt: skip
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        total = total * tl.exp2(peak - anchor) + tl.sum(tl.exp2(scores - anchor[:, None]), 1)
+        peak = new_peak
+    nonempty = total > 0
+    log_sum = tl.where(nonempty, peak + tl.log2(tl.where(nonempty, total, 1.0)), 0.0)  # [M]
+    counted = tl.sum(tl.reshape(nonempty.to(tl.int32), [M // PER_Q, PER_Q]), 1)
+    weight = 1.0 / tl.maximum(counted, 1).to(tl.float32)  # [M // PER_Q]
+
+    block_row = tile * (M // PER_Q) + tl.arange(0, M // PER_Q)
+    p_probs = probs + (head * nq + block_row)[:, None] * nk + tl.arange(0, N // PER_K)[None, :]
+    # Every visible block of these rows gets a value, also those of which no sub-block is seen.
+    if CAUSAL:
+        last_row = tl.minimum(tl.minimum((tile + 1) * M, fine_q) * POOL, q_len) - 1
+        stop = tl.minimum(tl.maximum(last_row + k_len - q_len, -1) // BLOCK_K + 1, nk) * PER_K
+    for start in range(begin, stop, N):
+        scores = _scores(
+            q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, window, scale, fine_k,
+            DPAD, N, PER_K,
+        )  # fmt: skip
+        p = tl.reshape(tl.exp2(scores - log_sum[:, None]), [M // PER_Q, PER_Q, N // PER_K, PER_K])
+        p = tl.sum(tl.sum(p, 3), 1) * weight[:, None]  # [M // PER_Q, N // PER_K]
+        first = start // PER_K
+        inside = (block_row < nq)[:, None] & (first + tl.arange(0, N // PER_K) < nk)[None, :]
+        tl.store(p_probs + first, p.to(tl.int32, bitcast=True), mask=inside)
