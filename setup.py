@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 PACKAGES = ["spas_attn", "autotune", "modify_model"]
+CLI = ["safetensors>=0.4.3", "tqdm>=4.60", "pillow>=10.1", "matplotlib>=3.7", "scikit-image>=0.22"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.11"]
 
 
@@ -38,19 +39,19 @@ setup(
     # sys.path, where a script in tests/ would find the folder tests/spas_attn instead of the package.
     package_dir={"": "."},
     package_data={name: ["py.typed", "*.json"] for name in PACKAGES},
+    entry_points={"console_scripts": ["spas-attn = modify_model.cli.main:main"]},
     python_requires=">=3.10",
+    # What spas_attn and autotune import. The rest is for those who use it.
     install_requires=[
         "torch>=2.5",
-        "transformers>=4.56",
         "triton>=3.1; sys_platform == 'linux'",  # no upper end: CUDA builds of torch bring their own exact version
-        "safetensors>=0.4.3",
-        "tqdm>=4.60",
-        "scipy>=1.10",
         "numpy>=1.26",
-        "matplotlib>=3.7",
+        "scipy>=1.10",
     ],
     extras_require={
-        "diffusers": ["diffusers>=0.37", "accelerate>=1.0", "scikit-image>=0.22"],
+        "transformers": ["transformers>=4.56"],
+        "diffusers": ["diffusers>=0.37", "transformers>=4.56", "accelerate>=1.0"],
+        "cli": CLI,
         "sage": ["sageattention>=1.0.6"],
         "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],  # pre-releases only: pip install --pre
         "test": TEST,

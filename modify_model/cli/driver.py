@@ -172,7 +172,8 @@ def tune(subject: Any, items: Sequence[Any], *, show: bool = True, hint: str = "
     Raises:
         ValueError: when there is nothing to watch: too short an input, or too few steps.
     """
-    with autotune.calibrate(subject.model, **options) as calibration, tqdm(unit="pass", disable=not show, total=0) as bar:
+    bar = tqdm(unit="pass", disable=not show, total=0)
+    with autotune.calibrate(subject.model, **options) as calibration, bar:
         passes = calibration.prompts(items)
         while True:
             try:

@@ -74,7 +74,8 @@ def panel(comparisons: Sequence[Comparison], frames: list[int]) -> Image.Image:
     where = "above: dense, below: sparse" if len(frames) > 1 else "left: dense, right: sparse"
     for c in comparisons:
         exact, sparse = pictures(c.dense[frames]), pictures(c.sparse[frames])
-        text = f"{c.prompt}   |   {c.sparsity:.0%} left out, {c.figures['PSNR dB']:.1f} dB, SSIM {c.figures['SSIM']:.3f}   ({where})"
+        decibels, alike = c.figures["PSNR dB"], c.figures["SSIM"]
+        text = f"{c.prompt}   |   {c.sparsity:.0%} left out, {decibels:.1f} dB, SSIM {alike:.3f}   ({where})"
         rows += [(text, exact), ("", sparse)] if len(frames) > 1 else [(text, exact + sparse)]
     width, height = rows[0][1][0].size
     tall = sum(height + _GAP + _BAR * bool(text) for text, _ in rows)

@@ -1,23 +1,23 @@
-"""Runs a script like python does, but halts it for good once its calibration has written its first checkpoint.
+"""Runs the command, but halts it for good once its calibration has written its first checkpoint.
 
-    python paused.py SCRIPT [ARGUMENT ...]
+    python paused.py [ARGUMENT ...]
 
 A test can then interrupt or kill it at a known point, however fast the machine is.
 """
 
-import runpy
 import signal
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
 from autotune.checkpoint import Checkpoint
+from modify_model.cli.main import main
 
 save = Checkpoint.save
 
 
-def save_and_halt(self: Checkpoint, rank: int, layers: list) -> None:
-    save(self, rank, layers)
+def save_and_halt(self: Checkpoint, *arguments: Any) -> None:
+    save(self, *arguments)
     print("halted", flush=True)
     while True:  # signal.pause() could miss a signal that comes just before it
         time.sleep(0.1)
@@ -25,6 +25,4 @@ def save_and_halt(self: Checkpoint, rank: int, layers: list) -> None:
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 Checkpoint.save = save_and_halt  # type: ignore[method-assign]
-sys.argv = sys.argv[1:]
-sys.path[0] = str(Path(sys.argv[0]).parent)  # where Python looks first when it runs the script itself
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.exit(main())
