@@ -241,4 +241,4 @@ def select_blocks(
         BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, NK=width, BY_RANK=rule.by_rank, SINK=rule.sink, CAUSAL=is_causal,
         TOUCHED_SINK=rule.tokens_sink, num_warps=1 if width <= 512 else width // 512,
     )  # fmt: skip
-    return BlockMask(counts, indices, rule.block_q, rule.block_k, q_len, k_len)
+    return BlockMask(counts, indices, rule.block_q, rule.block_k, q_len, k_len, trusted=True)
