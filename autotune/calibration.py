@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -180,6 +180,8 @@ class Calibration:
         Prompts are shared out over ranks by index. Finished ones of an interrupted run are skipped on resume. What
         the model saw before the loop does not count.
         """
+        if isinstance(prompts, (str, bytes, Mapping)):  # one prompt, which would be taken apart
+            raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
         items, work = list(prompts), self._work
         if not items:
             raise ValueError("calibration needs at least one prompt, got none")
@@ -234,7 +236,8 @@ class Calibration:
         blind = [layer for layer in self.layers if self._pass.open[layer.index] is None]
         if self._problem is None and blind:
             self._problem = self._cause(blind[0])
-            if any(layer.unseen.keys() != {SHORT} for layer in blind):
+            # Too short, or of another kind than the prompts before: there may be good ones to come.
+            if any(layer.lengths is None and layer.unseen.keys() != {SHORT} for layer in blind):
                 raise RuntimeError(f"prompt {self._prompt}: {self._problem}")
         if self._problem is None:
             self._pass.close(self._prompt)

@@ -173,8 +173,9 @@ class Layer:
             every: which steps are observed.
             fallbacks: reasons for which calls of the model fell back to dense attention meanwhile.
         """
+        block = self.module.selector.block_q
         texts = {
-            SHORT: f"its calls had fewer than {self.module.selector.block_q} queries, one block; use longer prompts",
+            SHORT: f"its calls had fewer than {block} queries, one block; use longer prompts",
             SCHEDULED: "its calls were dense by schedule; use fewer dense_steps or more steps",
             SKIPPED_STEP: f"every={every} left all of its calls out; use a smaller number or more steps",
             FULL_MASK: FULL_MASK,
@@ -184,8 +185,8 @@ class Layer:
         if not found and self.path.startswith("transformer_2."):
             found = ["no step of this run reached the second transformer; use more steps"]
         return "; ".join(found) or (
-            "its attention was never called: the model was not run, or its attention implementation or processor was "
-            "changed after patch() (modify_model.verify(model) tells)"
+            f"its attention was never called: the model was not run, its input was shorter than {block} tokens, or its "
+            "attention implementation or processor was changed after patch() (modify_model.verify(model) tells)"
         )
 
     def choose_first(self, curves: Tally, grid: Grid) -> None:

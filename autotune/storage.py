@@ -86,6 +86,8 @@ def _check_archive(path: Path) -> None:
         size, held = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
         if size > held:  # torch compresses nothing
             raise ValueError(f"its directory promises {size} bytes, more than the {held} of the file")
+        if any(entry.external_attr & 0x10 for entry in archive.infolist()):  # torch's reader would read nothing then
+            raise ValueError("one of its entries is marked as a folder")
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of its entry {damaged!r} is wrong")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -23,10 +24,11 @@ PROMPTS = [Prompt(seed, length) for seed, length in enumerate((512, 400, 450, 33
 SETTINGS: dict[str, Any] = dict(grid=GRID, query_blocks=4, **BOUNDS)
 
 
-def tune(model: FakeModel, prompts: list[Prompt] = PROMPTS, **changes: Any) -> Calibration:
+def tune(model: FakeModel, prompts: list[Prompt] = PROMPTS, errors: Any = (), **changes: Any) -> Calibration:
     with calibrate(model, **(SETTINGS | changes)) as calibration:
         for prompt in calibration.prompts(prompts):
-            model(prompt)
+            with contextlib.suppress(errors):
+                model(prompt)
     return calibration
 
 
@@ -193,6 +195,9 @@ def test_refusals() -> None:
         calibrate(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="at least one prompt, got none"):
         tune(FakeModel(), [])
+    for single in ("a text", {"input_ids": [[1, 2]]}):
+        with pytest.raises(TypeError, match="prompts must be a list of prompts, got (str|dict)"):
+            tune(FakeModel(), single)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="resume=True needs checkpoint"):
         calibrate(FakeModel(), resume=True)
     options = [("kept_aside", 0), ("kept_aside", 1.0), ("rounds", 0), ("query_blocks", 0), ("tail", "no"), ("every", 0)]
@@ -275,6 +280,11 @@ def test_the_cause_is_named_when_a_layer_sees_nothing() -> None:
         assert "layers.0.inner_attention' saw nothing to calibrate on: the model passed a full 4-D" in unseen(masked)
     assert "every=3 left all of its calls out" in unseen(lambda model: None, every=3)
     assert "the model was not run" in unseen(lambda model: None, run=lambda prompt: None)
+    model = FakeModel()
+    model.fail_at = 1  # and the user goes on
+    with pytest.warns(RuntimeWarning, match="prompt 1 is left out: .* its attention was never called"):
+        calibration = tune(model, PROMPTS[:3], errors=MemoryError)
+    assert calibration.statistics[0]["prompts_fitted"] == 1
 
 
 def test_the_second_transformer_of_a_pipeline_that_no_step_reached() -> None:
