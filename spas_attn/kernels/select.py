@@ -200,7 +200,6 @@ def select_blocks(
     is_causal: bool,
     scale: float,
     window: int | None = None,
-    config: tuple[int, int, int, int] | None = None,
 ) -> BlockMask:
     """Select blocks from prepared means.
 
@@ -210,32 +209,29 @@ def select_blocks(
         rule: what to keep.
         q_len, k_len: lengths in tokens.
         is_causal, scale, window: as in ``Selector.select``.
-        config: rows, columns, warps and stages of the scores kernel; chosen by size by default.
     """
     means_q, means_k = q.means, k.means
     if means_q is None or means_k is None:
         raise ValueError("select_blocks needs the means of both sides: prepare(..., pool=...)")
-    batch, heads, fine_q, _, dim = means_q.shape
+    (batch, heads, fine_q, _, dim), device = means_q.shape, means_q.device
     group = heads // means_k.shape[1]
     nq, nk = cdiv(q_len, rule.block_q), cdiv(k_len, rule.block_k)
-    counts = torch.empty(batch, heads, nq, dtype=torch.int32, device=means_q.device)
-    indices = torch.empty(batch, heads, nq, nk, dtype=torch.int32, device=means_q.device)
-    device = means_q.device
-    filters = rule.sim_threshold is not None
-    q_similarity, k_similarity = (q.similarity, k.similarity) if filters else (None, None)
-    sim_threshold = PerHead.of(rule.sim_threshold if filters else 0.0, device)
+    counts = torch.empty(batch, heads, nq, dtype=torch.int32, device=device)
+    indices = torch.empty(batch, heads, nq, nk, dtype=torch.int32, device=device)
+    sim = rule.sim_threshold
+    q_similarity, k_similarity = (None, None) if sim is None else (q.similarity, k.similarity)
+    sim_threshold = PerHead.of(0.0 if sim is None else sim, device)
     window = window if is_causal else None
-    m, n, warps, stages = config or _tiles(batch * heads * fine_q, dim, rule, device)
+    m, n, warps, stages = _tiles(batch * heads * fine_q, dim, rule, device)
     probabilities_kernel[(cdiv(fine_q, m) * batch * heads,)](
-        means_q, means_k, k.filled, k_similarity, sim_threshold, indices,
-        heads, group, q_len, k_len, window, scale * LOG2E,
+        means_q, means_k, k.filled, k_similarity, sim_threshold, indices, heads, group, q_len, k_len, window,
+        scale * LOG2E,
         DPAD=dim, M=m, N=n, POOL=rule.pool, BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, CAUSAL=is_causal,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     width = max(32, triton.next_power_of_2(nk))
     _keep_kernel[(nq * batch * heads,)](
-        counts, indices, k.block_filled, PerHead.of(rule.level, device), q_similarity, k_similarity,
-        sim_threshold,
+        counts, indices, k.block_filled, PerHead.of(rule.level, device), q_similarity, k_similarity, sim_threshold,
         rule.touched_q, rule.touched_k,
         heads, group, q_len, k_len, window, rule.local, rule.tokens_local if rule.tokens else None,
         BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, NK=width, BY_RANK=rule.by_rank, SINK=rule.sink, CAUSAL=is_causal,
