@@ -2,10 +2,12 @@
 #
 #   make demo                         tune, save, load and compare the demo LLaMA
 #   make demo-video                   the same on the demo Wan, with pictures (VIDEO_ARGS="--clips 2" and the like)
-#   make test                         the whole test suite (PYTEST_ARGS="-m 'not slow'" and the like are passed on)
+#   make test                         ruff, mypy, and the tests that take at most ten seconds each
+#   make test-all                     ruff, mypy, and all tests
 #   make lint                         ruff and mypy alone
 #   make clean                        remove .venv and caches
 #   make test PYTHON=python3.12       with another interpreter (after `make clean`)
+#   make test PYTEST_ARGS="-n 8 -x"   other arguments for pytest
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,15 +16,18 @@ PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.installed
 PIP     = $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: demo demo-video test lint install clean
+.PHONY: demo demo-video test test-all lint install clean
 
 demo: $(STAMP)
-	$(PY) evaluate/demo.py
+	$(PY) evaluate/demos/demo_llama.py
 
 demo-video: $(STAMP)
-	$(PY) evaluate/demo_video.py $(VIDEO_ARGS)
+	$(PY) evaluate/demos/demo_video.py $(VIDEO_ARGS)
 
-test: $(STAMP)
+test: lint
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: lint
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)

@@ -1,52 +1,48 @@
-"""The demo Wan's clips, prompt embeddings and pipeline, and a smoke test of its trainer."""
+"""The demo Wan's prompts, clips and pipeline, the recogniser, and its training."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from _demo_clips import (
+import train_video
+from clips import (
     CHANNELS,
-    COLOURS,
     FRAMES,
+    SIZE,
+    draw,
+    draw_batch,
+    generate,
+    load_pipeline,
+    make_pipeline,
+    marks,
+    to_frames,
+    to_latents,
+)
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from prompts import (
+    COLOURS,
     MOVES,
     NEGATIVE,
     PALETTE,
     PROMPTS,
     SHAPES,
-    SIZE,
     TEXT_DIM,
     TOKENS,
     Thing,
-    draw,
-    draw_batch,
     embed,
     encode,
-    generate,
-    load_pipeline,
-    make_pipeline,
-    marks,
     parse,
     prompt_embeds,
     random_prompts,
     random_things,
-    save_gif,
-    to_frames,
-    to_latents,
 )
-from _demo_recognise import recognise
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from PIL import Image
+from recognise import recognise
 from torch import Tensor
-from train_demo_video import Batches, DirectionProbe, Trainer, save
+from train_video import Batches, DirectionProbe, Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
 EVERY_PROMPT = [*PROMPTS["calibration"], *PROMPTS["unseen"]]
 TWO = "a red circle moves left and a blue square bounces"
 
@@ -221,14 +217,6 @@ def test_marks_tell_every_place_apart() -> None:
     assert nearest.min() > 0.1
 
 
-def test_gif_has_every_frame(tmp_path: Path) -> None:
-    save_gif(draw(TWO, 0), tmp_path / "clip.gif", scale=2)
-    with Image.open(tmp_path / "clip.gif") as gif:
-        assert gif.n_frames == FRAMES and gif.size == (2 * SIZE, 2 * SIZE)  # type: ignore[attr-defined]
-        red = np.array(PALETTE["red"]) * 255
-        assert np.abs(np.asarray(gif.convert("RGB")) - red).max(-1).min() < 12
-
-
 def test_direction_probe_measures_the_use_of_direction_words() -> None:
     probe = DirectionProbe(6, torch.device("cpu"))
     assert recognise(to_frames(probe.latents)[0]) and (probe.embeds != probe.opposite).any(dim=-1).sum(-1).eq(1).all()
@@ -253,7 +241,7 @@ def test_training_lowers_the_loss_and_state_resumes(tmp_path: Path) -> None:
     other.load_state(tmp_path / "state.pt")
     assert torch.equal(trainer.step(batch, 0.1), other.step(batch, 0.1))
     assert torch.equal(trainer.step(batch, 0.1), other.step(batch, 0.1))
-    save(trainer.finish(), tmp_path / "saved")
+    train_video.save(trainer.finish(), tmp_path / "saved")
     pipe = load_pipeline(tmp_path / "saved", dtype=torch.bfloat16)
     kinds = {name.split(".")[-2]: weight.dtype for name, weight in pipe.transformer.named_parameters() if "." in name}
     assert kinds["to_q"] == torch.bfloat16 and kinds["norm2"] == torch.float32
@@ -261,13 +249,21 @@ def test_training_lowers_the_loss_and_state_resumes(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, saved, rtol=1e-2, atol=1e-6)
 
 
-def test_trainer_script(tmp_path: Path) -> None:
-    command = [sys.executable, "evaluate/train_demo_video.py", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "training 100%" in done.stderr and "\r" not in done.stderr  # lines, not a bar: this is no terminal
+@pytest.mark.slow
+def test_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_video.main(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
+    assert "training 100%" in capsys.readouterr().err
     training = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
     assert training["stages"][0]["steps"] == 3 and training["recognised"][0]["two"]["all"] == 0.0
     assert (tmp_path / "samples.png").is_file() and (tmp_path / "samples.gif").is_file()
     assert generate(load_pipeline(tmp_path), [TWO], 0, steps=1).isfinite().all()
+    train_video.main(["--tiny", "--steps", "1", "--device", "cpu", "--out", str(tmp_path), "--resume", str(tmp_path)])
+    stages = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))["stages"]
+    assert [stage["steps"] for stage in stages] == [3, 1]
+
+
+@pytest.mark.slow
+def test_the_shipped_model_draws_its_prompt() -> None:
+    prompt = "a yellow square bounces and a red triangle moves right"
+    clip = to_frames(generate(load_pipeline(), [prompt], seed=1))[0]
+    assert recognise(clip) == set(parse(prompt))
