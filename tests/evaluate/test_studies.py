@@ -103,10 +103,20 @@ def test_at_aim() -> None:
     assert sweep_video.kind_of({"l1": 0.3, "tail": None}) == "mean"
 
 
-VARIANTS = "8:mean 8:kvar+max+window2 16:kvar+qvar 8:anti 8:power2 8:union+mix 16:quest0.3+union 1:max".split()
+JOINED = ["8:mean", "8:power2", "8:union+mix", "16:quest0.3+union", "1:max"]
+SCORED = ["8:anti", "16:kvar+qvar", "8:kvar+max+window2"]
+    "8:mean",
+    "8:kvar+max+window2",
+    "16:kvar+qvar",
+    "8:anti",
+    "8:power2",
+    "8:union+mix",
+    "16:quest0.3+union",
+    "1:max",
+]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*JOINED, *SCORED])
 def test_variants_are_selectors(variant: str) -> None:
     selector = sweep_scores.setting(f"{variant}:64").selector
     assert isinstance(selector, sweep_scores.Variant)
