@@ -93,13 +93,8 @@ def _obstacle(text: str, folder: bool) -> str | None:
 
 
 def check_source(name: str, what: str, index: str, owner: bool) -> None:
-    """Reject a name that can be neither a folder with ``what`` nor one on the hub; a ValueError says why.
-
-    Args:
-        name: a folder, or a name on the hub.
-        what: what is to be loaded, for the message.
-        index: the file that a folder of it holds.
-        owner: names on the hub always have an owner ("owner/name").
+    """Reject a name that is no folder with ``index``, as one of ``what`` has, nor possible on the hub, where some
+    names always have an owner ("owner/name"). A ValueError says why.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -120,11 +115,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def as_dtype(dtype: str | torch.dtype, device: torch.device, usual: torch.dtype | str) -> torch.dtype | str:
-    """The dtype of that name; "auto" is ``usual``, and float32 on a CPU, where half precision is slow.
-
-    Raises:
-        ValueError: on a name that is none of DTYPES.
-    """
+    """The dtype of a name of DTYPES; "auto" is ``usual``, and float32 on a CPU, where half precision is slow."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:

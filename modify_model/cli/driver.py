@@ -136,14 +136,14 @@ def apply(subject: Subject, args: argparse.Namespace, state: dict[str, Any] | No
     facts = {} if state is None else state["_metadata"]
     steps = facts.get("dense_steps")
     if args.dense_steps is not None:
-        steps = subject.sampler.shares_of_steps(*args.dense_steps)
+        steps = subject.runner.shares_of_steps(*args.dense_steps)  # type: ignore[union-attr]
     layers = args.layer_range or (None if state is None else tuned_layers(subject.model, state))
     options = dict(l1=args.l1, pv_l1=args.pv_l1, tail=args.tail, backend=args.backend)
     options |= dict(layer_range=layers, dense_steps=steps, dense_layers=args.dense_layers)
     patch(subject.model, **options)
     if args.selector or args.block or args.pool:
-        usual = next(iter(sparse_modules(subject.model).values())).selector
-        rule = SELECTORS[args.selector] if args.selector else type(usual)
+        usual: Any = next(iter(sparse_modules(subject.model).values())).selector
+        rule: Any = SELECTORS[args.selector] if args.selector else type(usual)
         sizes = {"block_q": args.block or usual.block_q, "block_k": args.block or usual.block_k}
         patch(subject.model, selector=rule(pool=args.pool or usual.pool, **sizes), **options)
     if state is not None:

@@ -90,10 +90,8 @@ class LanguageModel:
 
     def report(self, comparisons: Sequence[Comparison]) -> None:
         """Print what sums up a comparison."""
-        before, after = (
-            math.exp(sum(c.figures[name] for c in comparisons) / len(comparisons))
-            for name in ("dense nats", "sparse nats")
-        )
+        nats = [[c.figures[name] for c in comparisons] for name in ("dense nats", "sparse nats")]
+        before, after = (math.exp(sum(losses) / len(losses)) for losses in nats)
         print(f"\nperplexity: dense {before:.4f}, sparse {after:.4f} ({after / before - 1:+.2%})")
 
     def calls(self) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -116,14 +114,12 @@ class LanguageModel:
         print(f"--- prompt\n{prompt}\n--- {count} new tokens in {seconds:.1f} s\n{text}")
 
 
-def load_model(
-    name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str = "auto"
-) -> tuple[PreTrainedModel, Any]:
+def load_model(name: str | Path, *, device: Any = None, dtype: Any = "auto") -> tuple[PreTrainedModel, Any]:
     """Load a causal language model and its tokenizer, in eval mode.
 
     Args:
         name: a folder, a .gguf file, a name on the hub, or ``tiny:Llama``.
-        device: the GPU if there is one, else the CPU, by default.
+        device: a device or its name; the GPU if there is one, else the CPU, by default.
         dtype: a torch dtype or its name; "auto" is the checkpoint's own, and float32 on a CPU.
 
     Raises:
@@ -144,9 +140,7 @@ def load_model(
     except unreadable() as error:
         where = "cannot load the model in" if path.exists() else "no folder and no model on the hub named"
         raise ValueError(f"{where} {str(name)!r}: {one_line(error)}") from error
-    if next(model.parameters()).device != device and not getattr(model, "is_quantized", False):
-        model = model.to(device)
-    return model.eval(), tokenizer
+    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval(), tokenizer
 
 
 def check_name(name: str | Path) -> None:
@@ -159,9 +153,6 @@ def check_name(name: str | Path) -> None:
         check_source(text, "model", "config.json", owner=False)
     elif not Path(text).is_file():
         raise ValueError(f"no file {text!r}")
-
-
-# -- texts ------------------------------------------------------------------------------------------------------------
 
 
 def encode(tokenizer: Any, text: str, device: str | torch.device = "cpu") -> LongTensor:
@@ -214,14 +205,9 @@ def token_windows(
 def windows(text: Callable[[int], Any], texts: int, length: int, count: int, seed: int) -> list[Any]:
     """`count` random windows of `length` bytes or tokens, the same for the same arguments.
 
-    A text shorter than a window is followed by the next ones. Every text is used once before any is used again.
-
-    Args:
-        text: gives the text of a number, 0 to ``texts`` - 1: bytes (windows then begin at a line) or a list of tokens.
-        texts, length, count, seed: number of texts, and of the windows.
-
-    Raises:
-        ValueError: when all texts together are shorter than a window.
+    ``text`` gives the text of a number below ``texts``: bytes (windows then begin at a line) or a list of tokens. One
+    shorter than a window is followed by the next ones. Every text is used once before any is used again. A ValueError
+    says when all together are shorter than a window.
     """
     if length < 1 or count < 1:
         raise ValueError(f"length and count must be positive, got {length} and {count}")
@@ -255,14 +241,13 @@ def read_texts(source: str | Path, group: str | None = None) -> list[str]:
     listing = source.with_name(source.name + "_files.txt")
     try:
         if group is not None and listing.is_file():
-            lines = [line.split() for line in listing.read_text("utf-8").splitlines() if not line.startswith("#")]
+            lines = (line.split() for line in listing.read_text("utf-8").splitlines() if not line.startswith("#"))
             return [(source / f"{line[1]}.txt").read_text("utf-8") for line in lines if line and line[0] == group]
-        paths = [source]
-        if source.is_dir():
-            paths = sorted(path for path in source.iterdir() if path.suffix in (".txt", ".py") and path.is_file())
-        if not paths:
-            raise ValueError(f"no *.txt or *.py file in folder {str(source)!r}")
+        files = sorted(source.iterdir()) if source.is_dir() else []
+        paths = [path for path in files if path.suffix in (".txt", ".py") and path.is_file()] or [source]
         return _half([path.read_text("utf-8") for path in paths], group)
+    except IsADirectoryError as error:
+        raise ValueError(f"no *.txt or *.py file in folder {str(source)!r}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the texts in {str(source)!r}: {one_line(error)}") from error
 
@@ -283,23 +268,19 @@ def _hub_texts(name: str, length: int, count: int) -> list[str]:
         from datasets import load_dataset
 
         dataset, _, configuration = name.partition(":")
-        rows = load_dataset(dataset, configuration or None, split="train", streaming=True)
         texts = [""]
-        for row in rows:
+        for row in load_dataset(dataset, configuration or None, split="train", streaming=True):
             texts[-1] += str(row["text"] if "text" in row else row["content"]) + "\n"
             if len(texts[-1]) >= _CHARACTERS * length:
                 if len(texts) == count:
                     break
                 texts.append("")
-        return [text for text in texts if text]
     except ImportError as error:
         reason = "is no file or folder, and reading a hub dataset needs a package: pip install datasets"
         raise ValueError(f"{name!r} {reason}") from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"cannot read dataset {name!r}: {one_line(error)}") from error
-
-
-# -- running ----------------------------------------------------------------------------------------------------------
+    return [text for text in texts if text]
 
 
 @torch.inference_mode()
@@ -322,11 +303,8 @@ def negative_log_likelihood(model: nn.Module, windows: Iterable[torch.Tensor]) -
 def greedy(model: PreTrainedModel, tokenizer: Any, ids: Tensor, max_new_tokens: int) -> list[int]:
     """The new tokens of greedy generation after a prompt ``[1, L]``; ends early where the model ends its text."""
     pad = next((x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
-    greedily = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    mask = torch.ones_like(ids)
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **greedily
-    )
+    options = dict(do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=pad)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options)
     return out[0, ids.shape[1] :].tolist()
 
 

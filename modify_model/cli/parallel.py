@@ -10,27 +10,22 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from .arguments import USER_ERROR
-
-INTERRUPTED = 130
+from .arguments import USER_ERROR, one_line
 
 
 def guarded(name: str, work: Callable[[], int], hint: Callable[[], str] = lambda: "") -> int:
-    """Run a command; what the user can mend is told in one line. Returns the exit code.
+    """Run a command of that name; what the user can mend is told in one line, with a hint after an interruption.
 
-    Args:
-        name: of the command, for messages.
-        work: returns an exit code.
-        hint: what to say beside "interrupted".
+    Returns the exit code: of ``work``, 2 for errors of the user, 130 after an interruption.
     """
     try:
         return work()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error, 2000)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"\ninterrupted{hint()}", file=sys.stderr)
-        return INTERRUPTED
+        return 130
 
 
 def is_child() -> bool:
@@ -44,12 +39,7 @@ def is_first() -> bool:
 
 
 def run_parallel(program: Sequence[str], arguments: Sequence[str]) -> int:
-    """Start a script in one process per GPU (two on a CPU) with torchrun and wait; returns the exit code.
-
-    Args:
-        program: the path of a script, or "--module" and a name.
-        arguments: of its command line.
-    """
+    """Run a program (a script, or "--module" and a name) in one process per GPU (two on a CPU); its exit code."""
     count = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     command = [sys.executable, "-m", "modify_model.cli.parallel", "--standalone", f"--nproc_per_node={count}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}

@@ -70,8 +70,8 @@ class Tiny:
                     parameter.normal_(0, 0.1)  # some models start with zeros at the end
         return model
 
-    def make(self) -> Any:
-        """The pipeline, without progress bar."""
+    def make(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The pipeline, without progress bar, with weights of a dtype where ``from_pretrained`` would have it."""
         kind = getattr(_diffusers(), self.pipeline)
         name, options = self.scheduler
         parts = dict(transformer=self.transformer(), scheduler=getattr(_diffusers(), name)(**options), **self.options)
@@ -80,6 +80,10 @@ class Tiny:
         needed = [p.name for p in inspect.signature(kind.__init__).parameters.values() if p.default is p.empty]
         pipe = kind(**(dict.fromkeys(needed[1:]) | parts))
         pipe.set_progress_bar_config(disable=True)
+        for part in [pipe.transformer, pipe.transformer_2] if self.second else [pipe.transformer]:
+            for path, parameter in part.named_parameters():
+                if {*(part._keep_in_fp32_modules or ())}.isdisjoint(path.split(".")):
+                    parameter.data = parameter.data.to(dtype)
         return pipe
 
     def arguments(self, prompt: str, dtype: torch.dtype = torch.float32, batch: int = 1) -> dict[str, Any]:
@@ -97,7 +101,8 @@ class Tiny:
 
     def inputs(self, batch: int = 1) -> dict[str, Any]:
         """Arguments of the transformer's forward: those of the first call of the pipeline, without guidance."""
-        pipe, caught = self.make(), {}
+        pipe = self.make()
+        caught: dict[str, Any] = {}
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.update(zip(inspect.signature(pipe.transformer.forward).parameters, args, strict=False), **kwargs)

@@ -8,7 +8,6 @@ attention, with low thresholds it has to leave blocks out; a tuned file is compa
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from modify_model.families import find_family
 from spas_attn import fallback_counts
 from spas_attn.metrics import cosine_similarity
 
-from .driver import Subject, apply
+from .driver import apply
 
 EQUAL_COSINE = 0.999  # of an output with every block kept and the dense one: rounding of another kernel, through depth
 TUNED_COSINE = 0.9
@@ -40,182 +39,139 @@ def say(what: str, value: object) -> None:
     print(f"    {what + ':':15} {value}", flush=True)
 
 
-class Verification:
-    """The five steps, in order, and what later ones need from earlier ones; each returns a sentence or raises."""
+def require(holds: bool, otherwise: str) -> None:
+    """Fail the step in progress unless something holds."""
+    if not holds:
+        raise Failure(otherwise)
 
-    subject: Subject
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]  # of each transformer
-    outputs: dict[str, Tensor]  # of the unpatched transformers for these calls
-    generated: Tensor  # by the unpatched model
-    modules: dict[str, tuple[nn.Module, Any]]  # of the unpatched model, and their processors
-    keys: list[str]  # of its state_dicts
+
+class Verification:
+    """The five steps, in order, each with what later ones need; a step returns a sentence or raises."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
 
     def load(self) -> str:
-        began = time.perf_counter()
         self.subject = self.args.kind(self.args)
-        say("model", f"{self.args.model_name}, {self.subject}")
-        for prefix, part in self.parts():
-            parameter = next(part.parameters())
-            count = f"{sum(p.numel() for p in part.parameters()):,} parameters"
+        self.model = self.subject.model
+        self.parts: dict[str, nn.Module] = dict(transformers_of(self.model))
+        for prefix, part in self.parts.items():
+            parameter, count = next(part.parameters()), sum(p.numel() for p in part.parameters())
             where = f"{parameter.dtype}, {parameter.device}".replace("torch.", "")
-            say(prefix.rstrip(".") or "transformer", f"{type(part).__name__}, {count}, {where}")
-        return f"loaded in {time.perf_counter() - began:.1f} s"
+            say(prefix.rstrip(".") or "model", f"{type(part).__name__}, {count:,} parameters, {where}")
+        return f"{self.args.model_name}, {self.subject}"
 
     def inspect(self) -> str:
         kinds: dict[str, list[str]] = {}
-        for prefix, part in self.parts():
+        for prefix, part in self.parts.items():
             family = find_family(part)
-            say("family", family.name)
             for layer in family.layers(part):
                 reason = family.unsupported(layer.attention)
-                if reason is not None:
-                    raise Failure(f"layer {layer.path!r} cannot be made sparse: {reason}")
-                kinds.setdefault(describe(family, layer.attention), []).append(prefix + layer.path)
+                require(reason is None, f"layer {layer.path!r} cannot be made sparse: {reason}")
+                heads, dim = family.heads(layer.attention)
+                groups = getattr(getattr(layer.attention, "config", None), "num_key_value_heads", heads)
+                text = f"{type(layer.attention).__name__}, {heads} heads, {groups} key/value heads, head dim {dim}"
+                kinds.setdefault(text, []).append(prefix + layer.path)
         for text, paths in kinds.items():
-            say("layers", f"{len(paths)}: {paths[0]}" + (f" … {paths[-1]}" if len(paths) > 1 else ""))
-            print(f"        {text}")
-        count = sum(map(len, kinds.values()))
-        return f"{count} attention layers, {'all alike' if len(kinds) == 1 else f'{len(kinds)} kinds'}"
+            say(f"{len(paths)} layers", f"{text}: {paths[0]} … {paths[-1]}")
+        return f"{find_family(self.parts['']).name}, {sum(map(len, kinds.values()))} attention layers"
 
     def install(self) -> str:
-        self.calls = self.subject.calls()
-        self.outputs = self.run()
-        self.generated, _ = self.subject.sample()
-        self.modules, self.keys = self.structure()
-        if not all(bool(torch.isfinite(x).all()) for x in (*self.outputs.values(), self.generated)):
-            raise Failure("the unpatched model computes values that are not finite")
-        patch(self.subject.model, layer_range=self.args.layer_range)
-        found = find_layers(self.subject.model)
-        if not found.ok:
-            raise Failure("not every attention layer is replaced")
-        if self.structure()[1] != self.keys:
-            raise Failure("the patch changed the keys of the state_dict")
-        left = len(found.layers) - found.replaced
-        return f"{found.replaced} layers replaced" + (f", {left} left on purpose" if left else "")
+        self.calls, (self.generated, _) = self.subject.calls(), self.subject.sample()
+        self.outputs, self.structure = self.run(), self.look()
+        finite = [bool(torch.isfinite(x).all()) for x in (*self.outputs.values(), self.generated)]
+        require(all(finite), "the unpatched model computes values that are not finite")
+        patch(self.model, layer_range=self.args.layer_range)
+        found = find_layers(self.model)
+        require(found.ok, "not every attention layer is replaced")
+        require(self.look()[1] == self.structure[1], "the patch changed the keys of the state_dict")
+        return f"{found.replaced} layers replaced, {len(found.layers) - found.replaced} left on purpose"
 
     def compute(self) -> str:
         for prefix, output in self.run().items():
-            say("output", f"{prefix}{list(output.shape)}, {spread(output)}")
-            if not torch.equal(output, self.outputs[prefix]):
-                worst = float((output.float() - self.outputs[prefix].float()).abs().max())
-                raise Failure(f"untuned, the patched model differs from the unpatched one, by up to {worst:.3g}")
-        say("untuned", "equal to the unpatched model bit for bit")
-        self.set_thresholds(1.0)
+            worst = float((output.float() - self.outputs[prefix].float()).abs().max())
+            require(worst == 0, f"untuned, the patched model differs from the unpatched one, by up to {worst:.3g}")
+            say("untuned", f"{prefix}output {list(output.shape)} equal to the unpatched model's bit for bit")
+        for module in sparse_modules(self.model).values():
+            self.set_threshold(module, 1.0)
         cosine, _ = self.sparse("every block", EQUAL_COSINE)
-        self.set_thresholds(LOW)
+        for module in sparse_modules(self.model).values():
+            self.set_threshold(module, LOW)
         few, density = self.sparse("few blocks", -1.0)
-        if not density < 1:
-            raise Failure("with low thresholds no block was left out: sparse attention does not run")
-        if few == cosine:
-            raise Failure("with low thresholds the output is that with every block kept")
+        require(density < 1, "with low thresholds no block was left out: no sparse attention, or too short an input")
+        require(few != cosine, "with low thresholds the output is that with every block kept")
         text = f"equal bit for bit while untuned; {1 - density:.0%} left out with low thresholds"
         if self.args.model_out_path is None:
             return text
-        restore(self.subject.model)
-        apply(self.subject, self.args, autotune.load(self.args.model_out_path))
-        tuned = [module.tuned for module in sparse_modules(self.subject.model).values()]
-        heads = [int(layer.is_sparse.sum()) for layer in tuned if layer is not None]
-        say("sparse heads", f"{sum(heads)} in {len(tuned)} layers of {self.args.model_out_path}")
+        self.load_tuned()
         return f"{text}; cosine {self.sparse('tuned', TUNED_COSINE)[0]:.4f} with the tuned file"
 
     def generate(self) -> str:
-        restore(self.subject.model)
-        patch(self.subject.model, layer_range=self.args.layer_range)
+        restore(self.model)
+        patch(self.model, layer_range=self.args.layer_range)
         generated, text = self.subject.sample()
-        say("generated", text)
-        if not torch.equal(generated, self.generated):
-            raise Failure("untuned, the patched model generates something else")
-        say("untuned", "what the unpatched model generates, bit for bit")
+        say("untuned", text)
+        require(torch.equal(generated, self.generated), "untuned, the patched model generates something else")
         if self.args.model_out_path is not None:
-            apply(self.subject, self.args, autotune.load(self.args.model_out_path))
+            self.load_tuned()
             sparse, text = self.subject.sample()
             say("tuned", text)
-            if not bool(torch.isfinite(sparse).all()):
-                raise Failure("with the tuned file, what is generated is not finite")
-        restore(self.subject.model)
-        modules, keys = self.structure()
-        if modules.keys() != self.modules.keys() or any(
-            now is not was for path in modules for now, was in zip(modules[path], self.modules[path], strict=True)
-        ):
-            raise Failure("restore() did not put the original modules and processors back")
-        if keys != self.keys:
-            raise Failure("restore() left other keys in the state_dict")
-        if not all(torch.equal(output, self.outputs[prefix]) for prefix, output in self.run().items()):
-            raise Failure("the restored model's output is not that of the unpatched one")
+            require(bool(torch.isfinite(sparse).all()), "with the tuned file, what is generated is not finite")
+        restore(self.model)
+        require(self.look() == self.structure, "restore() did not put the original modules and processors back")
+        equal = [torch.equal(output, self.outputs[prefix]) for prefix, output in self.run().items()]
+        require(all(equal), "the restored model's output is not that of the unpatched one")
         say("restored", "the same modules, state_dict keys and output, bit for bit")
         return "the same generation while untuned; restore() gives the original back"
 
-    def parts(self) -> list[tuple[str, nn.Module]]:
-        return transformers_of(self.subject.model)
-
     def run(self) -> dict[str, Tensor]:
-        parts = dict(self.parts())
-        return {prefix: parts[prefix](*args, **kwargs)[0].clone() for prefix, (args, kwargs) in self.calls.items()}
+        """The output of each transformer for its call."""
+        calls = self.calls.items()
+        return {prefix: self.parts[prefix](*args, **kwargs)[0].clone() for prefix, (args, kwargs) in calls}
 
-    def structure(self) -> tuple[dict[str, tuple[nn.Module, Any]], list[str]]:
-        modules = {
-            prefix + path: (module, getattr(module, "processor", None))
-            for prefix, part in self.parts()
-            for path, module in part.named_modules()
-        }
-        return modules, [prefix + key for prefix, part in self.parts() for key in part.state_dict()]
+    def look(self) -> tuple[list[Any], list[str]]:
+        """What the transformers consist of, and the keys of their state_dicts."""
+        parts = self.parts.items()
+        modules = [(p + path, id(x), id(getattr(x, "processor", 0))) for p, m in parts for path, x in m.named_modules()]
+        return modules, [prefix + key for prefix, part in parts for key in part.state_dict()]
 
-    def set_thresholds(self, threshold: float) -> None:
-        """The same threshold for every head, no similarity filter, no PV skip; density 0: the sparse kernels always."""
-        for module in sparse_modules(self.subject.model).values():
-            heads = module.heads or 0
-            full = torch.ones(heads)
-            module.set_thresholds(Tuned(full.bool(), full * threshold, full * -1.0, full * PV_OFF, 0.0))
+    def load_tuned(self) -> None:
+        restore(self.model)
+        apply(self.subject, self.args, autotune.load(self.args.model_out_path))
+
+    @staticmethod
+    def set_threshold(module: autotune.SparseAttention, threshold: float) -> None:
+        """The same for every head, no similarity filter, no PV skip; density 0, so that the sparse kernels run."""
+        full = torch.ones(module.heads or 0)
+        module.set_thresholds(Tuned(full.bool(), full * threshold, -full, full * PV_OFF, 0.0))
 
     def sparse(self, what: str, least: float) -> tuple[float, float]:
         """Lowest cosine of the sparse outputs with the dense ones, and the mean density."""
         before = fallback_counts()
-        with record_density(self.subject.model) as density:
+        with record_density(self.model) as density:
             outputs = self.run()
-        fallbacks = {reason: n for reason, n in fallback_counts().items() if n > before.get(reason, 0)}
-        if fallbacks:
-            raise Failure(f"calls fell back to dense attention: {'; '.join(fallbacks)}")
+        fallbacks = [reason for reason, count in fallback_counts().items() if count > before.get(reason, 0)]
+        require(not fallbacks, f"calls fell back to dense attention: {'; '.join(fallbacks)}")
         cosine = min(float(cosine_similarity(output, self.outputs[prefix])) for prefix, output in outputs.items())
         say(what, f"cosine {cosine:.6f} with dense, {density.mean:.1%} of the blocks computed")
-        if not cosine >= least:  # also nan
-            raise Failure(f"{what}: cosine with dense is {cosine:.5f}, below {least}")
+        require(cosine >= least, f"{what}: cosine with dense is {cosine:.5f}, below {least}")
         return cosine, density.mean
-
-
-def describe(family: Any, attention: Any) -> str:
-    """What matters of an attention layer, in one line."""
-    heads, dim = family.heads(attention)
-    groups = getattr(getattr(attention, "config", None), "num_key_value_heads", heads)
-    processor = f" with {type(attention.processor).__name__}" if hasattr(attention, "processor") else ""
-    shared = f", {groups} key/value heads" if groups != heads else ""
-    return f"{type(attention).__name__}{processor}, {heads} heads{shared}, head dim {dim}"
-
-
-def spread(output: Tensor) -> str:
-    """The range of a tensor's values."""
-    x = output.float()
-    return f"{x.min():.4f} to {x.max():.4f}, mean {x.mean():.4f}, std {x.std():.4f}"
 
 
 @torch.no_grad()
 def verify(args: argparse.Namespace) -> int:
     """Run the steps and print how they went; returns the exit code: 0 only if all pass."""
-    check = Verification(args)
-    steps = (
-        ("Load the model", check.load),
-        ("Inspect its structure", check.inspect),
-        ("Apply sparse attention", check.install),
-        ("Forward pass", check.compute),
-        ("Generation and restore", check.generate),
-    )
-    passed, stopped = 0, False
-    for number, (title, step) in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {title}", flush=True)
+    check, passed, stopped = Verification(args), 0, False
+    steps = {
+        "Load the model": check.load,
+        "Inspect its structure": check.inspect,
+        "Apply sparse attention": check.install,
+        "Forward pass": check.compute,
+        "Generation and restore": check.generate,
+    }
+    for number, (title, step) in enumerate(steps.items(), 1):
+        print(f"[{number}/{len(steps)}] {title}" + "\n    not run" * stopped, flush=True)
         if stopped:
-            print("    not run")
             continue
         try:
             print(f"    PASS: {step()}", flush=True)

@@ -187,7 +187,8 @@ def test_verify_fails(run: Run, tuned: Tuned, tmp_path: Path, capsys: Any) -> No
     assert "FAIL: the tuned file" in capsys.readouterr().out
     file = tuned("tiny:Llama")  # its bounds were loose
     capsys.readouterr()
-    assert run("verify", "--model_name", "tiny:Llama", "--model_out_path", file, "--max_length", 640) == 1
+    short_run = ["--max_length", 640, "--max_new_tokens", 2]
+    assert run("verify", "--model_name", "tiny:Llama", "--model_out_path", file, *short_run) == 1
     out = capsys.readouterr().out
     assert "below 0.9" in out and "tuned:" in out and "4/5 steps passed" in out
     sizes = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=384, n_positions=64, bos_token_id=None, eos_token_id=None)
@@ -321,7 +322,7 @@ REJECTED = [
     (("generate", "--model_name", "tiny:Llama", "--prompt", ""), "--prompt must not be empty"),
     (("generate", *WAN, "--model_out_path", "nowhere.pt"), "no tuned file at 'nowhere.pt': run with --tune first"),
     (("compare", *WAN, "--model_out_path", "{folder}/file"), "is damaged or not a tuned file"),
-    (("tune", *WAN, "--prompts", "nowhere.txt"), "no file of prompts at 'nowhere.txt'"),
+    (("tune", *WAN, "--prompts", "nowhere.txt"), "cannot read the prompts in 'nowhere.txt'"),
     (("tune", *WAN, "--prompts", "{folder}/empty.txt"), "no prompt in"),
     (("tune", *WAN, "--prompts", "{folder}/binary.txt"), "cannot read the prompts"),
     (("tune", *WAN, "--model_out_path", ""), "must name a file that can be written, got '': that is empty"),
@@ -359,7 +360,7 @@ def test_rejects(
 def test_several_processes_are_not_started_in_vain(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("modify_model.cli.driver.run_parallel", lambda *_: pytest.fail("they were started"))
     assert run("tune", *WAN, "--parallel_tune", "--prompts", "nowhere.txt") == 2
-    assert "no file of prompts" in capsys.readouterr().err
+    assert "cannot read the prompts" in capsys.readouterr().err
 
 
 def test_a_failed_save_keeps_the_calibration(
