@@ -1,15 +1,17 @@
 """Tensors as kernels take them: pointer and strides in one argument, a named tuple, or None for an absent tensor.
 
 Triton makes None a compile-time constant: ``if x is not None`` in a kernel costs nothing, and needs no flag beside x.
+Triton 3.6 takes no tensor descriptor inside a tuple, and cannot ask that of a tuple which holds None itself.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor, device, float32
+from torch import Tensor
 
 
 class Rows(NamedTuple):
@@ -56,11 +58,11 @@ class PerHead(NamedTuple):
     number: float
 
     @classmethod
-    def of(cls, value: float | Tensor, device: device) -> PerHead:
+    def of(cls, value: float | Tensor, device: torch.device) -> PerHead:
         """A float goes by value, without a copy to the device."""
         if not isinstance(value, Tensor):
             return cls(None, 0, float(value))
-        value = value.to(device, float32)
+        value = value.to(device, torch.float32)
         return cls(value, value.stride(0) if value.dim() and value.shape[0] > 1 else 0, 0.0)
 
 
