@@ -51,21 +51,10 @@ class Setup:
     block_k: int
     dtype: torch.dtype
 
-    def ours(self, backend: str, precision: str) -> Runs:
-        """This library, by backend and precision."""
-        raise NotImplementedError
-
-    def sdpa(self, kernel: SDPBackend | None) -> Runs:
-        """Dense attention by PyTorch, with a kernel, or with the one that PyTorch picks."""
-        raise NotImplementedError
-
-    def error(self, out: Tensor, dense: bool) -> float | None:
-        """Relative L1 of an output against float32; NaN when it is not finite, None when it is not compared."""
-        raise NotImplementedError
-
-    def facts(self) -> dict[str, Any]:
-        """Columns of a row that say what ran: tokens, heads, head_dim and layers, once an output was computed."""
-        raise NotImplementedError
+    ours: Callable[[str, str], Runs]  # this library, by backend and precision
+    sdpa: Callable[[SDPBackend | None], Runs]  # dense attention by PyTorch, with a kernel or the one that it picks
+    error: Callable[[Tensor, bool], float | None]  # of an output (dense or not), NaN: not finite, None: not compared
+    facts: Callable[[], dict[str, Any]]  # columns that say what ran, once it did: tokens, heads, head_dim, layers
 
     def tflops(self, ms: float) -> float | None:
         """Effective TFLOP/s, if they are known."""
@@ -76,19 +65,13 @@ class Case:
     """What is computed: one attention call, or one denoising step of a model."""
 
     name: str
+    tiny: Callable[[], Case]  # the same for a trial of the program on a CPU
+    setups: Callable[[torch.device, torch.dtype, Namespace], Iterator[Setup]]  # for every block size and density asked
 
     @property
     def title(self) -> str:
         """As the table shows it."""
         return self.name
-
-    def tiny(self) -> Case:
-        """The same for a trial of the program on a CPU."""
-        raise NotImplementedError
-
-    def setups(self, device: torch.device, dtype: torch.dtype, options: Namespace) -> Iterator[Setup]:
-        """A setup for every block size and density of the options."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-QUANTITIES = {"ms": "milliseconds", "tflops": "effective TFLOP/s"}
+QUANTITIES = {"spent": "milliseconds", "tflops": "effective TFLOP/s"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _curves(axis: Any, rows: Sequence[Row], quantity: str, colours: dict[tuple[s
         shown.sort(key=lambda row: row.density)
         if not shown:
             continue
-        values = [row.spent if quantity == "ms" else row.tflops for row in shown]
+        values = [getattr(row, quantity) for row in shown]
         label = f"{provider} {precision}"
         if shown[0].block == "dense":
             axis.plot(densities, values[:1] * len(densities), ":", color=colour, lw=2, label=f"{label} (dense)")

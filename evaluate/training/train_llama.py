@@ -15,7 +15,6 @@ import importlib.util
 import json
 import math
 import random
-import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable
@@ -73,17 +72,9 @@ def heldout_groups() -> dict[str, str]:
     return {module: group for group, module in pairs}
 
 
-def heldout_texts(out: Path) -> dict[str, str]:
-    """The held-out texts as shipped, by module; where none are shipped yet, Python 3.12's, written to `out`."""
-    folder = DEMO / "heldout"
-    if not folder.is_dir():
-        if sys.version_info[:2] != (3, 12):
-            raise SystemExit(f"{folder} is missing: only Python 3.12 can write it")
-        folder = out / "heldout"
-        folder.mkdir(parents=True, exist_ok=True)
-        for module in heldout_groups():
-            (folder / f"{module}.txt").write_bytes(stdlib_path(module).read_bytes())
-    return {path.stem: path.read_text("utf-8") for path in sorted(folder.glob("*.txt"))}
+def heldout_texts() -> dict[str, str]:
+    """The held-out texts as shipped (Python 3.12's), by module."""
+    return {path.stem: path.read_text("utf-8") for path in sorted((DEMO / "heldout").glob("*.txt"))}
 
 
 def long_lines(text: str) -> set[str]:
@@ -296,15 +287,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.tiny:
         args.steps, args.batch = args.steps or 4, 8
     device = loop.begin(args)
-    heldout = heldout_texts(args.out)
+    heldout = heldout_texts()
     files, data = training_files(heldout, CLOSE if args.finish else PACKAGES, args.tiny)
     batches = Batches(files, args.batch, device, args.seed)
     data["million_tokens_per_epoch"] = round(len(batches.ids) / 1e6, 1)
     print(f"{data['million_tokens_per_epoch']} MB of training data; files dropped: {data['dropped_files']}")
-    if args.finish:
-        model = LlamaForCausalLM.from_pretrained(args.finish, dtype=torch.float32).to(device)
-    else:
-        model = make_model(args.tiny).to(device)
+    first = LlamaForCausalLM.from_pretrained(args.finish, dtype=torch.float32) if args.finish else make_model(args.tiny)
+    model = first.to(device)
     trainer = Trainer(model, batches, args.lr)
 
     def note(loss: float) -> dict[str, float]:

@@ -105,15 +105,6 @@ def test_at_aim() -> None:
 
 JOINED = ["8:mean", "8:power2", "8:union+mix", "16:quest0.3+union", "1:max"]
 SCORED = ["8:anti", "16:kvar+qvar", "8:kvar+max+window2"]
-    "8:mean",
-    "8:kvar+max+window2",
-    "16:kvar+qvar",
-    "8:anti",
-    "8:power2",
-    "8:union+mix",
-    "16:quest0.3+union",
-    "1:max",
-]
 
 
 @pytest.mark.parametrize("variant", [*JOINED, *SCORED])
