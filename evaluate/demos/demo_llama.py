@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 import time
+import timeit
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,35 +22,27 @@ from torch import Tensor, nn
 import autotune
 from autotune import report
 from modify_model import patch, verify
+from modify_model.cli import language
 from modify_model.cli.arguments import sparse_backend
 from modify_model.cli.driver import tune
-from modify_model.cli.language import (
-    DEMO,
-    PROMPT,
-    LanguageModel,
-    generate,
-    negative_log_likelihood,
-    token_windows,
-)
 
 # The bounds of the demo: chosen from the frontier in docs/benchmarks for a perplexity change of at most 0.3%.
 BOUNDS = {"l1": 0.2, "pv_l1": 0.24, "tail": 0.9}
 
 
-def load_demo() -> LanguageModel:
+def load_demo() -> language.LanguageModel:
     """The demo model, fresh from its folder."""
-    return LanguageModel(argparse.Namespace(model_name=str(DEMO), device=None, dtype="auto"))
+    return language.LanguageModel(argparse.Namespace(model_name=str(language.DEMO), device=None, dtype="auto"))
 
 
 @torch.inference_mode()
 def prefill_ms(model: nn.Module, window: Tensor, repeats: int = 3) -> float:
     """Median time of one forward pass over a window."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        float(model(input_ids=window, use_cache=False, logits_to_keep=1).logits[0, 0, 0])  # waits for the device
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[1:])
+
+    def run() -> float:
+        return float(model(input_ids=window, use_cache=False, logits_to_keep=1).logits[0, 0, 0])  # waits for the device
+
+    return 1000 * statistics.median(timeit.repeat(run, number=1, repeat=repeats + 1)[1:])
 
 
 def tune_and_save(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -59,7 +52,7 @@ def tune_and_save(args: argparse.Namespace) -> list[dict[str, Any]]:
     began = time.perf_counter()
     demo = load_demo()
     patch(demo.model, **BOUNDS, backend=sparse_backend(demo.model.device))
-    samples = token_windows(demo.tokenizer, None, args.max_length, args.samples, 0, group="calibration")
+    samples = language.token_windows(demo.tokenizer, None, args.max_length, args.samples, 0, group="calibration")
     calibration = tune(demo, samples)
     print(report.table(calibration.statistics))
     print(f"     tuned in {time.perf_counter() - began:.0f} s")
@@ -72,10 +65,10 @@ def tune_and_save(args: argparse.Namespace) -> list[dict[str, Any]]:
 def compare(model: nn.Module, windows: Sequence[Tensor], tuned: Sequence[dict[str, Any]]) -> None:
     """Step 6: print sparsity and errors by layer, and perplexity and time, dense and sparse."""
     with autotune.record_density(model) as densities:
-        losses = [negative_log_likelihood(model, windows)]
+        losses = [language.negative_log_likelihood(model, windows)]
     times = [prefill_ms(model, windows[0])]
     with autotune.dense(model):
-        losses.append(negative_log_likelihood(model, windows))
+        losses.append(language.negative_log_likelihood(model, windows))
         times.append(prefill_ms(model, windows[0]))
     print(f"\n{'layer':>5}  {'sparsity':>8}  {'mean error':>10}  {'tail error':>10}   (errors: largest over heads)")
     for entry in tuned:
@@ -107,13 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("4/6  verify")
     verify(model)
     print("5/6  generate")
-    window = token_windows(tokenizer, None, args.max_length - 512, 1, 3, group="unseen")[0]
-    prompt = tokenizer.decode(window[0]) + "\n\n" + PROMPT
-    text, count, seconds = generate(model, tokenizer, prompt, 96)
+    window = language.token_windows(tokenizer, None, args.max_length - 512, 1, 3, group="unseen")[0]
+    prompt = tokenizer.decode(window[0]) + "\n\n" + language.PROMPT
+    text, count, seconds = language.generate(model, tokenizer, prompt, 96)
     print(f"     after a sparse prefill of {len(prompt.encode())} bytes, {count} bytes in {seconds:.1f} s:")
-    print("\n".join("     | " + line for line in (PROMPT + text).splitlines()))
+    print("\n".join("     | " + line for line in (language.PROMPT + text).splitlines()))
     print(f"6/6  compare, on {args.evaluate} windows of files that the calibration never saw")
-    windows = token_windows(tokenizer, None, args.max_length, args.evaluate, 1, group="unseen")
+    windows = language.token_windows(tokenizer, None, args.max_length, args.evaluate, 1, group="unseen")
     compare(model, [window.to(model.device) for window in windows], tuned)
     print(f"all of it took {time.perf_counter() - began:.0f} s")
 
