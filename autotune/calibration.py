@@ -29,7 +29,7 @@ from spas_attn.call import Call
 
 from . import report
 from .accumulate import Grid
-from .checkpoint import Checkpoint, identity
+from .checkpoint import Checkpoint
 from .choose import SKIPPED_STEP, Layer, check_layers
 from .files import extract_sparse_attention_state_dict, save
 from .module import SHORT, Mode, sparse_modules, transformers_of
@@ -212,13 +212,8 @@ class Calibration:
     def _begin_checkpoint(self, curves: CurvePass, items: Sequence[Any]) -> set[int]:
         if self.checkpoint is None:
             return set()
-        modules = [(layer.path, layer.module) for layer in self.layers]
-        selectors = [(path, m.selector.to_dict(), m.text_sink, m.dense_steps) for path, m in modules]
         sampled = (self._work.grid, self.sampler, self.steps.every, self._work.fitted)
-        try:
-            self._files = Checkpoint(self.checkpoint, (identity(self.model), selectors, sampled, items))
-        except ValueError as error:
-            raise ValueError(f"no checkpoint can be kept of these prompts: {error}") from error
+        self._files = Checkpoint(self.checkpoint, self.model, sampled, items)
         return self._files.begin(curves, self.resume)
 
     def _mine(self, prompts: list[int]) -> list[int]:
@@ -307,8 +302,6 @@ class Calibration:
     # -- results ------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        work = self._work
-        self.statistics = []
         for layer in self.layers:
             layer.finish()
             assert layer.curves is not None and layer.check is not None
@@ -316,7 +309,7 @@ class Calibration:
                 "query_blocks_per_call": self.sampler.limit,
                 "prompts_fitted": len(layer.curves.sums),
                 "prompts_checked": len(layer.check.sums),
-                "checked_on_the_fitted_calls": work.fitted == work.checked,
+                "checked_on_the_fitted_calls": self._work.fitted == self._work.checked,
             }
             self.statistics.append(report.layer_statistics(layer, facts))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .accumulate import Tally
-from .module import transformers_of
+from .module import sparse_modules, transformers_of
 from .passes import CurvePass
 from .storage import digest, read, write
 
@@ -27,12 +28,21 @@ class Checkpoint:
 
     Args:
         path: their common name.
-        facts: everything the curves depend on; files made under other facts are rejected.
+        model, sampled, prompts: everything the curves depend on (``sampled``: what is looked at and tried); files made
+            with others are rejected.
+
+    Raises:
+        ValueError: when the prompts cannot be told from others.
     """
 
-    def __init__(self, path: str | os.PathLike[str], facts: Any) -> None:
+    def __init__(self, path: str | os.PathLike[str], model: Any, sampled: Any, prompts: Sequence[Any]) -> None:
         self.path = Path(path)
-        self.fingerprint = digest(facts)
+        modules = sparse_modules(model).items()
+        selectors = [(name, m.selector.to_dict(), m.text_sink, m.dense_steps) for name, m in modules]
+        try:
+            self.fingerprint = digest((identity(model), selectors, sampled, prompts))
+        except ValueError as error:
+            raise ValueError(f"no checkpoint can be kept of these prompts: {error}") from error
 
     def file(self, rank: int) -> Path:
         """The file of one rank."""

@@ -12,11 +12,10 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 from spas_attn.checks import HEAD_DIMS
@@ -86,7 +85,8 @@ def tail_share_limit(tally: Tally, tail: Tensor) -> Tensor:
 
 
 def _t_value(prompts: int) -> float:
-    return float(stats.t.ppf(CONFIDENCE, prompts - 1))
+    """Quantile of Student's t distribution (scipy.stats gives the same, and takes a second to import)."""
+    return float(stdtrit(prompts - 1, CONFIDENCE))
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -115,26 +115,17 @@ def within_bounds(tally: Tally, mean_bound: Tensor, tail: Tensor | None) -> Tens
     return good
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The chosen candidate of every head of one layer.
+def choose(tally: Tally, mean_bound: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The candidate of lowest density that holds both bounds, per head; ties go to the smaller error.
 
-    Attributes:
-        index: int64 ``[H]``, candidate; meaningless where ``found`` is False.
-        found: bool ``[H]``, some candidate holds the bounds and drops blocks.
+    Returns:
+        Its index, int64 ``[H]``; and whether there is one that holds the bounds and drops blocks, bool ``[H]``.
     """
-
-    index: Tensor
-    found: Tensor
-
-
-def choose(tally: Tally, mean_bound: Tensor, tail: Tensor | None) -> Choice:
-    """The candidate of lowest density that holds both bounds, per head; ties go to the smaller error."""
     density = tally.density()
     cost = density + 1e-6 * mean_error(tally).clamp(max=1.0)
     cost = cost.masked_fill(~within_bounds(tally, mean_bound, tail), math.inf)
     best, index = cost.min(-1)
-    return Choice(index, best < 1.0)
+    return index, best < 1.0
 
 
 class Layer:
@@ -238,12 +229,12 @@ class Layer:
         """Thresholds of least density within the (possibly tightened) bounds."""
         assert self.curves is not None
         l1, _, tail = self.bounds
-        choice = choose(self.curves, l1 * self.tighter, None if tail is None else tail * self.tighter)
-        sim, threshold = torch.tensor(grid.pairs(self.module.selector), dtype=torch.float64)[choice.index].T
-        sparse = choice.found & (self.tighter > 0)
+        index, found = choose(self.curves, l1 * self.tighter, None if tail is None else tail * self.tighter)
+        sim, threshold = torch.tensor(grid.pairs(self.module.selector), dtype=torch.float64)[index].T
+        sparse = found & (self.tighter > 0)
         for head in (~sparse).nonzero()[:, 0].tolist():
             self.reasons[head] = self.reasons[head] or "no candidate threshold holds the bounds"
-        density = torch.where(sparse, self.curves.density().gather(1, choice.index[:, None])[:, 0], 1.0)
+        density = torch.where(sparse, self.curves.density().gather(1, index[:, None])[:, 0], 1.0)
         self.module.tuned = Tuned(
             sparse,
             torch.where(sparse, threshold, 1.0),

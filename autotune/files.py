@@ -200,10 +200,8 @@ def _numbers(name: str, value: Any, heads: int, low: float, high: float, above: 
     if value.dim() == 1 and len(value) != heads:
         raise ValueError(f"{name} has {len(value)} values, the model has {heads} heads")
     numbers = value.detach().cpu().float().expand(heads)
-    if not bool(torch.isfinite(numbers).all()):
-        raise ValueError(f"{name} holds values that are not finite: {numbers.tolist()}")
-    if not bool((((numbers > low) if above else (numbers >= low)) & (numbers <= high)).all()):
-        raise ValueError(f"{name} must be in {'(' if above else '['}{low:g}, {high:g}], got {numbers.tolist()}")
+    if not bool((torch.isfinite(numbers) & ((numbers > low) if above else (numbers >= low)) & (numbers <= high)).all()):
+        raise ValueError(f"{name} must be finite, in {'(' if above else '['}{low:g}, {high:g}], got {numbers.tolist()}")
     return numbers
 
 

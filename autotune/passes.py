@@ -40,6 +40,7 @@ class Pass:
 
     Attributes:
         name: as users read it.
+        prompts: numbers of the prompts that it goes over.
         sums: what was counted, layer by layer; None where nothing was.
         open: the same of the prompt in progress.
     """
@@ -47,17 +48,12 @@ class Pass:
     name: ClassVar[str]
 
     def __init__(self, work: Work) -> None:
-        self.work = work
+        self.work, self.prompts = work, work.checked
         self.sums: list[Tally | None] = [None] * len(work.layers)
         self.open: list[PromptTally | None] = [None] * len(work.layers)
 
-    @property
-    def prompts(self) -> list[int]:
-        """Numbers of the prompts that it goes over."""
-        return self.work.checked
-
     # What each kind of pass says: how many candidates it judges, how a call counts, what follows from a layer's sums,
-    # and which pass comes next, None when the calibration is finished.
+    # and which pass comes next (None: the calibration is finished).
     def candidates(self, layer: Layer) -> int:
         raise NotImplementedError
 
@@ -78,11 +74,9 @@ class Pass:
 
     def count(self, layer: Layer, tally: Tally) -> None:
         """Add what a prompt, or another process, saw."""
-        known = self.sums[layer.index]
-        if known is None:
-            self.sums[layer.index] = tally
-        else:
+        if (known := self.sums[layer.index]) is not None:
             known.merge(tally)
+        self.sums[layer.index] = known or tally
 
     def close(self, prompt: int) -> None:
         """The prompt in progress is finished."""
@@ -126,9 +120,9 @@ class CurvePass(Pass):
 
     name = "curves"
 
-    @property
-    def prompts(self) -> list[int]:
-        return self.work.fitted
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.prompts = work.fitted
 
     def candidates(self, layer: Layer) -> int:
         return len(self.work.grid.pairs(layer.module.selector))

@@ -124,21 +124,21 @@ def test_choose_takes_the_least_density_within_the_bounds() -> None:
     tally = tally_of([e * scale for e in errors], norms, kept)
     mean_bound = torch.linspace(0.004, 0.12, 40, dtype=torch.float64)
     tail = torch.linspace(0.03, 0.6, 40, dtype=torch.float64)
-    choice = choose(tally, mean_bound, tail)
+    index, found = choose(tally, mean_bound, tail)
     mean, share = mean_limit(tally), tail_share_limit(tally, tail)
     for h in range(40):
         allowed = [c for c in range(9) if mean[h, c] <= mean_bound[h] and share[h, c] <= 0.005 + 1e-12]
-        assert bool(choice.found[h]) == bool(allowed)
+        assert bool(found[h]) == bool(allowed)
         if allowed:
-            assert int(choice.index[h]) == min(allowed, key=lambda c: int(kept[c]))
-    assert 0 < choice.found.sum() < 40, "both outcomes must occur"
+            assert int(index[h]) == min(allowed, key=lambda c: int(kept[c]))
+    assert 0 < found.sum() < 40, "both outcomes must occur"
 
 
 def test_ties_go_to_the_smaller_error_and_nothing_dropped_is_nothing_found() -> None:
     errors = [torch.tensor([0.05, 0.01, 0.03])[None, :, None].expand(1, 3, 200) for _ in range(3)]
     bound = torch.tensor([0.1], dtype=torch.float64)
-    assert choose(tally_of(errors, kept=torch.tensor([50, 50, 50])), bound, None).index.tolist() == [1]
-    assert choose(tally_of(errors, kept=torch.tensor([100, 100, 100])), bound, None).found.tolist() == [False]
+    assert choose(tally_of(errors, kept=torch.tensor([50, 50, 50])), bound, None)[0].tolist() == [1]
+    assert choose(tally_of(errors, kept=torch.tensor([100, 100, 100])), bound, None)[1].tolist() == [False]
 
 
 def test_the_tail_can_fail_where_the_mean_passes() -> None:
@@ -150,8 +150,8 @@ def test_the_tail_can_fail_where_the_mean_passes() -> None:
     bound = torch.tensor([0.05], dtype=torch.float64)
     assert within_bounds(tally, bound, None).tolist() == [[True, True]]
     assert within_bounds(tally, bound, torch.tensor([0.5], dtype=torch.float64)).tolist() == [[False, True]]
-    assert choose(tally, bound, None).index.tolist() == [0]
-    assert choose(tally, bound, torch.tensor([0.5], dtype=torch.float64)).index.tolist() == [1]
+    assert choose(tally, bound, None)[0].tolist() == [0]
+    assert choose(tally, bound, torch.tensor([0.5], dtype=torch.float64))[0].tolist() == [1]
     assert float(tail_error(tally)[0, 0]) > 1.5 and float(tail_error(tally)[0, 1]) < 0.02
 
 
@@ -176,7 +176,7 @@ def test_chosen_heads_hold_the_bounds_on_new_prompts(bound: str) -> None:
     tally = tally_of([draw(400) for _ in range(prompts)], kept=90 - torch.arange(candidates))
     mean_bound = torch.full((heads,), 0.05 if bound == "mean" else 1.0, dtype=torch.float64)
     tail = torch.full((heads,), 0.2, dtype=torch.float64) if bound == "tail" else None
-    choice = choose(tally, mean_bound, tail)
+    index, found = choose(tally, mean_bound, tail)
     if bound == "mean":
         good = mean_error(tally) <= mean_bound[:, None]
     else:
@@ -190,6 +190,6 @@ def test_chosen_heads_hold_the_bounds_on_new_prompts(bound: str) -> None:
         value = (new_mean if bound == "mean" else new_tail).gather(1, index.clamp(min=0)[:, None])[:, 0]
         return float((value <= (0.05 if bound == "mean" else 0.2))[among].double().mean())
 
-    assert choice.found.double().mean() > 0.9, "too few heads to say anything"
-    assert held(choice.index, choice.found) >= 0.9
+    assert found.double().mean() > 0.9, "too few heads to say anything"
+    assert held(index, found) >= 0.9
     assert held(point, point >= 0) < 0.8

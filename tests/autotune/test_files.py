@@ -146,14 +146,14 @@ BAD_TENSORS: dict[str, tuple[str, Any, str]] = {
     "sparse": ("pvthreshd", torch.ones(4).to_sparse(), r"must be a tensor \[heads\]"),
     "meta": ("pvthreshd", torch.ones(4, device="meta"), r"must be a tensor \[heads\], .* on meta"),
     "half a flag": ("is_sparse", torch.tensor([0.0, 1.0, 0.5, 1.0]), "is_sparse must be true or false"),
-    "a flag of 2": ("is_sparse", torch.tensor([0, 1, 2, 1]), r"is_sparse must be in \[0, 1\]"),
-    "cdf above 1": ("cdfthreshd", torch.tensor([0.5, 1.01, 1.0, 0.9]), r"cdfthreshd must be in \[0, 1\]"),
-    "cdf below 0": ("cdfthreshd", torch.tensor([0.5, -0.1, 1.0, 0.9]), r"cdfthreshd must be in \[0, 1\]"),
-    "similarity above 1": ("simthreshd1", torch.full((4,), 1.5), r"simthreshd1 must be in \[-1, 1\]"),
-    "pv of 0": ("pvthreshd", torch.zeros(4), r"pvthreshd must be in \(0, inf\]"),
-    "pv below 0": ("pvthreshd", torch.full((4,), -1.0), r"pvthreshd must be in \(0, inf\]"),
+    "a flag of 2": ("is_sparse", torch.tensor([0, 1, 2, 1]), r"is_sparse must be finite, in \[0, 1\]"),
+    "cdf above 1": ("cdfthreshd", torch.tensor([0.5, 1.01, 1.0, 0.9]), r"cdfthreshd must be finite, in \[0, 1\]"),
+    "cdf below 0": ("cdfthreshd", torch.tensor([0.5, -0.1, 1.0, 0.9]), r"cdfthreshd must be finite, in \[0, 1\]"),
+    "similarity above 1": ("simthreshd1", torch.full((4,), 1.5), r"simthreshd1 must be finite, in \[-1, 1\]"),
+    "pv of 0": ("pvthreshd", torch.zeros(4), r"pvthreshd must be finite, in \(0, inf\]"),
+    "pv below 0": ("pvthreshd", torch.full((4,), -1.0), r"pvthreshd must be finite, in \(0, inf\]"),
     **{
-        f"{name} {value}": (name, torch.tensor([0.5, 0.5, 0.5, value]), "values that are not finite")
+        f"{name} {value}": (name, torch.tensor([0.5, 0.5, 0.5, value]), "must be finite")
         for name, value in (("cdfthreshd", float("nan")), ("simthreshd1", float("inf")), ("pvthreshd", -float("inf")))
     },
 }
