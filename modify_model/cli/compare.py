@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from autotune import dense, record_density
 from autotune.module import sparse_modules, transformers_of
@@ -95,6 +94,8 @@ def compare(subject: Any, inputs: Sequence[tuple[str, int, Any]], *, warm_up: bo
         inputs: of each its name, its seed and the item.
         warm_up: run the first one untimed, so that no time holds a compilation.
     """
+    from tqdm import tqdm
+
     found = []
     # One recorder for all runs, dense ones and warm-up included: its hooks belong to what a compiled transformer is,
     # which other hooks, or none, would have compiled again, in the timed run.

@@ -21,7 +21,6 @@ from spas_attn.metrics import psnr
 
 from .arguments import as_dtype, check_output, check_source, one_line, unreadable, usable_device
 from .compare import Comparison
-from .pictures import save_frames, write
 from .tiny import PREFIX, TINY
 
 # Used when no file of prompts is given.
@@ -158,6 +157,7 @@ class DiffusionModel:
 
     kind = "diffusion pipeline"
     usual = (("num_tune_samples", 5), ("num_compare", 1))  # options that are left out
+    needs = ("diffusers", "transformers", "PIL", "matplotlib", "skimage")
     hint = "see --height, --width, --frames, --steps, --tune_every, --dense_steps"
 
     def __init__(self, args: argparse.Namespace, device: str | None = None) -> None:
@@ -201,12 +201,16 @@ class DiffusionModel:
 
     def report(self, comparisons: Sequence[Comparison]) -> None:
         """Write the pictures of a comparison."""
+        from .pictures import write
+
         names = {"model": self.args.model_name, "tuned_file": self.args.model_out_path}
         facts = {**names, "size": str(self.size), "steps": self.size.steps}
         print("written:", *write(comparisons, Path(self.args.out_path), facts))
 
     def generate(self) -> None:
         """Write a picture or clip of each prompt."""
+        from .pictures import save_frames
+
         for prompt, seed, _ in self.unseen():
             path = Path(self.args.out_path) / f"sparse_{seed - self.args.seed}"
             print(f"written: {save_frames(self.runner.frames(prompt, seed), path)}   ({prompt})", flush=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import glob
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import autotune
 from autotune import report
@@ -66,6 +66,10 @@ def kind_of(name: str) -> type[Subject]:
 
 def check(args: argparse.Namespace) -> None:
     """Reject, before a model is loaded, what is known to be wrong; a ValueError says why."""
+    missing = [name for name in ("tqdm", "safetensors", *args.kind.needs) if importlib.util.find_spec(name) is None]
+    if missing:
+        extras = "pip install 'spas-attn[cli,transformers,diffusers]'"
+        raise ValueError(f"packages that this needs are not installed ({', '.join(missing)}): {extras}")
     usable_device(args.device)
     for name, value in args.kind.usual:
         if getattr(args, name) is None:
@@ -172,6 +176,8 @@ def tune(subject: Any, items: Sequence[Any], *, show: bool = True, hint: str = "
     Raises:
         ValueError: when there is nothing to watch: too short an input, or too few steps.
     """
+    from tqdm import tqdm
+
     bar = tqdm(unit="pass", disable=not show, total=0)
     with autotune.calibrate(subject.model, **options) as calibration, bar:
         passes = calibration.prompts(items)

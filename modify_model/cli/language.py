@@ -37,6 +37,7 @@ class LanguageModel:
 
     kind = "language model"
     usual = (("num_tune_samples", 8), ("num_compare", 4))  # options that are left out
+    needs = ("transformers",)
     hint = "see --max_length"
     every = 1
 
