@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from autotune import SparseAttention
 
 from .families import Family, Layer, count_dense_call, register
 from .rebind import Table, obstacle, rebound
-from .schedule import NoiseLevel, NoteCall, forget_calls, note_calls, now, thousandths
+from .schedule import DenseSteps, NoiseLevel, note_calls, now, thousandths
 
 # Where the text stands among the tokens that attend to each other; None: there is none (it is in cross-attention).
 Place = Literal["text first", "text last"] | None
@@ -78,18 +79,7 @@ class DiffusersFamily(Family):
         return int(attention.heads), int(attention.inner_dim) // int(attention.heads)
 
     def unsupported(self, attention: Any) -> str | None:
-        processor = attention.processor
-        kind = type(processor).__name__
-        if isinstance(processor, nn.Module):
-            return f"{kind} has weights of its own (an image-prompt adapter): unload it first"
-        if not isinstance(inspect.getattr_static(processor, "__call__", None), types.FunctionType):
-            return f"{kind} has no __call__ written in Python: its attention cannot be replaced"
-        where = obstacle(processor, _table())
-        if where is not None:
-            return f"{kind} reaches attention through {where}, which cannot be replaced: call it in __call__ itself"
-        if rebound(type(processor).__call__, _table()) is type(processor).__call__:
-            return f"{kind} calls neither {dispatch_attention_fn.__name__} nor F.{SDPA.__name__}"
-        return None
+        return unsupported(attention.processor)
 
     def is_sparse(self, attention: Any) -> bool:
         return isinstance(attention.processor, SparseProcessor)
@@ -107,11 +97,28 @@ class DiffusersFamily(Family):
         return attention
 
     def switch(self, model: nn.Module, on: bool, dense_steps: tuple[float, float] | None = None) -> None:
-        if on:
-            assert self.noise_level is not None
-            note_calls(model, NoteCall(dense_steps, self.noise_level))
-        else:
-            forget_calls(model)
+        assert self.noise_level is not None
+        layers = [layer for layer in self.layers(model) if hasattr(layer.attention, "inner_attention")]
+        note_calls(model, BeforeCall(*(dense_steps or (0.0, 0.0)), self.noise_level, layers) if on else None)
+
+
+class BeforeCall(DenseSteps):
+    """Before each call of a patched transformer, also looks whether another processor has been set in a layer.
+
+    diffusers sets processors when projections are fused and image-prompt adapters loaded; what can be sparse is.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__call__(module, args, kwargs)
+        if torch.compiler.is_compiling():
+            return
+        for _, attention, place in self.layers:
+            if not isinstance(attention.processor, SparseProcessor):
+                reason = unsupported(attention.processor)
+                if reason is None:
+                    attention.processor = sparse_processor(attention.processor, place)
+                elif attention.inner_attention.mode != "dense":
+                    count_dense_call(f"after the patch a layer was given another processor, and {reason}")
 
 
 class SparseProcessor:
@@ -165,6 +172,21 @@ class SparseProcessor:
         return ((0, length),) if self.place == "text first" else ((total - length, total),)
 
 
+def unsupported(processor: Any) -> str | None:
+    """Why attention cannot be replaced in a processor, or None."""
+    kind = type(processor).__name__
+    if isinstance(processor, nn.Module):
+        return f"{kind} has weights of its own (an image-prompt adapter): unload it first"
+    if not isinstance(inspect.getattr_static(processor, "__call__", None), types.FunctionType):
+        return f"{kind} has no __call__ written in Python: its attention cannot be replaced"
+    where = obstacle(processor, _table())
+    if where is not None:
+        return f"{kind} reaches attention through {where}, which cannot be replaced: call it in __call__ itself"
+    if rebound(type(processor).__call__, _table()) is type(processor).__call__:
+        return f"{kind} calls neither {dispatch_attention_fn.__name__} nor F.{SDPA.__name__}"
+    return None
+
+
 def sparse_processor(original: Any, place: Place) -> SparseProcessor:
     """The SparseProcessor for a processor of a layer whose text stands at a place."""
     return _sparse_class(type(original), place)(original)
@@ -183,7 +205,13 @@ def _sparse_class(original: Any, place: Place) -> type[SparseProcessor]:
         # One function for all layers of a class, so that torch.compile sees one.
         "sparse_call": staticmethod(rebound(original.__call__, _table())),
     }
-    return type(f"Sparse{original.__name__}", (SparseProcessor,), members)
+    made = type(f"Sparse{original.__name__}", (SparseProcessor,), members)
+    with contextlib.suppress(ImportError, ValueError):  # a diffusers without the registry; a processor not in it
+        # What layer skipping and perturbed-attention guidance know processors by.
+        from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+        AttentionProcessorRegistry.register(made, AttentionProcessorRegistry.get(original))
+    return made
 
 
 def _table() -> Table:
@@ -274,6 +302,12 @@ def _dense_reason(q: Tensor, given: dict[str, Any]) -> str | None:
         return "context parallelism gives each device a part of the sequence, and blocks are selected on the whole"
     if given.get("dropout_p"):
         return "the attention drops out probabilities"
+    if F.scaled_dot_product_attention is not SDPA:
+        return "F.scaled_dot_product_attention was replaced by another function"
+    for index in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(index)
+        if not isinstance(mode, DeviceContext):
+            return f"{type(mode).__name__} (guidance that perturbs attention, for example) sees attention calls"
     return None
 
 

@@ -26,6 +26,7 @@ from .patching import patch
 __all__ = ["SparseLlamaAttention", "enable_tune_mode", "set_spas_sage_attn_llama"]
 
 PREFIX = "spas_attn_"
+BATCHING = "init_continuous_batching"  # what generate_batch() calls before anything else
 # Arguments of attention functions, given by other models or by the user, that change the result.
 UNSUPPORTED = ("softcap", "position_bias", "s_aux", "sliding_window", "cache", "cu_seq_lens_q")
 
@@ -110,21 +111,24 @@ def attend(
     """
     function = modeling_llama.ALL_ATTENTION_FUNCTIONS.get(original, modeling_llama.eager_attention_forward)
     prepared = attention_mask if isinstance(attention_mask, PreparedMask) else None
-    mask = attention_mask if prepared is None else prepared.original
     seen_as = module if original in ("eager", "sdpa", "flex_attention") else _renamed(module, original)
-    if not isinstance(module, SparseLlamaAttention):  # outside layer_range
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        mask = attention_mask if prepared is None else prepared.original
         return function(seen_as, query, key, value, mask, **kwargs)
 
     def dense() -> Tensor:
-        return function(seen_as, query, key, value, mask, **kwargs)[0].transpose(1, 2)
+        return run()[0].transpose(1, 2)
 
+    if not isinstance(module, SparseLlamaAttention):  # outside layer_range
+        return run()
     if query.shape[2] < SHORTEST:
-        return dense().transpose(1, 2), None
+        return run()[0], None
     reason = dense_reason(module, key, attention_mask, kwargs)
     if reason is not None or prepared is None:
         if module.inner_attention.mode != "dense":
             count_dense_call(reason)
-        return dense().transpose(1, 2), None
+        return run()[0], None
     out = module.inner_attention(
         query,
         key[:, :, : prepared.k_end],
@@ -172,6 +176,14 @@ class _View:
 def _renamed(module: nn.Module, original: str) -> Any:
     """The layer as the original attention knows it: FlashAttention's integration reads the implementation's name."""
     return _View(module, config=_View(module.config, _attn_implementation=original))
+
+
+def refuse_batching(*args: Any, **kwargs: Any) -> None:
+    """Stands for continuous batching in a patched model: it calls attention with the new tokens of all requests."""
+    raise ValueError(
+        "continuous batching (generate_batch) does not run with sparse attention: "
+        "use generate(), or call modify_model.restore(model) first"
+    )
 
 
 def is_ours(config: Any) -> bool:
@@ -262,6 +274,10 @@ class LlamaFamily(Family):
         for config in _configs(model):
             original = original_implementation(config)
             config._attn_implementation = register_implementation(original) if on else original
+        for module in model.modules():
+            if hasattr(type(module), BATCHING):
+                vars(module).pop(BATCHING, None)
+                vars(module).update({BATCHING: refuse_batching} if on else {})
 
     def problem(self, model: nn.Module) -> str | None:
         return next((_changed(config) for config in _configs(model) if not is_ours(config)), None)

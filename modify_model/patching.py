@@ -21,6 +21,7 @@ from torch import nn
 
 from autotune import SparseAttention
 from autotune.module import clean_path, transformers_of
+from spas_attn.checks import HEAD_DIMS
 
 from .families import Family, Layer, find_family
 from .schedule import check_range, check_schedule
@@ -210,12 +211,13 @@ def _chosen(
     chosen = {}
     for index in check_range(layer_range, len(layers)):
         path, attention, _ = layers[index]
+        heads, head_dim = family.heads(attention)
         present = _inner(attention)
         reason = None if present and family.is_sparse(attention) else family.unsupported(attention)
+        reason = reason or _unfit(attention, head_dim)
         if reason is not None:
             raise ValueError(f"layer {path!r} cannot be made sparse: {reason}")
         kept = {name: getattr(present, name) for name in ("l1", "pv_l1", "tail")} if present else {}
-        heads, head_dim = family.heads(attention)
         inner = chosen[index] = SparseAttention(**(family.defaults() | kept | settings))
         inner.set_heads(heads)
         inner.family, inner.head_dim = family.name, head_dim
@@ -227,27 +229,34 @@ def _install(
 ) -> SparseAttention:
     """Make a layer sparse, with a new SparseAttention or the one that it has, and return it."""
     attention, present = layer.attention, _inner(layer.attention)
-    if present is not None:
+    if present is None:
+        device = next((p.device for p in attention.parameters()), torch.device("cpu"))
+        if device.type != "meta":  # where weights are offloaded, thresholds follow the calls
+            inner.to(device)
+        inner.train(attention.training)
+    else:
         if present.mode == "sparse" and _rule(settings.get("selector", present.selector)) != _rule(present.selector):
+            present.tuned, present.mode = None, "dense"
             warnings.warn(
                 "another selector: the layers lose their thresholds; calibrate the model, or load a file, again",
                 RuntimeWarning,
                 stacklevel=3,
             )
-        else:
-            for name in settings:
-                setattr(present, name, getattr(inner, name))  # checked, and names as SparseAttention keeps them
-            inner = present
-    if inner is not present:
-        device = next((p.device for p in attention.parameters()), torch.device("cpu"))
-        if device.type != "meta":  # where weights are offloaded, thresholds follow the calls
-            inner.to(device)
-        inner.train(attention.training)
+        for name in settings:
+            setattr(present, name, getattr(inner, name))  # checked, and as SparseAttention keeps it
+        inner = present
     if present is None or not family.is_sparse(attention):  # another processor may have been set meanwhile
         _put(root, layer, family.install(layer, inner))
-    elif inner is not present:
-        attention.inner_attention = inner
     return inner
+
+
+def _unfit(attention: nn.Module, head_dim: int) -> str | None:
+    """Why no sparse backend serves a layer, or None."""
+    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
+        return f"its head dim is {head_dim}, and sparse attention serves {HEAD_DIMS[0]} to {HEAD_DIMS[1]}"
+    if any(parameter.dtype == torch.float64 for parameter in attention.parameters()):
+        return "its weights are float64, and sparse attention serves float16, bfloat16 and float32"
+    return None
 
 
 def _remove(family: Family, root: nn.Module, layer: Layer) -> None:

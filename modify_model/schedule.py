@@ -45,33 +45,32 @@ class _Now(threading.local):
 now = _Now()
 
 
-class NoteCall:
-    """Forward pre-hook of a patched transformer: notes in :data:`now` what its layers must know of the call.
+class DenseSteps:
+    """Forward pre-hook of a transformer: notes in :data:`now` what its layers must know of each call.
 
     A call's noise level is that of its noisiest token or sample (``timestep.max()``, read on the host once per call):
     in a batch, with or without classifier-free guidance, all samples have one level, and image-to-video models give
     the tokens of a known frame level 0.
 
     Args:
-        dense_steps: (first, last), shares of the noise range, see :func:`modify_model.patch`; None for no dense steps.
+        first, last: shares of the noise range that run dense, see :func:`modify_model.patch`.
         noise_level: maps the transformer's ``timestep`` to [0, 1], 1 = pure noise.
+        layers: the patched layers, for a family that looks at them before each call.
     """
 
-    def __init__(self, dense_steps: tuple[float, float] | None, noise_level: NoiseLevel) -> None:
-        self.dense_steps, self.noise_level = dense_steps, noise_level
+    def __init__(self, first: float, last: float, noise_level: NoiseLevel, layers: Sequence[Any] = ()) -> None:
+        self.first, self.last, self.noise_level, self.layers = first, last, noise_level, layers
 
     def is_dense(self, timestep: Tensor | float) -> bool:
         """Whether a call with this timestep runs dense."""
-        if self.dense_steps is None:
-            return False
         level = float(self.noise_level(torch.as_tensor(timestep).detach().float()).max())
-        return 1 - level < self.dense_steps[0] or level < self.dense_steps[1]
+        return 1 - level < self.first or level < self.last
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         text = _argument(module, "encoder_hidden_states", args, kwargs)
         now.text_length = text.shape[1] if isinstance(text, Tensor) else 0
         now.dense = False
-        if self.dense_steps is not None:
+        if self.first or self.last:
             self._decide(module, args, kwargs)
 
     # Not traced: the decision needs a number on the host. A whole compiled model has one graph break here.
@@ -79,23 +78,20 @@ class NoteCall:
     def _decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = _argument(module, "timestep", args, kwargs)
         if timestep is None:
-            raise TypeError(f"{_unwrapped(module)} was called without timestep, which its dense steps need")
+            name = type(getattr(module, "_orig_mod", module)).__name__
+            raise TypeError(f"{name} was called without timestep, which its dense steps need")
         now.dense = self.is_dense(timestep)
 
 
-def note_calls(root: nn.Module, note: NoteCall) -> None:
-    """Run ``note`` before every forward of a transformer, in place of the one before."""
-    forget_calls(root)
-    root.register_forward_pre_hook(note, with_kwargs=True)
-
-
-def forget_calls(root: nn.Module) -> None:
-    """Undo :func:`note_calls` (not by handle: those get lost when a model is copied)."""
-    for module in root.modules():
+def note_calls(root: nn.Module, note: DenseSteps | None) -> None:
+    """Run ``note`` before every forward of a transformer, in place of the one before; None for none at all."""
+    for module in root.modules():  # not by handle: those get lost when a model is copied
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, NoteCall):
+            if isinstance(hook, DenseSteps):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if note is not None:
+        root.register_forward_pre_hook(note, with_kwargs=True)
 
 
 def check_range(layer_range: tuple[int, int] | None, count: int) -> range:
@@ -180,10 +176,7 @@ def _argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[
         return kwargs[name]
     if not args:
         return None
-    names = list(inspect.signature(type(getattr(module, "_orig_mod", module)).forward).parameters)[1:]
+    kind: Any = type(getattr(module, "_orig_mod", module))
+    names = list(inspect.signature(kind.forward).parameters)[1:]
     position = names.index(name) if name in names else len(args)
     return args[position] if position < len(args) else None
-
-
-def _unwrapped(module: nn.Module) -> str:
-    return type(getattr(module, "_orig_mod", module)).__name__

@@ -15,7 +15,7 @@ import autotune
 from autotune import Grid, SparseAttention
 from modify_model import dense_steps_of, patch, restore, verify
 from modify_model.cli.tiny import TINY
-from modify_model.schedule import NoteCall, now, rising, thousandths
+from modify_model.schedule import DenseSteps, now, rising, thousandths
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -46,19 +46,19 @@ def watch(model):
     [(1000, True), (901, True), (900, False), (500, False), (50, False), (49, True), (0, True), (899.9, False)],
 )
 def test_which_timesteps_are_dense(timestep, dense):
-    hook = NoteCall((0.1, 0.05), thousandths)
+    hook = DenseSteps(0.1, 0.05, thousandths)
     for given in (timestep, torch.tensor([timestep]), torch.tensor([timestep] * 4, dtype=torch.float64)):
         hook(torch.nn.Identity(), (), {"timestep": given})
         assert now.dense is dense
     # Tokens of a known first frame are at noise level 0 all the time.
     hook(torch.nn.Identity(), (), {"timestep": torch.tensor([[0] * 16 + [timestep] * 48] * 2)})
     assert now.dense is dense
-    NoteCall(None, thousandths)(torch.nn.Identity(), (), {"timestep": timestep})
+    DenseSteps(0.0, 0.0, thousandths)(torch.nn.Identity(), (), {"timestep": timestep})
     assert now.dense is False  # nothing of the last call is left
 
 
 def test_nothing_is_dense_without_shares():
-    hook = NoteCall((0.0, 0.0), thousandths)
+    hook = DenseSteps(0.0, 0.0, thousandths)
     assert not any(hook.is_dense(timestep) for timestep in (1000, 999, 500, 1, 0))
 
 
@@ -110,7 +110,7 @@ def test_borders_lie_between_distinct_timesteps(name, first, last):
     with pytest.raises(ValueError, match="scheduler has no timesteps yet: call dense_steps_of after"):
         dense_steps_of(scheduler, first, last)
     scheduler.set_timesteps(10)
-    hook = NoteCall(dense_steps_of(scheduler, first, last), thousandths)
+    hook = DenseSteps(*dense_steps_of(scheduler, first, last), thousandths)
     steps = scheduler.timesteps.unique_consecutive().tolist()
     assert [hook.is_dense(t) for t in steps] == [i < first or i >= len(steps) - last for i in range(len(steps))]
 
@@ -118,7 +118,7 @@ def test_borders_lie_between_distinct_timesteps(name, first, last):
 def test_rising_timesteps():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    hook = NoteCall(dense_steps_of(scheduler, 1, 1), rising)
+    hook = DenseSteps(*dense_steps_of(scheduler, 1, 1), rising)
     assert [hook.is_dense(t) for t in scheduler.timesteps] == [True, False, False, True]
 
 

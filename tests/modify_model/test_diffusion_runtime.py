@@ -7,6 +7,8 @@ import threading
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers import LayerSkipConfig
+from diffusers.hooks import apply_layer_skip
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
@@ -346,6 +348,125 @@ def test_a_processor_set_after_the_patch_is_reported_and_kept(set_sparse):
     assert verify(patch(model)).ok  # patched again, with the thresholds that it had
     assert model.single_transformer_blocks[0].attn.inner_attention.mode == "sparse"
     assert restore(model).single_transformer_blocks[0].attn.processor is own
+
+
+class Weighted(nn.Module):
+    """A processor with weights, as image-prompt adapters are."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def __call__(self, *args, **kwargs):
+        hidden = FluxAttnProcessor()(*args, **kwargs)
+        return self.scale * hidden if isinstance(hidden, torch.Tensor) else tuple(self.scale * x for x in hidden)
+
+
+def test_a_processor_set_after_the_patch_is_made_sparse_at_the_next_call_or_counted(set_sparse, fallbacks):
+    case = CASES["Flux"]
+    model, inputs = case.model(), case.inputs()
+    inner = set_sparse(patch(model))
+    expected = run(model, inputs)
+    own = FluxAttnProcessor()
+    for attention in attentions("Flux", model):
+        attention.set_processor(own)
+    assert torch.equal(run(model, inputs), expected) and verify(model).ok and fallbacks() == {}
+    model.transformer_blocks[0].attn.set_processor(Weighted())
+    inner[0].last_density = None
+    run(model, inputs)
+    assert inner[0].last_density is None and verify(model).replaced == 1
+    (reason,) = fallbacks()
+    assert "after the patch a layer was given another processor, and Weighted has weights of its own" in reason
+    restore(model)
+    assert isinstance(model.transformer_blocks[0].attn.processor, Weighted)
+    assert model.single_transformer_blocks[0].attn.processor is own
+
+
+@pytest.mark.parametrize("name", ["CogVideoX", "HunyuanDiT", "SD3"])
+def test_fusing_after_the_patch(name, set_sparse, fallbacks, assert_close):
+    """In any order with restore and unfusing; diffusers keeps our processors and brings them back."""
+    case = CASES[name]
+    model, inputs = case.model(), case.inputs()
+    dense = run(model, inputs)
+    inner = set_sparse(patch(model))
+    sparse = run(model, inputs)
+    model.fuse_qkv_projections()
+    assert_close(run(model, inputs), sparse)
+    assert all(ran_sparse(inner)) and verify(model).ok
+    model.unfuse_qkv_projections()
+    assert_close(run(model, inputs), sparse)
+    model.fuse_qkv_projections()
+    restore(model)
+    model.unfuse_qkv_projections()  # brings our processors back, whose attention is gone
+    assert_close(run(model, inputs), dense)
+    assert fallbacks() == {}
+
+
+def test_an_image_prompt_adapter_loaded_after_the_patch(set_sparse, fallbacks):
+    case = CASES["Flux"]
+    width, joint = 24, 32
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    prompt = {f"0.to_{name}_ip.{kind}": randn(*shape) for name in "kv" for kind, shape in
+              (("weight", (128, joint)), ("bias", (128,)))}  # fmt: skip
+    image = {"proj.weight": randn(joint * 4, width), "proj.bias": randn(joint * 4)}
+    image |= {"norm.weight": torch.ones(joint), "norm.bias": torch.zeros(joint)}
+    adapter = [{"ip_adapter": prompt, "image_proj": image}]
+    inputs = case.inputs()
+    inputs["joint_attention_kwargs"] = {"ip_adapter_image_embeds": [randn(1, 1, width)]}
+
+    def output(model):  # the model empties the dictionary that it gets
+        return run(model, inputs | {"joint_attention_kwargs": dict(inputs["joint_attention_kwargs"])})
+
+    plain = case.model()
+    plain._load_ip_adapter_weights(adapter)  # what FluxPipeline.load_ip_adapter calls
+    expected = output(plain)
+    model = patch(case.model())
+    model._load_ip_adapter_weights(adapter)
+    assert torch.equal(output(model), expected)
+    inner = set_sparse(model)
+    output(model)
+    assert [module.last_density is not None for module in inner] == [False, True]
+    assert ["has weights of its own" in reason for reason in fallbacks()] == [True]
+
+
+# -- others that look at attention calls ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["hook first", "patch first"])
+def test_perturbed_attention_guidance_acts_and_is_counted(order, set_sparse, fallbacks, assert_close):
+    case = CASES["QwenImage"]
+    perturbed = LayerSkipConfig([1], "transformer_blocks", False, True, False)  # V in place of attention in one layer
+    model, inputs = case.model(), case.inputs()
+    apply_layer_skip(model, perturbed)
+    expected = run(model, inputs)
+    model = case.model()
+    plain = run(model, inputs)
+    steps = [lambda: apply_layer_skip(model, perturbed), lambda: patch(model)]
+    for step in steps if order == "hook first" else steps[::-1]:
+        step()
+    assert torch.equal(run(model, inputs), expected) and not torch.equal(expected, plain)
+    inner = set_sparse(model, cdf=1.0)
+    assert_close(run(model, inputs), expected)
+    assert [module.last_density is not None for module in inner] == [True, False]
+    assert [("AttentionScoreSkipFunctionMode" in reason, count) for reason, count in fallbacks().items()] == [(True, 1)]
+
+
+def test_a_function_put_in_place_of_torchs_attention_is_used_and_counted(set_sparse, fallbacks, monkeypatch):
+    case = CASES["CogVideoX"]
+    model, inputs = patch(case.model()), case.inputs()
+    set_sparse(model)
+    sparse, attention = run(model, inputs), nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: attention(q, k, 2 * v))
+    assert not torch.equal(run(model, inputs), sparse)
+    assert [("was replaced by another function" in reason, n) for reason, n in fallbacks().items()] == [(True, 2)]
+    monkeypatch.undo()
+    with torch.device("cpu"):  # a function mode too, but one that leaves attention alone
+        assert torch.equal(run(model, inputs), sparse)
+    assert sum(fallbacks().values()) == 2
 
 
 def test_thresholds_of_a_compiled_model_load_into_a_plain_one(set_sparse):

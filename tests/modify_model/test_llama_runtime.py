@@ -193,3 +193,34 @@ def test_implementation_without_a_mask_function_still_pads(make_llama, tokens, s
     model.config._attn_implementation = "no_masks"
     set_sparse(patch(model), cdf=1.0)
     assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_are_made_when_a_dense_call_asks(make_llama, tokens, set_sparse, left_padded, attention, monkeypatch):
+    """Once for all layers; a sparse prefill of 128K padded tokens would pay 16 GiB a row for what it never reads."""
+    made = []
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS[attention]
+
+    def make(**arguments):
+        made.append(make_mask(**arguments))
+        return made[-1]
+
+    ids, mask = left_padded(tokens(2, LENGTH))
+    model = make_llama(attention)
+    expected = model(ids, attention_mask=mask).logits
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, attention, make)
+    assert torch.equal(patch(model)(ids, attention_mask=mask).logits, expected) and len(made) == 1
+    set_sparse(model)
+    model(ids, attention_mask=mask)
+    assert len(made) == 1
+    patch(model, dense_layers=[1])
+    model(ids, attention_mask=mask)
+    assert len(made) == 2 and made[0].shape == made[1].shape == (2, 1, LENGTH, LENGTH)
+
+
+def test_continuous_batching_is_refused(make_llama):
+    model = patch(make_llama())
+    with pytest.raises(ValueError, match=r"continuous batching \(generate_batch\) does not run with sparse attention"):
+        model.generate_batch([[1, 2, 3]], progress_bar=False)
+    restore(model)
+    assert "init_continuous_batching" not in vars(model)

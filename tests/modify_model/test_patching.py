@@ -178,6 +178,25 @@ def test_settings_of_another_type_are_named(make_llama, settings, error, message
     assert (inner.l1, inner.pv_l1, inner.tail, inner.text_sink) == (0.06, 0.07, 0.5, True)
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"head_dim": 8}, "its head dim is 8, and sparse attention serves 16 to 256"),
+        ({"head_dim": 320}, "its head dim is 320, and sparse attention serves 16 to 256"),
+        (
+            {"dtype": torch.float64},
+            "its weights are float64, and sparse attention serves float16, bfloat16 and float32",
+        ),
+    ],
+)
+def test_layers_that_no_backend_serves_are_refused_at_once(make_llama, config, reason):
+    dtype = config.get("dtype", torch.float32)
+    model = make_llama(**{name: value for name, value in config.items() if name != "dtype"}).to(dtype)
+    with pytest.raises(ValueError, match=rf"layer 'model\.layers\.0\.self_attn' cannot be made sparse: {reason}"):
+        patch(model)
+    assert verify(model).replaced == 0
+
+
 def test_refused_settings_change_nothing(make_llama):
     model = make_llama()
     before = snapshot(model)
