@@ -106,7 +106,7 @@ def rule_of(selector: Selector, call: Call) -> Rule:
         block_k=selector.block_k,
         sink=ranking.sink,
         local=ranking.local,
-        tokens=bool(tokens),
+        tokens=len(tokens) > 0,  # bool() of a list breaks graphs in torch 2.11
         tokens_sink=any(part.sink for part in tokens),
         tokens_local=max((part.local for part in tokens), default=0),
         touched_q=_touched_blocks([part for part in tokens if part.queries], call.q_len, selector.block_q, device),
