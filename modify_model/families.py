@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -30,12 +30,16 @@ ADAPTERS = {
 }
 
 
+# Where the text stands among the tokens that attend to each other; None: there is none (it is in cross-attention).
+Place = Literal["text first", "text last"] | None
+
+
 class Layer(NamedTuple):
-    """One self-attention layer of a model: its path, what stands there, and (diffusers) where its text stands."""
+    """One self-attention layer of a model: its path, what stands there, and where its text stands."""
 
     path: str
     attention: nn.Module
-    place: str | None = None
+    place: Place = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,10 @@ from torch.utils._device import DeviceContext
 
 from autotune import SparseAttention
 
-from .families import Family, Layer, count_dense_call, register
+from .families import Family, Layer, Place, count_dense_call, register
 from .rebind import Table, obstacle, rebound
 from .schedule import DenseSteps, NoiseLevel, note_calls, now, thousandths
 
-# Where the text stands among the tokens that attend to each other; None: there is none (it is in cross-attention).
-Place = Literal["text first", "text last"] | None
 Ranges = tuple[tuple[int, int], ...]
 
 SDPA = F.scaled_dot_product_attention
@@ -177,19 +175,21 @@ def unsupported(processor: Any) -> str | None:
     kind = type(processor).__name__
     if isinstance(processor, nn.Module):
         return f"{kind} has weights of its own (an image-prompt adapter): unload it first"
-    if not isinstance(inspect.getattr_static(processor, "__call__", None), types.FunctionType):
+    call = inspect.getattr_static(processor, "__call__", None)
+    if not isinstance(call, types.FunctionType):
         return f"{kind} has no __call__ written in Python: its attention cannot be replaced"
     where = obstacle(processor, _table())
     if where is not None:
         return f"{kind} reaches attention through {where}, which cannot be replaced: call it in __call__ itself"
-    if rebound(type(processor).__call__, _table()) is type(processor).__call__:
+    if rebound(call, _table()) is call:
         return f"{kind} calls neither {dispatch_attention_fn.__name__} nor F.{SDPA.__name__}"
     return None
 
 
 def sparse_processor(original: Any, place: Place) -> SparseProcessor:
     """The SparseProcessor for a processor of a layer whose text stands at a place."""
-    return _sparse_class(type(original), place)(original)
+    kind: Any = type(original)
+    return _sparse_class(kind, place)(original)
 
 
 @functools.cache
