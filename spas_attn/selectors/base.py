@@ -214,8 +214,8 @@ class Selector:
 class Union(Selector):
     """Keeps what ``first`` or ``second`` keeps; both must use the same block sizes. Written ``a | b``.
 
-    A calibration tunes the first part that has a threshold; what the other one keeps is kept whatever it is, and does
-    not count toward a cdf threshold.
+    That no row stays empty is a rule for the whole, not for its parts. A calibration tunes the first part that has a
+    threshold; what the other one keeps is kept whatever it is, and does not count toward a cdf threshold.
     """
 
     first: Selector

@@ -20,7 +20,7 @@ from spas_attn.selectors import Dense, MaxShare, MeanSimilarity, PeakMass, Selec
 CASES, PER_TEST = 320, 20
 NAMES = ["cpu", "sdpa", "reference"]
 # Relative L1 that rounding the result to the inputs' dtype, and P too on some backends, may bring.
-LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LIMITS = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 
 @dataclass
