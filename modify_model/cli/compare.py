@@ -65,7 +65,7 @@ class Comparison:
 
     Attributes:
         prompt, seed: what was run.
-        dense, sparse: the outputs; of a pipeline frames ``[F, H, W, 3]`` in 0..1.
+        dense, sparse: frames ``[F, H, W, 3]`` in 0..1; empty for a language model, whose logits are large.
         figures: by name, of FORMATS.
         seconds: of the dense and the sparse run, everything included.
         timesteps, density: of the sparse run; ``density`` is ``[steps, layers]``, see :meth:`Densities.result`.
@@ -112,15 +112,18 @@ def compare(subject: Any, inputs: Sequence[tuple[str, int, Any]], *, warm_up: bo
             sparse, sparse_seconds = _timed(subject, item)
             bar.update()
             figures = subject.figures(item, exact, sparse)
-            seconds = dense_seconds, sparse_seconds
-            found.append(Comparison(name, seed, exact, sparse, figures, seconds, *densities.result()))
+            shown = (exact, sparse) if subject.is_shown else (torch.empty(0), torch.empty(0))
+            found.append(Comparison(name, seed, *shown, figures, (dense_seconds, sparse_seconds), *densities.result()))
     return found
 
 
 def _timed(subject: Any, item: Any) -> tuple[Tensor, float]:
     began = time.perf_counter()
-    output = subject.output(item).float().cpu()  # waits for the device
-    return output, time.perf_counter() - began
+    output = subject.output(item)
+    if output.is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    return output.float().cpu(), seconds
 
 
 def table(comparisons: Sequence[Comparison]) -> str:

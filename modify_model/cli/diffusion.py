@@ -77,6 +77,7 @@ class Sampler:
     """
 
     prompts: Sequence[str] = PROMPTS  # that serve when the user gives none
+    is_shown = True  # a comparison shows what it makes
     model = property(lambda self: self.pipe)
 
     def __init__(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import glob
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from .parallel import is_child, is_first, join_ranks, run_parallel
 from .tiny import LLAMA, PREFIX
 
 Subject = LanguageModel | DiffusionModel
-KINDS = (LanguageModel, DiffusionModel)
 SELECTORS: dict[str, Any] = {"mean": MeanSimilarity, "peak": PeakMass, "share": MaxShare, "topk": TopK}
 
 
@@ -98,14 +97,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{error}: run with --tune first") from error
 
 
+@torch.no_grad()
 def run(args: argparse.Namespace, program: Sequence[str], given: Sequence[str]) -> int:
-    """Run a checked command line; returns the exit code.
-
-    Args:
-        args: the arguments.
-        program: as of :func:`run_parallel`.
-        given: the arguments as they came.
-    """
+    """Run a checked command line, of a program that was given these arguments; returns the exit code."""
     child = is_child()
     if args.parallel_tune and not child:
         code = run_parallel(program, given)
@@ -131,14 +125,13 @@ def run(args: argparse.Namespace, program: Sequence[str], given: Sequence[str]) 
     if args.compare:
         run_compare(subject, args)
     for reason, calls in fallback_counts().items():
-        print(f"{calls} calls ran dense: {reason}")
+        print(f"{calls} calls fell back to dense attention: {reason}")
     return 0
 
 
 def apply(subject: Subject, args: argparse.Namespace, state: dict[str, Any] | None) -> None:
     """Patch a model: for tuning, or for a tuned file, which is loaded."""
-    facts = {} if state is None else state["_metadata"]
-    steps = facts.get("dense_steps")
+    steps = (state or {}).get("_metadata", {}).get("dense_steps")
     if args.dense_steps is not None:
         steps = subject.runner.shares_of_steps(*args.dense_steps)  # type: ignore[union-attr]
     layers = args.layer_range or (None if state is None else tuned_layers(subject.model, state))
@@ -170,29 +163,30 @@ def tune(subject: Any, items: Sequence[Any], *, show: bool = True, hint: str = "
         subject: gives the ``model``, and ``observe(item)``, which runs it.
         items: what it is run on.
         show: a progress bar.
-        hint: which arguments to change when nothing was seen.
+        hint: which arguments to change when there was nothing to see: too short an input, or too few steps.
         options: as in :func:`autotune.calibrate`.
 
     Raises:
-        ValueError: when there is nothing to watch: too short an input, or too few steps.
+        ValueError: when there was nothing to see.
     """
     from tqdm import tqdm
 
     bar = tqdm(unit="pass", disable=not show, total=0)
     with autotune.calibrate(subject.model, **options) as calibration, bar:
-        passes = calibration.prompts(items)
-        while True:
-            try:
-                item = next(passes)
-            except StopIteration:
-                break
-            except RuntimeError as error:
-                raise ValueError(f"{error} ({hint})" if hint else str(error)) from error
+        for item in _told(calibration.prompts(items), hint):
             bar.total = calibration.expected_passes
             bar.set_description(f"tuning ({calibration.phase})")
             subject.observe(item)
             bar.update()
     return calibration
+
+
+def _told(passes: Iterator[Any], hint: str) -> Iterator[Any]:
+    """The same, with what the calibration cannot do as an error of the user."""
+    try:
+        yield from passes
+    except RuntimeError as error:
+        raise ValueError(f"{error} ({hint})" if hint else str(error)) from error
 
 
 def run_tune(subject: Subject, args: argparse.Namespace) -> None:
@@ -217,7 +211,6 @@ def run_tune(subject: Subject, args: argparse.Namespace) -> None:
         print(f"thresholds: {path}\nstatistics: {statistics}")
 
 
-@torch.no_grad()
 def run_compare(subject: Subject, args: argparse.Namespace) -> None:
     """Run inputs dense and sparse, print tables, and write the pictures of a pipeline."""
     gpu = args.offload or next(transformers_of(subject.model)[0][1].parameters()).is_cuda

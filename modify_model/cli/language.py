@@ -39,7 +39,7 @@ class LanguageModel:
     usual = (("num_tune_samples", 8), ("num_compare", 4))  # options that are left out
     needs = ("transformers",)
     hint = "see --max_length"
-    every = 1
+    every, is_shown = 1, False
 
     def __init__(self, args: argparse.Namespace, device: str | None = None) -> None:
         self.args = args
