@@ -64,14 +64,12 @@ class Family:
         """Query heads of an attention layer, and their dimension."""
         raise NotImplementedError
 
-    def install(self, layer: Layer, inner: SparseAttention) -> nn.Module:
-        """Make a layer sparse, with ``inner`` as its child ``inner_attention``; also a layer whose ``is_sparse`` was
-        undone by others. Returns the module that is to stand in its place.
-        """
+    def install(self, layer: Layer, inner: SparseAttention) -> None:
+        """Make a layer sparse, with ``inner`` as its child ``inner_attention``; also one that is no longer sparse."""
         raise NotImplementedError
 
-    def remove(self, attention: nn.Module) -> nn.Module:
-        """Undo ``install`` on the module that it returned; returns the module that is to stand in its place."""
+    def remove(self, attention: nn.Module) -> None:
+        """Undo ``install``."""
         raise NotImplementedError
 
     def is_sparse(self, attention: nn.Module) -> bool:

@@ -82,17 +82,15 @@ class DiffusersFamily(Family):
     def is_sparse(self, attention: Any) -> bool:
         return isinstance(attention.processor, SparseProcessor)
 
-    def install(self, layer: Layer, inner: SparseAttention) -> nn.Module:
+    def install(self, layer: Layer, inner: SparseAttention) -> None:
         attention: Any = layer.attention
         attention.inner_attention = inner
         attention.processor = sparse_processor(attention.processor, layer.place)
-        return attention
 
-    def remove(self, attention: Any) -> nn.Module:
+    def remove(self, attention: Any) -> None:
         if self.is_sparse(attention):  # else someone has set another processor meanwhile; it stays
             attention.processor = attention.processor.original
         del attention.inner_attention
-        return attention
 
     def switch(self, model: nn.Module, on: bool, dense_steps: tuple[float, float] | None = None) -> None:
         assert self.noise_level is not None

@@ -8,6 +8,7 @@ model's implementation is called ``spas_attn_<original>``; what its masks say is
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,29 +49,10 @@ def set_spas_sage_attn_llama(
     return patch(model, l1=l1, pv_l1=pv_l1, tail=tail, layer_range=layer_range, verbose=verbose)
 
 
-@dataclass(frozen=True)
-class Replaced:
-    """The layer that a sparse one stands for. As a dataclass it is no registered child of a module: state_dict, ``.to``
-    and ``parameters()`` do not see what it holds, while deepcopy and pickle do.
-    """
-
-    layer: nn.Module
-
-
 class SparseLlamaAttention(modeling_llama.LlamaAttention):
-    """LlamaAttention whose attention proper runs through ``inner_attention``.
-
-    It is made from a LlamaAttention and shares its projections and attributes.
-    """
+    """LlamaAttention whose attention proper runs through ``inner_attention``: a patched layer is given this class."""
 
     inner_attention: SparseAttention
-    _replaced: Replaced
-
-    def __init__(self, original: nn.Module, inner_attention: SparseAttention) -> None:
-        nn.Module.__init__(self)  # not LlamaAttention's: the projections exist already
-        _take_over(self, original)
-        self._replaced = Replaced(original)
-        self.inner_attention = inner_attention
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As ``LlamaAttention.forward``; a ValueError on ``output_attentions=True``."""
@@ -217,38 +199,16 @@ def _changed(config: Any) -> str:
     )
 
 
-def _take_over(new: nn.Module, old: nn.Module) -> None:
-    """Give ``new`` everything that ``old`` has: attributes, the same children, parameters and forward hooks."""
-    # accelerate wraps the forward of one instance; its hook is put on the new instance instead.
-    own = {name: value for name, value in vars(old).items() if name not in ("forward", "_old_forward", "_hf_hook")}
-    vars(new).update(own)
-    new._modules = dict(old._modules)
-    _copy_accelerate_hook(old, new)
-
-
-def _hand_back(new: nn.Module, old: nn.Module) -> None:
-    """Undo :func:`_take_over`, keeping what happened to ``new`` meanwhile: children replaced (by PEFT, by a
-    quantiser), train or eval mode, accelerate's hook.
-    """
-    old._modules.update({name: child for name, child in new._modules.items() if name in old._modules})
-    old.training = new.training
-    _copy_accelerate_hook(new, old)
-
-
-def _copy_accelerate_hook(source: nn.Module, target: nn.Module) -> None:
-    hook = vars(source).get("_hf_hook")
-    if hook is vars(target).get("_hf_hook"):
-        return
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-    remove_hook_from_module(target)
-    if hook is not None:
-        add_hook_to_module(target, hook)
+def _become(attention: Any, kind: type[nn.Module]) -> None:
+    """Change the class of a layer, which keeps its parameters, attributes and hooks."""
+    attention.__class__ = kind
+    if "_old_forward" in vars(attention):  # accelerate has wrapped the forward of this instance
+        attention._old_forward = types.MethodType(kind.forward, attention)
 
 
 @dataclass(frozen=True)
 class LlamaFamily(Family):
-    """LLaMA, whose attention layers are replaced as modules."""
+    """LLaMA, whose attention layers change their class."""
 
     def layers(self, model: nn.Module) -> list[Layer]:
         return [Layer(path, attention) for path, attention in find_modules(model, "LlamaAttention")]
@@ -256,13 +216,19 @@ class LlamaFamily(Family):
     def heads(self, attention: Any) -> tuple[int, int]:
         return int(attention.config.num_attention_heads), int(attention.head_dim)
 
-    def install(self, layer: Layer, inner: SparseAttention) -> nn.Module:
-        return SparseLlamaAttention(layer.attention, inner)
+    def unsupported(self, attention: nn.Module) -> str | None:
+        if type(attention).forward is not modeling_llama.LlamaAttention.forward:
+            return f"{type(attention).__name__} has a forward of its own"
+        return None
 
-    def remove(self, attention: Any) -> nn.Module:
-        original = attention._replaced.layer
-        _hand_back(attention, original)
-        return original
+    def install(self, layer: Layer, inner: SparseAttention) -> None:
+        attention: Any = layer.attention
+        attention.inner_attention, attention._original_class = inner, type(attention)
+        _become(attention, SparseLlamaAttention)
+
+    def remove(self, attention: Any) -> None:
+        _become(attention, attention._original_class)
+        del attention.inner_attention, attention._original_class
 
     # Small blocks and fine scores: at equal perplexity 64 x 64 with pool 8 drops 5 to 7 points more than 128 x 128 with
     # pool 16 and copies names better (docs/benchmarks/README.md). For prompts of 32K tokens and more on a GPU,

@@ -124,11 +124,11 @@ def patch(
         lines = []
         for index, layer in enumerate(layers):
             if index in chosen:
-                inner: Any = _install(family, root, layer, chosen[index], settings)
+                inner: Any = _install(family, layer, chosen[index], settings)
                 inner.layer_idx, inner.layer_range = index, layer_range
                 inner.dense_steps, inner.always_dense = steps, index in dense_layers
-            else:
-                _remove(family, root, layer)
+            elif _inner(layer.attention) is not None:
+                family.remove(layer.attention)
             what = "sparse attention installed" if index in chosen else "left as it is"
             lines.append(f"[{index + 1}/{len(layers)}] {prefix}{clean_path(layer.path)}: {what}")
         family.switch(root, True, steps)
@@ -174,7 +174,8 @@ def restore(model: M) -> M:
     for _, root in transformers_of(model):
         family = find_family(root)
         for layer in family.layers(root):
-            _remove(family, root, layer)
+            if _inner(layer.attention) is not None:
+                family.remove(layer.attention)
         family.switch(root, False)
     return model
 
@@ -224,9 +225,7 @@ def _chosen(
     return chosen
 
 
-def _install(
-    family: Family, root: nn.Module, layer: Layer, inner: SparseAttention, settings: dict[str, Any]
-) -> SparseAttention:
+def _install(family: Family, layer: Layer, inner: SparseAttention, settings: dict[str, Any]) -> SparseAttention:
     """Make a layer sparse, with a new SparseAttention or the one that it has, and return it."""
     attention, present = layer.attention, _inner(layer.attention)
     if present is None:
@@ -246,7 +245,7 @@ def _install(
             setattr(present, name, getattr(inner, name))  # checked, and as SparseAttention keeps it
         inner = present
     if present is None or not family.is_sparse(attention):  # another processor may have been set meanwhile
-        _put(root, layer, family.install(layer, inner))
+        family.install(layer, inner)
     return inner
 
 
@@ -257,17 +256,6 @@ def _unfit(attention: nn.Module, head_dim: int) -> str | None:
     if any(parameter.dtype == torch.float64 for parameter in attention.parameters()):
         return "its weights are float64, and sparse attention serves float16, bfloat16 and float32"
     return None
-
-
-def _remove(family: Family, root: nn.Module, layer: Layer) -> None:
-    if _inner(layer.attention) is not None:
-        _put(root, layer, family.remove(layer.attention))
-
-
-def _put(root: nn.Module, layer: Layer, new: nn.Module) -> None:
-    if new is not layer.attention:
-        parent, _, name = layer.path.rpartition(".")
-        setattr(root.get_submodule(parent), name, new)
 
 
 def _inner(attention: nn.Module) -> SparseAttention | None:

@@ -306,6 +306,19 @@ def test_wrapped_and_derived_models(make_llama, tokens):
     assert verify(wrapped).replaced == 0
 
 
+def test_a_layer_with_a_forward_of_its_own_is_refused(make_llama):
+    model = make_llama()
+
+    class Own(type(model.model.layers[1].self_attn)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model.model.layers[1].self_attn.__class__ = Own
+    with pytest.raises(ValueError, match=r"layer 'model\.layers\.1\.self_attn' .*: Own has a forward of its own"):
+        patch(model)
+    assert verify(patch(model, layer_range=(0, 1))).ok
+
+
 def test_changes_of_a_patched_model_survive_restore(make_llama):
     model = make_llama()
     attention = model.model.layers[0].self_attn
@@ -382,12 +395,10 @@ class ToyFamily(Family):
     def install(self, layer, inner):
         layer.attention.original, layer.attention.processor = layer.attention.processor, SparseToyProcessor()
         layer.attention.inner_attention = inner
-        return layer.attention
 
     def remove(self, attention):
         attention.processor = attention.original
         del attention.inner_attention, attention.original
-        return attention
 
 
 def test_processor_swap_and_pipelines(monkeypatch):
