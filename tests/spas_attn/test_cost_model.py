@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeGpu, row
+from made_up_gpu import FakeGpu, row
 
 from spas_attn import BlockMask, backends, cost_model, measure
 from spas_attn.cost_model import Line, Work

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cases import BF16, CASES, F32, HALF, Case
-from conftest import FakeGpu
+from made_up_gpu import FakeGpu
 from torch.nn.attention.flex_attention import flex_attention
 
 from spas_attn import backends

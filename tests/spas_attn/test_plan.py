@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, F32, Case
-from conftest import FakeGpu, on_cpu, on_gpu, row
+from made_up_gpu import FakeGpu, on_cpu, on_gpu, row
 from torch import Tensor
 
 import spas_attn

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, F32, HALF, Case
-from conftest import FakeGpu, on_gpu
+from made_up_gpu import FakeGpu, on_gpu
 from torch import Tensor
 
 from spas_attn import Call, backends
