@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spas_attn import BlockMask, backends
 from spas_attn.attention import attend
+from spas_attn.backends import flex
 from spas_attn.block_mask import cdiv, visible_blocks
 from spas_attn.call import Call
 from spas_attn.metrics import relative_l1
@@ -56,6 +57,7 @@ class AttentionCase(Case):
     def setups(self, device: torch.device, dtype: torch.dtype, options: Namespace) -> Iterator[AttentionSetup]:
         # FlexAttention specialises on the first shapes that it meets; with others before it would compile for any.
         torch.compiler.reset()
+        flex._compiled.cache_clear()
         inputs = self.draw(dtype, device)
         for blocks, density in itertools.product(options.blocks, options.densities):
             block_q, block_k = (int(size) for size in blocks.split("x"))

@@ -44,6 +44,10 @@ def _flex(setup: Setup) -> Runs:
     return Runs(kernel, {"ms_kernel": kernel})
 
 
+def _spargeattn_missing() -> str | None:
+    return None if importlib.util.find_spec("spas_sage_attn") else "spas_sage_attn is not installed"
+
+
 def _spargeattn(setup: Setup) -> Runs:
     """The original: its output is checked with our mask in its block size, the whole call with its own selection."""
     import spas_sage_attn
@@ -69,10 +73,6 @@ def _spargeattn(setup: Setup) -> Runs:
         )
 
     return Runs(given, {"ms_total": total})
-
-
-def _no_spargeattn() -> str | None:
-    return None if importlib.util.find_spec("spas_sage_attn") else "spas_sage_attn is not installed"
 
 
 def _library(backend: str, device: str, precision: str = "native") -> Provider:
@@ -106,7 +106,7 @@ PROVIDERS.update({
     "triton-int8_fp8": _library("triton", "cuda", "int8_fp8"),
     "flash": _library("flash", "cuda"),
     "flex": Provider("FlexAttention", "cuda", _flex),
-    "spargeattn": Provider("SpargeAttn", "cuda", _spargeattn, "int8_fp8", _no_spargeattn, limit=0.06),
+    "spargeattn": Provider("SpargeAttn", "cuda", _spargeattn, "int8_fp8", _spargeattn_missing, limit=0.06),
     "cpu-sdpa": _torch("SDPA", "cpu", None),
     "cpu": _library("cpu", "cpu"),
     "cpu-flex": Provider("FlexAttention", "cpu", _flex),

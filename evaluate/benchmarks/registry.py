@@ -29,11 +29,13 @@ class Runs:
         output: computes the result, which is checked before anything is timed.
         parts: calls to time, by the column of :class:`report.Row` that their milliseconds go to.
         within: by column, the milliseconds that something inside the last call took.
+        before: called, untimed, before a part is.
     """
 
     output: Callable[[], Tensor]
     parts: dict[str, Callable[[], object]]
     within: dict[str, Callable[[], float]] = field(default_factory=dict)
+    before: Callable[[], None] = lambda: None
 
 
 class Setup:

@@ -27,7 +27,7 @@ class Row:
         speedup, speedup_attention: over the fastest dense row of the same case and run.
         tflops: effective TFLOP/s, of the total where there is one, else of the kernel.
         rel_l1: relative L1 against float32 over the same blocks, on sampled queries.
-        peak_GiB: memory allocated at most, inputs and weights included.
+        peak_GiB: memory allocated at most in a step, weights included.
         device, versions: what it ran on.
     """
 

@@ -37,6 +37,8 @@ import torch
 from registry import CASES, LABELS, PROVIDERS, Case, Declined, Provider, Runs, Setup
 from tqdm import tqdm
 
+from modify_model.cli.arguments import whole
+
 DTYPES = {label: dtype for dtype, label in LABELS.items()}
 LIBRARY = ["triton", "triton-int8_bf16", "triton-int8_fp8"]
 # Defaults of the options, and what else the program has to know of a suite.
@@ -95,18 +97,15 @@ def check_all(case: Case, dtype: torch.dtype, options: argparse.Namespace, bar: 
 
 def check(case: Case, setup: Setup, provider: Provider, where: dict[str, str]) -> Checked:
     """Compare one output with what is exact."""
-    gpu = provider.device == "cuda"
     runs = provider.make(setup)
-    if gpu:
+    if provider.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    out = runs.output()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
-    error = setup.error(out, provider.dense)
+    error = setup.error(runs.output(), provider.dense)
     blocks = {"density": setup.density, "kept": setup.kept, "block": f"{setup.block_q}x{setup.block_k}"}
     if provider.dense:
         blocks = {"density": 1.0, "kept": 1.0, "block": "dense"}
     row = report.Row(
-        case=case.title, provider=provider.name, precision=provider.precision_of(setup), rel_l1=error, peak_GiB=peak,
+        case=case.title, provider=provider.name, precision=provider.precision_of(setup), rel_l1=error,
         **blocks, **setup.facts(), **where,
     )  # fmt: skip
     return row, setup, runs if provider.holds(error, setup) else None
@@ -126,7 +125,7 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--blocks", nargs="+", choices=["128x128", "128x64", "64x128", "64x64"], help="query x key block sizes")
     add("--pool", type=int, default=16, help="tokens whose mean is scored; 128 = whole blocks (default: 16)")
     add("--ms", type=float, help="milliseconds of repetitions for each time")
-    add("--turns", type=int, default=2, help="repetitions at least, on a CPU and of steps (default: 2)")
+    add("--turns", type=whole(1), default=2, help="repetitions at least, on a CPU and of steps (default: 2)")
     add("--all_layers", action="store_true", help="run every layer of the largest models too")
     add("--tiny", action="store_true", help="small shapes and configurations, on any machine")
     add("--out", type=Path, help="write OUT.csv and, for attention, OUT.png")
@@ -137,8 +136,6 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     known = CASES[options.kind]
     if any(not 0 < density <= 1 for density in options.densities):
         parser.error(f"--densities must lie in (0, 1], got {options.densities}")
-    if options.turns < 1:
-        parser.error(f"--turns must be at least 1, got {options.turns}")
     if not set(options.cases) <= known.keys():
         parser.error(f"--cases of {options.suite} are {', '.join(known)}, got {options.cases}")
     if options.gpu and not gpu and not (options.tiny or options.plot):

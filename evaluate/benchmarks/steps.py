@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ class StepModel:
         self.calls[-1][0].stop()
 
     @torch.inference_mode()
-    def step(self, kernel: SDPBackend | None = None) -> Tensor:
-        """The output of one step; dense attention takes the kernel, or the one that PyTorch picks."""
-        self.calls, self._kernel = [], kernel
+    def step(self) -> Tensor:
+        """The output of one step."""
+        self.calls = []
         out = self.transformer(**self.inputs, return_dict=False)[0]
         if len(self.calls) != len(self.layers):
             raise RuntimeError(f"{len(self.layers)} layers made {len(self.calls)} calls in one step")
@@ -60,15 +61,18 @@ class StepModel:
         """Milliseconds of the self-attention calls of the last step."""
         return sum(clock.ms() for clock, _ in self.calls)
 
-    def set(self, selector: TopK, backend: str = "auto", precision: str = "native", *, dense: bool = False) -> None:
-        """Keep the selector's share of the blocks in every layer, or call the model's own attention."""
+    def run_sparse(self, selector: TopK, tuned: Tuned, backend: str, precision: str) -> None:
+        """Keep the selector's share of the blocks in every layer."""
+        self._kernel = None
         for layer in self.layers:
-            heads = layer.heads or 0
-            every, one = torch.ones(heads, dtype=torch.bool), torch.ones(heads)
-            layer.selector, layer.backend, layer.precision, layer.dense_now = selector, backend, precision, dense
-            layer.set_thresholds(
-                Tuned(every, selector.keep * one, -one, PV_OFF * one, expected_density=float(selector.keep))
-            )
+            layer.selector, layer.backend, layer.precision, layer.dense_now = selector, backend, precision, False
+            layer.set_thresholds(tuned)
+
+    def run_dense(self, kernel: SDPBackend | None) -> None:
+        """Call the model's own attention, with a kernel, or with the one that PyTorch picks."""
+        self._kernel = kernel
+        for layer in self.layers:
+            layer.mode, layer.dense_now = "sparse", True
 
 
 class StepSetup(Setup):
@@ -81,7 +85,8 @@ class StepSetup(Setup):
 
     def facts(self) -> dict[str, Any]:
         _, heads, tokens, head_dim = self.model.calls[0][1]
-        return {"tokens": tokens, "heads": heads, "head_dim": head_dim, "layers": self.layers}
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.model.device.type == "cuda" else None
+        return {"tokens": tokens, "heads": heads, "head_dim": head_dim, "layers": self.layers, "peak_GiB": peak}
 
     def error(self, out: Tensor, dense: bool) -> float | None:
         """NaN for an output that is not finite; random weights give nothing to compare with."""
@@ -89,36 +94,32 @@ class StepSetup(Setup):
 
     def ours(self, backend: str, precision: str) -> Runs:
         """Sparse attention with a fixed share of the blocks; the text is kept as in serving."""
-        model = self.model
-
-        def step() -> Tensor:
-            model.set(self.selector, backend, precision)
-            return model.step()
+        model, one = self.model, torch.ones(self.model.layers[0].heads or 0)
+        tuned = Tuned(one.bool(), self.density * one, -one, PV_OFF * one, expected_density=self.density)
+        before = functools.partial(model.run_sparse, self.selector, tuned.to(model.device), backend, precision)
 
         def output() -> Tensor:
-            before = fallback_counts()
+            before()
+            counts = fallback_counts()
             with record_density(model.transformer) as densities:
-                out = step()
-            declined = [reason for reason, count in fallback_counts().items() if count > before.get(reason, 0)]
+                out = model.step()
+            declined = [reason for reason, count in fallback_counts().items() if count > counts.get(reason, 0)]
             if declined:
                 raise Declined(declined[0])
             self.kept = densities.mean
             return out
 
-        return Runs(output, {"ms_total": step}, {"ms_attention": model.attention_ms})
+        return Runs(output, {"ms_total": model.step}, {"ms_attention": model.attention_ms}, before)
 
     def sdpa(self, kernel: SDPBackend | None) -> Runs:
         """The model's own attention."""
-        model = self.model
-
-        def step() -> Tensor:
-            model.set(self.selector, dense=True)
-            return model.step(kernel)
+        model, before = self.model, functools.partial(self.model.run_dense, kernel)
 
         def output() -> Tensor:
+            before()
             try:
-                return step()
+                return model.step()
             except RuntimeError as error:  # a kernel that takes no masks, or not this head dim, or too much memory
                 raise Declined(f"SDPA refuses: {str(error).splitlines()[0]}") from error
 
-        return Runs(output, {"ms_total": step}, {"ms_attention": model.attention_ms})
+        return Runs(output, {"ms_total": model.step}, {"ms_attention": model.attention_ms}, before)

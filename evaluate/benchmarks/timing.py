@@ -58,6 +58,7 @@ def medians(runs: Sequence[Runs], device: torch.device, ms: float, turns: int) -
     while turn < turns or 1e3 * (time.perf_counter() - began) < ms * len(runs):
         for run, times in zip(runs, taken, strict=True):
             for column, call in run.parts.items():
+                run.before()
                 clock = Clock(device)
                 call()
                 clock.stop()

@@ -27,7 +27,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--samples", "2", "--max_length", "640", "--evaluate", "1"]
     demo_llama.main(["--out_path", str(tmp_path / "demo.pt"), *short])
     shown = capsys.readouterr().out
-    assert [line[:3] for line in shown.splitlines() if line[1:3] == "/6"] == [f"{n}/6" for n in range(1, 7)]
+    assert [line[:3] for line in shown.splitlines() if line[1:5] == "/6  "] == [f"{n}/6" for n in range(1, 7)]
     for text in (
         "6/6 attention layers replaced",
         "worst tail error",
@@ -48,7 +48,7 @@ def test_demo_video(
     model = ["--model_name", str(tiny_demo), "--steps", "4"]
     assert demo_video.main([*model, "--out_path", str(tmp_path), "--clips", "2", "--prompts", "2"]) == 0
     shown = capsys.readouterr().out
-    assert [line[:3] for line in shown.splitlines() if line[1:3] == "/6"] == [f"{n}/6" for n in range(1, 7)]
+    assert [line[:3] for line in shown.splitlines() if line[1:5] == "/6  "] == [f"{n}/6" for n in range(1, 7)]
     for text in (
         "4096 video tokens",
         "1/1 attention layers replaced",
