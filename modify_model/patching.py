@@ -97,8 +97,8 @@ def patch(
         verbose: print a line for every layer.
         dense_steps: (first, last), for diffusion models: denoising steps in the first and last share of the noise
             range run dense, and a calibration does not watch them: noise levels s (1 = pure noise) with
-            ``1 - s < first`` or ``s < last``, whatever the number of steps, the batch and the guidance.
-            ``modify_model.dense_steps_of(scheduler, first=10)`` turns numbers of steps into shares.
+            ``1 - s < first`` or ``s < last``, whatever the number of steps, the batch and the guidance. For a pipeline
+            also whole numbers, (10, 2), of steps of its scheduler as it stands: see ``modify_model.dense_steps_of``.
         dense_layers: layers (in the model's order) that run dense in mode "sparse"; they are calibrated all the same.
         options: further arguments of SparseAttention (selector, backend, precision, text_sink); left out, the
             family's defaults hold.
@@ -119,7 +119,9 @@ def patch(
     for _, root, family in parts:
         layers = family.layers(root)
         chosen = _chosen(family, root, layers, layer_range, settings)
-        plans.append((layers, chosen, check_schedule(family.noise_level, len(layers), dense_steps, dense_layers)))
+        scheduler = getattr(model, "scheduler", None)
+        steps = check_schedule(family.noise_level, len(layers), dense_steps, dense_layers, scheduler)
+        plans.append((layers, chosen, steps))
     for (prefix, root, family), (layers, chosen, steps) in zip(parts, plans, strict=True):
         lines = []
         for index, layer in enumerate(layers):

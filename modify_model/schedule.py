@@ -113,9 +113,15 @@ def check_range(layer_range: tuple[int, int] | None, count: int) -> range:
 
 
 def check_schedule(
-    noise_level: NoiseLevel | None, count: int, dense_steps: tuple[float, float] | None, dense_layers: Sequence[int]
+    noise_level: NoiseLevel | None,
+    count: int,
+    dense_steps: tuple[float, float] | None,
+    dense_layers: Sequence[int],
+    scheduler: Any = None,
 ) -> tuple[float, float] | None:
-    """``dense_steps`` as a pair of shares; a ValueError on what a model with ``count`` layers cannot have."""
+    """``dense_steps`` as a pair of shares, of whole numbers of the scheduler's steps too; a ValueError on what a model
+    with ``count`` layers cannot have.
+    """
     if isinstance(dense_layers, str) or not isinstance(dense_layers, Collection):  # it is gone through several times
         raise ValueError(f"dense_layers must be a list of numbers from 0 to {count - 1}, got {dense_layers!r}")
     wrong = [index for index in dense_layers if index not in range(count)]
@@ -125,6 +131,9 @@ def check_schedule(
         return None
     if noise_level is None:
         raise ValueError("dense_steps are for diffusion models, and this one has no timesteps")
+    counts = [number for number in dense_steps if type(number) is int] if isinstance(dense_steps, Collection) else []
+    if scheduler is not None and len(counts) == 2 and any(counts):
+        return dense_steps_of(scheduler, *counts)
     try:
         first, last = (float(share) for share in dense_steps)
     except (TypeError, ValueError):
@@ -132,7 +141,7 @@ def check_schedule(
     if not (first >= 0 and last >= 0 and first + last < 1):
         raise ValueError(
             "dense_steps must be (first, last), shares of the noise range with first, last >= 0 and first + last < 1, "
-            f"got {dense_steps!r}"
+            f"or whole numbers of steps of a pipeline's scheduler, got {dense_steps!r}"
         )
     return first, last
 

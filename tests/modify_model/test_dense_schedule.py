@@ -129,7 +129,8 @@ def test_sparse_and_dense_steps_in_a_pipeline(set_sparse):
     calls = watch(pipe.transformer)
     sparse = generate(pipe, "CogVideoX")
     calls.clear()
-    patch(pipe, dense_steps=dense_steps_of(pipe.scheduler, 1, 1))
+    patch(pipe, dense_steps=(1, 1))
+    assert layers_of(pipe.transformer)[0].dense_steps == dense_steps_of(pipe.scheduler, 1, 1)
     mixed = generate(pipe, "CogVideoX")
     assert [any(ran) for _, ran in calls] == [False, True, True, False]
     assert not torch.equal(mixed, sparse) and not torch.equal(mixed, dense)
@@ -237,6 +238,10 @@ def test_schedules_that_a_model_cannot_have(make_llama):
         patch(CASES["Wan"].model(), dense_layers=[0, 2])
     with pytest.raises(ValueError, match="has no timesteps"):
         patch(make_llama(), dense_steps=(0.1, 0.0))
+    with pytest.raises(ValueError, match=r"whole numbers of steps of a pipeline's scheduler, got \(3, 1\)"):
+        patch(CASES["Wan"].model(), dense_steps=(3, 1))
+    with pytest.raises(ValueError, match="scheduler has no timesteps yet"):
+        patch(TINY["Flux"].make(), dense_steps=(3, 1))
     scheduler = types.SimpleNamespace(timesteps=torch.tensor([900.0, 500.0]))
     with pytest.raises(ValueError, match="leave one of 2 steps, got 1, 1"):
         dense_steps_of(scheduler, 1, 1)
