@@ -80,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="spas-attn", description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     for verb, text in VERBS.items():
-        command = commands.add_parser(verb, help=text, description=text, formatter_class=Help)
+        command = commands.add_parser(
+            verb, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=Help
+        )
         add_options(command, [verb], None)
     commands.add_parser("measure", help=_MEASURE)
     return _run(parser, given, ["--module", "modify_model.cli.main"])
