@@ -116,14 +116,13 @@ class Call:
         text: Ranges = (),
         mask: BlockMask | None = None,
     ) -> Call:
-        """Check the arguments of a call; views, no copies.
+        """Check the arguments of a call, as :class:`CallOptions` has them; views, no copies.
 
         Args:
             q: ``[B, Hq, Lq, D]`` (in layout "HND"); float16, bfloat16 or float32, any strides.
             k, v: the same with Hkv heads and Lk tokens; Hq is a multiple of Hkv. D is 16 to 256.
             text: (start, stop) of text tokens among queries and keys, for those who watch a model's calls.
             mask: the blocks to compute.
-            others: see :class:`CallOptions`.
 
         Raises:
             ValueError, TypeError: naming the argument, what came and what is allowed.
@@ -136,20 +135,16 @@ class Call:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         checks.check_shapes(q, k, v)
         packed = checks.check_packed(q, k, cu_seqlens_q, cu_seqlens_k)
-        if is_causal:
-            checks.check_causal(q, k, packed)
+        checks.check_causal(is_causal, q, k, packed)
         checks.check_window(window, is_causal)
-        if mask is not None:
-            checks.check_mask(mask, q, k)
-        if attn_mask is not None and packed:
-            raise ValueError("attn_mask cannot be combined with packed sequences: leave the padding out of the pack")
+        checks.check_mask(mask, q, k)
         return cls(
             q,
             k,
             v,
             is_causal=bool(is_causal),
             scale=checks.check_scale(scale, q.shape[-1]),
-            attn_mask=checks.check_attn_mask(attn_mask, q, k),
+            attn_mask=checks.check_attn_mask(attn_mask, q, k, packed),
             window=window,
             blocks=None if mask is None else (mask.block_q, mask.block_k),
             mask=mask,

@@ -160,8 +160,10 @@ def check_packed(
     return cu_seqlens_q, cu_seqlens_k
 
 
-def check_causal(q: Tensor, k: Tensor, packed: tuple[Tensor, Tensor] | None) -> None:
-    """Reject more queries than keys, in any sequence."""
+def check_causal(is_causal: bool, q: Tensor, k: Tensor, packed: tuple[Tensor, Tensor] | None) -> None:
+    """Reject more queries than keys under causality, in any sequence."""
+    if not is_causal:
+        return
     lengths = [(q.shape[2], k.shape[2])]
     if packed is not None:
         lengths = list(zip(packed[0].diff().tolist(), packed[1].diff().tolist(), strict=True))
@@ -170,8 +172,10 @@ def check_causal(q: Tensor, k: Tensor, packed: tuple[Tensor, Tensor] | None) -> 
             raise ValueError(f"is_causal needs Lq <= Lk (lower-right alignment), got Lq={q_len}, Lk={k_len}")
 
 
-def check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
+def check_mask(mask: BlockMask | None, q: Tensor, k: Tensor) -> None:
     """Reject a block mask of other lengths, heads or device."""
+    if mask is None:
+        return
     if (mask.q_len, mask.k_len) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"mask was made for lengths {mask.q_len} x {mask.k_len}, but q and k have {q.shape[2]} x {k.shape[2]}"
@@ -182,10 +186,12 @@ def check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"mask is on {mask.counts.device}, but q is on {q.device}")
 
 
-def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def check_attn_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor, packed: object) -> Tensor | None:
     """Key padding as ``[B, Lk]``, a full mask as ``[B, 1 or H, Lq, Lk]``."""
     if attn_mask is None:
         return None
+    if packed is not None:
+        raise ValueError("attn_mask cannot be combined with packed sequences: leave the padding out of the pack")
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a boolean tensor or None, got {type(attn_mask).__name__}")
     batch, heads, q_len, k_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
