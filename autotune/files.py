@@ -180,7 +180,7 @@ def _tuned(path: str, module: SparseAttention, entry: dict[str, Any], info: Info
     flags = values["is_sparse"]
     if not bool(((flags == 0) | (flags == 1)).all()):
         raise ValueError(f"layer {path!r}: is_sparse must be true or false (1 or 0), got {flags.tolist()}")
-    tuned = Tuned(**values, expected_density=info.densities.get(path), lengths=info.lengths, bounds=info.bounds)
+    tuned = Tuned(**values, expected_density=info.layer_density.get(path), lengths=info.lengths, bounds=info.bounds)
     try:
         tuned.serve(info.selector, torch.device("cpu"))
     except ValueError as error:  # a selector may allow fewer values

@@ -74,7 +74,8 @@ class Info:
     dense_steps: tuple[float, float] | None = None
     bounds: Bounds | None = None
     lengths: tuple[int, int] | None = None
-    densities: Mapping[str, float] = field(default_factory=dict)
+    mean_density: float | None = None
+    layer_density: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, model: Any, modules: list[SparseAttention]) -> None:
         """Reject a file of another family or head dim (layers of two models may have the same paths and heads), and
@@ -125,7 +126,7 @@ def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
         return Info(MeanSimilarity(pool=min(q, k), block_q=q, block_k=k, local=0))
     if not isinstance(info, dict):
         raise ValueError(f"_metadata of the tuned file must be a dict, got {type(info).__name__}")
-    if info.get("format") not in (1, FORMAT):
+    if repr(info.get("format")) not in ("1", str(FORMAT)):
         raise ValueError(f"the tuned file has format {info.get('format')!r}, this version reads formats 1 and {FORMAT}")
     absent = [name for name in _REQUIRED if name not in info]
     if absent:
@@ -141,29 +142,16 @@ def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
         check_bounds(*bounds)
     except (TypeError, ValueError) as error:
         raise ValueError(f"_metadata of the tuned file holds invalid bounds: {error}") from error
-
-    def optional(name: str, what: str, valid: Callable[[Any], bool], default: Any = None) -> Any:
-        value = info.get(name)
-        if value is not None and not valid(value):
+    values: dict[str, Any] = {}
+    for name, (what, valid) in _OPTIONAL.items():
+        if (value := info.get(name)) is None:
+            continue
+        if not valid(value):
             raise ValueError(f"_metadata of the tuned file: {name} must be {what} or None, got {value!r}")
-        return default if value is None else value
-
-    precision = optional("precision", f"one of {PRECISIONS}", lambda x: x in (*PRECISIONS, *ALIASES))
-    steps = optional("dense_steps", "two shares", lambda x: _pair(x, _share) and x[0] + x[1] < 1)
-    lengths = optional("lengths", "two numbers of keys", lambda x: _pair(x, _count) and x[0] <= x[1])
-    optional("mean_density", "in [0, 1]", _share)
-    return Info(
-        selector,
-        optional("model_class", "text", lambda x: isinstance(x, str), ""),
-        optional("family", "text", lambda x: isinstance(x, str)),
-        optional("head_dim", "a number", _count),
-        ALIASES.get(precision, precision),
-        optional("text_sink", "True or False", lambda x: isinstance(x, bool), True),
-        None if steps is None else (steps[0], steps[1]),
-        bounds,
-        None if lengths is None else (lengths[0], lengths[1]),
-        optional("layer_density", "a dict of shares by layer", _shares, {}),
-    )
+        values[name] = tuple(value) if isinstance(value, list) else value
+    if "precision" in values:
+        values["precision"] = ALIASES.get(values["precision"], values["precision"])
+    return Info(selector, bounds=bounds, **values)
 
 
 def _selector(info: dict[str, Any]) -> Selector:
@@ -190,3 +178,17 @@ def _shares(x: Any) -> bool:
 
 def _pair(x: Any, valid: Callable[[Any], bool]) -> bool:
     return isinstance(x, (list, tuple)) and len(x) == 2 and all(valid(value) for value in x)
+
+
+# What a file may say: in words, and as a check.
+_OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "model_class": ("text", lambda x: isinstance(x, str)),
+    "family": ("text", lambda x: isinstance(x, str)),
+    "head_dim": ("a number", _count),
+    "precision": (f"one of {PRECISIONS}", lambda x: x in (*PRECISIONS, *ALIASES)),
+    "text_sink": ("True or False", lambda x: isinstance(x, bool)),
+    "dense_steps": ("two shares", lambda x: _pair(x, _share) and x[0] + x[1] < 1),
+    "lengths": ("two numbers of keys", lambda x: _pair(x, _count) and x[0] <= x[1]),
+    "mean_density": ("in [0, 1]", _share),
+    "layer_density": ("a dict of shares by layer", _shares),
+}

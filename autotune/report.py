@@ -57,16 +57,6 @@ def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def statistics_text(statistics: Statistics) -> str:
-    """The statistics as JSON that people can read: a line per head."""
-    layers = []
-    for entry in statistics:
-        facts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items() if key != "heads"]
-        heads = ",\n".join("    " + json.dumps(head) for head in entry["heads"])
-        layers.append(" {\n" + ",\n".join([*facts, f'  "heads": [\n{heads}\n  ]']) + "\n }")
-    return "[\n" + ",\n".join(layers) + "\n]"
-
-
 def statistics_path(tuned: str | os.PathLike[str]) -> Path:
     """Where the statistics of a tuned file go."""
     path = Path(tuned)
@@ -74,8 +64,13 @@ def statistics_path(tuned: str | os.PathLike[str]) -> Path:
 
 
 def write_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
-    """Write the statistics as JSON; the file appears whole or not at all."""
-    write_text(statistics_text(statistics) + "\n", path)
+    """Write the statistics as JSON that people can read, a line per head; the file appears whole or not at all."""
+    layers = []
+    for entry in statistics:
+        facts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items() if key != "heads"]
+        heads = ",\n".join("    " + json.dumps(head) for head in entry["heads"])
+        layers.append(" {\n" + ",\n".join([*facts, f'  "heads": [\n{heads}\n  ]']) + "\n }")
+    write_text("[\n" + ",\n".join(layers) + "\n]\n", path)
 
 
 def table(statistics: Statistics) -> str:

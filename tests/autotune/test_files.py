@@ -451,12 +451,13 @@ def test_a_failed_save_names_path_and_reason_and_leaves_the_old_file(state: dict
     path = tmp_path / "tuned.pt"
     save(state, path)
     before = path.read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    before_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before_limit[1]))
     try:
         with pytest.raises(OSError, match=r"cannot write: File too large: '.*tuned\.pt'"):
             save(state | {"more": torch.ones(3)}, path)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before_limit)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["tuned.pt"]
     with pytest.raises(OSError, match=r"cannot write: .*tuned\.pt/below\.pt"):
