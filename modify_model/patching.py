@@ -115,28 +115,16 @@ def patch(
     if tail is not ...:
         settings["tail"] = tail
     parts = [(prefix, root, find_family(root)) for prefix, root in transformers_of(model)]
-    plans = []  # everything is checked before anything is changed
-    for _, root, family in parts:
+    scheduler, plans = getattr(model, "scheduler", None), []
+    for _, root, family in parts:  # everything is checked before anything is changed
         layers = family.layers(root)
-        chosen = _chosen(family, root, layers, layer_range, settings)
-        scheduler = getattr(model, "scheduler", None)
         steps = check_schedule(family.noise_level, len(layers), dense_steps, dense_layers, scheduler)
-        plans.append((layers, chosen, steps))
-    for (prefix, root, family), (layers, chosen, steps) in zip(parts, plans, strict=True):
-        lines = []
-        for index, layer in enumerate(layers):
-            if index in chosen:
-                inner: Any = _install(family, layer, chosen[index], settings)
-                inner.layer_idx, inner.layer_range = index, layer_range
-                inner.dense_steps, inner.always_dense = steps, index in dense_layers
-            elif _inner(layer.attention) is not None:
-                family.remove(layer.attention)
-            what = "sparse attention installed" if index in chosen else "left as it is"
-            lines.append(f"[{index + 1}/{len(layers)}] {prefix}{clean_path(layer.path)}: {what}")
+        plans.append((_chosen(family, root, layers, layer_range, settings), steps))
+    for (prefix, root, family), (chosen, steps) in zip(parts, plans, strict=True):
+        for inner in _apply(family, root, chosen, settings, prefix, verbose):
+            inner.layer_range, inner.dense_steps = layer_range, steps
+            inner.always_dense = inner.layer_idx in dense_layers
         family.switch(root, True, steps)
-        lines.append(f"{len(chosen)}/{len(layers)} attention layers of {type(root).__name__} replaced")
-        if verbose:
-            print("\n".join(lines))
     return model
 
 
@@ -223,8 +211,31 @@ def _chosen(
         kept = {name: getattr(present, name) for name in ("l1", "pv_l1", "tail")} if present else {}
         inner = chosen[index] = SparseAttention(**(family.defaults() | kept | settings))
         inner.set_heads(heads)
-        inner.family, inner.head_dim = family.name, head_dim
+        inner.family, inner.layer_idx, inner.head_dim = family.name, index, head_dim
     return chosen
+
+
+def _apply(
+    family: Family,
+    root: nn.Module,
+    chosen: dict[int, SparseAttention],
+    settings: dict[str, Any],
+    prefix: str,
+    verbose: bool,
+) -> list[Any]:
+    """Make the chosen layers sparse and the others original; returns what the sparse ones have."""
+    layers, installed = family.layers(root), []
+    for index, layer in enumerate(layers):
+        if index in chosen:
+            installed.append(_install(family, layer, chosen[index], settings))
+        elif _inner(layer.attention) is not None:
+            family.remove(layer.attention)
+        if verbose:
+            what = "sparse attention installed" if index in chosen else "left as it is"
+            print(f"[{index + 1}/{len(layers)}] {prefix}{clean_path(layer.path)}: {what}")
+    if verbose:
+        print(f"{len(chosen)}/{len(layers)} attention layers of {type(root).__name__} replaced")
+    return installed
 
 
 def _install(family: Family, layer: Layer, inner: SparseAttention, settings: dict[str, Any]) -> SparseAttention:
@@ -236,12 +247,12 @@ def _install(family: Family, layer: Layer, inner: SparseAttention, settings: dic
             inner.to(device)
         inner.train(attention.training)
     else:
-        if present.mode == "sparse" and _rule(settings.get("selector", present.selector)) != _rule(present.selector):
+        if present.tuned is not None and _rule(settings.get("selector", present.selector)) != _rule(present.selector):
             present.tuned, present.mode = None, "dense"
             warnings.warn(
                 "another selector: the layers lose their thresholds; calibrate the model, or load a file, again",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         for name in settings:
             setattr(present, name, getattr(inner, name))  # checked, and as SparseAttention keeps it
