@@ -53,7 +53,9 @@ def layer_range(text: str) -> tuple[int, int]:
     try:
         start, stop = (int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected start,stop such as 16,32, got {text!r}") from None
+        start = stop = -1
+    if not 0 <= start < stop:
+        raise argparse.ArgumentTypeError(f"expected start,stop such as 16,32, got {text!r}")
     return start, stop
 
 

@@ -181,6 +181,8 @@ class DiffusionModel:
             raise ValueError(f"--num_tune_samples {args.num_tune_samples}: there are only {len(prompts)} prompts")
         if args.offload and usable_device(args.device).type == "cpu":
             raise ValueError("--offload moves components between a CPU and a GPU, and there is no GPU")
+        if args.dense_steps is not None and args.steps is not None and sum(args.dense_steps) >= args.steps:
+            raise ValueError(f"--dense_steps {args.dense_steps} leave none of {args.steps} steps")
         if args.generate or args.compare:
             check_output("out_path", args.out_path, folder=True)
 

@@ -45,9 +45,11 @@ class LanguageModel:
         self.args = args
         self.model, self.tokenizer = load_model(args.model_name, device=device or args.device, dtype=args.dtype)
         self.runner = self
+        longest = getattr(self.model.config, "max_position_embeddings", None) or args.max_length
+        self.length = min(args.max_length, longest)
 
     def __str__(self) -> str:
-        return f"{self.args.max_length} tokens each"
+        return f"{self.length} tokens each"
 
     @staticmethod
     def check(args: argparse.Namespace) -> None:
@@ -68,9 +70,7 @@ class LanguageModel:
         return [(f"text {number}", self.args.seed + 1, window) for number, window in enumerate(found, 1)]
 
     def _windows(self, count: int, seed: int, group: str) -> list[LongTensor]:
-        longest = getattr(self.model.config, "max_position_embeddings", None) or self.args.max_length
-        length = min(self.args.max_length, longest)
-        return token_windows(self.tokenizer, self.args.prompts, length, count, seed, group)
+        return token_windows(self.tokenizer, self.args.prompts, self.length, count, seed, group)
 
     def observe(self, window: Tensor) -> None:
         """Run an item for a calibration."""
