@@ -125,7 +125,8 @@ def read_csv(path: Path) -> list[Row]:
 def picture(rows: Sequence[Row], path: Path) -> None:
     """Milliseconds and effective TFLOP/s of attention calls against density, one column of small plots per case.
 
-    Solid: everything from q, k, v to the output. Dashed: the kernel alone, with a given mask. Dotted: dense.
+    Solid: everything from q, k, v to the output. Dashed: the kernel alone, with a given mask. Dotted: dense. There is
+    none of whole steps.
     """
     import matplotlib
 
@@ -133,6 +134,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     timed = [row for row in rows if row.tflops is not None]
+    if not timed:
+        return
     cases = list(dict.fromkeys(row.case for row in timed))
     series = list(dict.fromkeys((row.provider, row.precision) for row in timed))
     # The ten strong colours of the map first, then their light partners.

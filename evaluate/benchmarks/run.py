@@ -163,12 +163,6 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def draw(rows: Sequence[report.Row], out: Path) -> None:
-    """The picture, of attention calls; there is none of steps."""
-    if any(row.tflops is not None for row in rows):
-        report.picture(rows, beside(out, ".png"))
-
-
 @torch.no_grad()
 def main(given: Sequence[str] | None = None) -> None:
     """Run the command line."""
@@ -176,7 +170,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if options.plot:
         rows = report.read_csv(beside(options.plot, ".csv"))
         print(report.table(rows))
-        draw(rows, options.plot)
+        report.picture(rows, beside(options.plot, ".png"))
         return
     options.device = torch.device("cuda" if options.gpu and torch.cuda.is_available() else "cpu")
     options.providers = chosen_providers(options.providers, options.device)
@@ -197,7 +191,7 @@ def main(given: Sequence[str] | None = None) -> None:
             if options.out and rows:  # after each case, so that an interrupted run is not lost
                 report.write_csv(rows, beside(options.out, ".csv"))
     if options.out:
-        draw(rows, options.out)
+        report.picture(rows, beside(options.out, ".png"))
     wrong = [row for row in rows if row.spent is None]
     if wrong:
         sys.exit(f"wrong results, not timed:\n{report.table(wrong)}")

@@ -7,6 +7,7 @@ Tune on 4 prompts → save → load into a fresh model → verify → generate t
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -38,9 +39,8 @@ QUERY_BLOCKS = 8  # of 64, looked at per call
 
 def chosen_prompts(clips: int) -> list[str]:
     """Prompts that no threshold was tuned on, with one and two shapes in turn."""
-    kinds = [[prompt for prompt in PROMPTS["unseen"] if len(parse(prompt)) == count] for count in (1, 2)]
-    order = [prompt for pair in zip(*kinds, strict=False) for prompt in pair]
-    order += [prompt for prompt in PROMPTS["unseen"] if prompt not in order]
+    one, two = ([prompt for prompt in PROMPTS["unseen"] if len(parse(prompt)) == count] for count in (1, 2))
+    order = [prompt for pair in itertools.zip_longest(one, two) for prompt in pair if prompt]
     return order[:clips]
 
 
