@@ -13,9 +13,7 @@ import sys
 
 from modify_model.cli.main import Script
 
-SCRIPT = Script(
-    __file__, __doc__, pipelines=("FluxPipeline",), defaults={"model_name": "black-forest-labs/FLUX.1-dev"}
-)
+SCRIPT = Script(__file__, __doc__, pipelines=("FluxPipeline",), defaults={"model_name": "black-forest-labs/FLUX.1-dev"})
 
 if __name__ == "__main__":
     sys.exit(SCRIPT.main())
