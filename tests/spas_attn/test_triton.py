@@ -338,6 +338,14 @@ def test_compiles_without_a_graph_break(case: Case, precision: str) -> None:
     assert torch.equal(compiled(call.q, call.k, call.v), expected)
 
 
+def test_autocast_changes_nothing() -> None:
+    q, k, v = (x.to(DEVICE) for x in torch.randn(3, 1, 2, 70, 32))
+    expected = sparse_attention(q, k, v, TopK(0.5), backend="triton", strict=True)
+    with torch.autocast(DEVICE, dtype=BF16):
+        out = sparse_attention(q, k, v, TopK(0.5), backend="triton", strict=True)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("precision", backend.PRECISIONS)
 def test_custom_operators_keep_their_promises(precision: str) -> None:
     call = Case(130, 200, heads=4, k_heads=2, dtype=HALF, padding="right").call(device=DEVICE)
