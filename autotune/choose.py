@@ -194,13 +194,10 @@ class Layer:
         good = within_bounds(curves, mean, None if tail is None else torch.full_like(mean, tail))
         self._choose(grid, torch.where(good, torch.tensor(grid.pv), PV_OFF).amin(1))
 
-    def back_off(self, check: Tally, grid: Grid, last_after: int | None) -> bool:
+    def back_off(self, check: Tally, grid: Grid, last: int) -> bool:
         """Tighten the bounds of sparse heads that missed one in the check; says whether there were any.
 
-        Args:
-            check: what the check counted.
-            grid: candidate thresholds.
-            last_after: None, or in the last round how many there were: then such heads become dense instead.
+        In the last round, whose number ``last`` is then (else 0), such heads become dense instead.
         """
         self.check = check
         _, pv_l1, tail = self.bounds
@@ -212,11 +209,10 @@ class Layer:
         wrong = (excess > 1) & tuned.is_sparse.cpu()
         if not bool(wrong.any()):
             return False
-        factor = MARGIN / excess if last_after is None else torch.zeros_like(excess)
+        factor = torch.zeros_like(excess) if last else MARGIN / excess
         self.tighter = torch.where(wrong, self.tighter * factor, self.tighter)
-        if last_after is not None:
-            for head in wrong.nonzero()[:, 0].tolist():
-                self.reasons[head] = f"missed a bound {last_after} times in the check with the real kernel"
+        for head in wrong.nonzero()[:, 0].tolist() if last else []:
+            self.reasons[head] = f"missed a bound {last} times in the check with the real kernel"
         self._choose(grid, torch.where(wrong, PV_OFF, tuned.pv.cpu()))
         return True
 

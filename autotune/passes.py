@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -52,18 +53,16 @@ class Pass:
         self.sums: list[Tally | None] = [None] * len(work.layers)
         self.open: list[PromptTally | None] = [None] * len(work.layers)
 
-    # What each kind of pass says: how many candidates it judges, how a call counts, what follows from a layer's sums,
-    # and which pass comes next (None: the calibration is finished).
     def candidates(self, layer: Layer) -> int:
+        """How many candidates are judged."""
         raise NotImplementedError
 
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
+        """Count one call."""
         raise NotImplementedError
 
-    def decide(self, layer: Layer, total: Tally) -> None:
-        raise NotImplementedError
-
-    def following(self) -> Pass | None:
+    def conclude(self) -> Pass | None:
+        """Use what all processes counted; returns the next pass, None when the calibration is finished."""
         raise NotImplementedError
 
     def observe(self, layer: Layer, call: Call, blocks: list[int]) -> None:
@@ -89,20 +88,17 @@ class Pass:
         """Forget the prompt in progress."""
         self.open = [None] * len(self.open)
 
-    def conclude(self) -> Pass | None:
-        """Use what was counted, by all processes; returns the next pass, None when the calibration is finished."""
-        self._merge_ranks()
+    def totals(self) -> Iterator[tuple[Layer, Tally]]:
+        """Every layer with what all processes counted; each process holds the sums afterwards."""
+        if self.work.world > 1:
+            self._merge_ranks()
         for layer in self.work.layers:
             total = self.sums[layer.index]
             if total is None:
                 raise RuntimeError(f"layer {layer.path!r} saw no prompt in the {self.name} pass")
-            self.decide(layer, total)
-        return self.following()
+            yield layer, total
 
     def _merge_ranks(self) -> None:
-        """Add up what all processes saw; each holds the sum afterwards."""
-        if self.work.world == 1:
-            return
         gathered: list[Any] = [None] * self.work.world
         mine = [(self.sums[layer.index], layer.lengths, layer.check_backend) for layer in self.work.layers]
         dist.all_gather_object(gathered, mine)
@@ -130,10 +126,9 @@ class CurvePass(Pass):
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
         add_curves(tally, layer.module, call, self.work.grid, blocks)
 
-    def decide(self, layer: Layer, total: Tally) -> None:
-        layer.choose_first(total, self.work.grid)
-
-    def following(self) -> Pass:
+    def conclude(self) -> Pass:
+        for layer, total in self.totals():
+            layer.choose_first(total, self.work.grid)
         return PVPass(self.work)
 
 
@@ -174,10 +169,9 @@ class PVPass(Pass):
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
         add_pv_curves(tally, layer.module, call, self.work.grid, blocks)
 
-    def decide(self, layer: Layer, total: Tally) -> None:
-        layer.choose_pv(total, self.work.grid)
-
-    def following(self) -> Pass:
+    def conclude(self) -> Pass:
+        for layer, total in self.totals():
+            layer.choose_pv(total, self.work.grid)
         return CheckPass(self.work, 1)
 
 
@@ -188,7 +182,7 @@ class CheckPass(Pass):
 
     def __init__(self, work: Work, number: int) -> None:
         super().__init__(work)
-        self.number, self.missed = number, False
+        self.number = number
 
     def candidates(self, layer: Layer) -> int:
         return 2
@@ -196,10 +190,8 @@ class CheckPass(Pass):
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
         layer.check_backend = add_check(tally, layer.module, call.replace(error_bound=layer.bounds[1]))
 
-    def decide(self, layer: Layer, total: Tally) -> None:
-        last = self.work.rounds if self.number == self.work.rounds else None
-        self.missed |= layer.back_off(total, self.work.grid, last)
-
-    def following(self) -> Pass | None:
-        """All are checked again after a miss: what they record belongs to the final thresholds."""
-        return CheckPass(self.work, self.number + 1) if self.missed and self.number < self.work.rounds else None
+    def conclude(self) -> Pass | None:
+        last = self.number if self.number == self.work.rounds else 0
+        missed = [layer.back_off(total, self.work.grid, last) for layer, total in self.totals()]
+        # All are checked again after a miss: what they record belongs to the final thresholds.
+        return CheckPass(self.work, self.number + 1) if any(missed) and not last else None

@@ -357,6 +357,7 @@ def test_compiles_once_without_graph_breaks() -> None:
     for _ in range(3):
         for i, layer in enumerate(layers):
             assert torch.equal(layer(*activations(10 + i, 320, 320)), expected[i])
+            model.inner[i].tuned._served.clear()  # what is kept for calls outside of a graph must not matter
     assert counter.frame_count == len(layers)
     model.inner[0].dense_now = True
     assert not torch.equal(layers[0](*activations(10, 320, 320)), expected[0])
