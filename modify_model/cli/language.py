@@ -78,7 +78,9 @@ class LanguageModel:
 
     def output(self, window: Tensor) -> Tensor:
         """The logits of an item ``[1, L, vocabulary]``."""
-        return self.model(input_ids=window.to(self.model.device), use_cache=False).logits
+        ids = window.to(self.model.device)
+        # The mask shows a compiled model that nothing is packed.
+        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
     warm_up = output
 
