@@ -41,12 +41,14 @@ def obstacle(target: Any, table: Table) -> str | None:
             value = getattr(members[name], "__func__", members[name])  # of a static or class method
             if value is not call and search.value(value, names) is not value:
                 return f"{owner}.{name}"
-    functions = {old.__name__ for old, _ in table}
-    homes = {old.__module__.split(".")[0] for old, _ in table if old.__module__} | {"torch"}
     for code in _codes(call.__code__):
-        imports = (step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME")
-        if functions & _names(code) and any(name.split(".")[0] in homes for name in imports):
-            return "an import statement inside __call__"
+        steps = list(dis.get_instructions(code))
+        for step, before in zip(steps[1:], steps, strict=False):
+            module = sys.modules.get(step.argval) if step.opname == "IMPORT_NAME" else None
+            # `from module import a, b` has loaded the names just before.
+            imported = [vars(module).get(name) for name in before.argval] if module and before.argval else [module]
+            if any(search.value(value, names) is not value for value in imported):
+                return "an import statement inside __call__"
     return None
 
 

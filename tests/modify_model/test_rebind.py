@@ -78,6 +78,15 @@ class DispatchedByModule:
         return project(attn, out.transpose(1, 2), encoder_hidden_states.shape[1])
 
 
+class ImportsOthers:
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        q, k, v = qkv(attn, hidden_states, encoder_hidden_states)
+        q[:, :, 32:], k[:, :, 32:] = (apply_rotary_emb(x[:, :, 32:], image_rotary_emb) for x in (q, k))
+        return project(attn, F.scaled_dot_product_attention(q, k, v), 32)
+
+
 class Inner:
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         def attend(*tensors):
@@ -110,7 +119,7 @@ class Decorated:
 
 
 SPELLINGS = [
-    Named, Qualified, Alias, Bare, ByName, Dispatched, DispatchedByModule, Inner, Helped, Decorated
+    Named, Qualified, Alias, Bare, ByName, Dispatched, DispatchedByModule, ImportsOthers, Inner, Helped, Decorated
 ]  # fmt: skip
 
 
@@ -160,6 +169,13 @@ class Importing:
         return project(attn, scaled_dot_product_attention(*qkv(attn, hidden_states, encoder_hidden_states)), 32)
 
 
+class ImportingModule:
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        import torch.nn.functional as G
+
+        return project(attn, G.scaled_dot_product_attention(*qkv(attn, hidden_states, encoder_hidden_states)), 32)
+
+
 class ByHand:
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         q, k, v = qkv(attn, hidden_states, encoder_hidden_states)
@@ -175,6 +191,7 @@ REFUSALS = {
     Attribute: r"Attribute reaches attention through self\.attend, which cannot be replaced",
     Parent: r"Parent reaches attention through Named\.__call__, which cannot be replaced",
     Importing: "Importing reaches attention through an import statement inside __call__, which cannot be replaced",
+    ImportingModule: "ImportingModule reaches attention through an import statement inside __call__",
     ByHand: r"ByHand calls neither dispatch_attention_fn nor F\.scaled_dot_product_attention",
     Built: "Built has no __call__ written in Python",
     lambda: FluxIPAdapterAttnProcessor(128, 32): "FluxIPAdapterAttnProcessor has weights of its own",
