@@ -30,9 +30,15 @@ from modify_model.cli.driver import tune
 BOUNDS = {"l1": 0.2, "pv_l1": 0.24, "tail": 0.9}
 
 
-def load_demo() -> language.LanguageModel:
+class Demo:
     """The demo model, fresh from its folder."""
-    return language.LanguageModel(argparse.Namespace(model_name=str(language.DEMO), device=None, dtype="auto"))
+
+    def __init__(self) -> None:
+        self.model, self.tokenizer = language.load_model(language.DEMO)
+
+    def observe(self, window: Tensor) -> None:
+        """Run a window for a calibration."""
+        self.model(input_ids=window.to(self.model.device), use_cache=False, logits_to_keep=1)
 
 
 @torch.inference_mode()
@@ -50,7 +56,7 @@ def tune_and_save(args: argparse.Namespace) -> list[dict[str, Any]]:
     bounds = " ".join(f"{name}={value}" for name, value in BOUNDS.items())
     print(f"1/6  tune: {args.samples} samples of {args.max_length} bytes, bounds {bounds}")
     began = time.perf_counter()
-    demo = load_demo()
+    demo = Demo()
     patch(demo.model, **BOUNDS, backend=sparse_backend(demo.model.device))
     samples = language.token_windows(demo.tokenizer, None, args.max_length, args.samples, 0, group="calibration")
     calibration = tune(demo, samples)
@@ -93,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     tuned = tune_and_save(args)
     print("3/6  load into a fresh model")
-    demo = load_demo()
+    demo = Demo()
     model, tokenizer = demo.model, demo.tokenizer
     patch(model, backend=sparse_backend(model.device))
     autotune.load_sparse_attention_state_dict(model, args.out_path)

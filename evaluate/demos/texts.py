@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from bisect import bisect_left
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from modify_model.cli.language import windows
 
@@ -25,8 +25,7 @@ _USES = {
 }
 
 
-@dataclass(frozen=True)
-class CopyTest:
+class CopyTest(NamedTuple):
     """A prompt that ends in the first three bytes of a name defined far above, and the rest of that name."""
 
     prompt: bytes
@@ -118,16 +117,11 @@ def plant_names(window: bytes, length: int, rng: random.Random) -> bytes:
 
 
 def _fill(template: str, name: str, rng: random.Random) -> str:
-    while "NUM" in template:
-        template = template.replace("NUM", str(rng.randint(2, 999)), 1)
-    return template.replace("NAME", name)
+    return re.sub("NUM", lambda _: str(rng.randint(2, 999)), template).replace("NAME", name)
 
 
 def _line_starts(data: bytes) -> list[int]:
-    starts = [0]
-    while (position := data.find(b"\n", starts[-1]) + 1) > 0:
-        starts.append(position)
-    return starts
+    return [0, *(found.end() for found in re.finditer(b"\n", data))]
 
 
 def _insert(data: bytes, inserts: list[tuple[int, str]]) -> bytes:

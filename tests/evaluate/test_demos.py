@@ -64,7 +64,7 @@ def test_demo_video(
         density = np.array(clip["density_by_step_and_layer"])
         assert density.shape == (4, 1) and 0 < density.mean() < 1
     state = load(tmp_path / "demo_wan.pt")
-    assert state["_metadata"]["block_q"] == 64 and state["_metadata"]["prompts"] == 2
+    assert state["_metadata"]["selector"]["class"] == "PeakMass"
     with Image.open(tmp_path / "compare.gif") as picture:
         assert getattr(picture, "n_frames", 1) == FRAMES
     assert all((tmp_path / name).is_file() for name in ("sheet.png", "sparsity.png", "demo_wan.json"))
