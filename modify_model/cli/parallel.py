@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,7 +20,9 @@ def guarded(name: str, work: Callable[[], int], hint: Callable[[], str] = lambda
     Returns the exit code: of ``work``, 2 for errors of the user, 130 after an interruption.
     """
     try:
-        return work()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+            return work()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"{name}: error: {one_line(error, 2000)}", file=sys.stderr)
         return USER_ERROR
