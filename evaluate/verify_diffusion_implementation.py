@@ -16,7 +16,7 @@ from wan_example import demo
 
 from modify_model.cli.main import Script
 
-SCRIPT = Script(__file__, __doc__, special=demo, command="verify", defaults={"steps": 2})
+SCRIPT = Script(__file__, __doc__, special=demo, command="verify")
 
 if __name__ == "__main__":
     sys.exit(SCRIPT.main())

@@ -15,8 +15,7 @@ import sys
 from modify_model.cli.language import DEMO, LanguageModel
 from modify_model.cli.main import Script
 
-DEFAULTS = {"model_name": str(DEMO), "max_length": 1024, "max_new_tokens": 48}
-SCRIPT = Script(__file__, __doc__, LanguageModel, DEFAULTS, command="verify")
+SCRIPT = Script(__file__, __doc__, LanguageModel, {"model_name": str(DEMO)}, command="verify")
 
 if __name__ == "__main__":
     sys.exit(SCRIPT.main())

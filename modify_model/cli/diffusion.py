@@ -157,7 +157,6 @@ class DiffusionModel:
     """A pipeline with its prompts, as the command runs it (see ``driver.py``)."""
 
     kind = "diffusion pipeline"
-    usual = (("num_tune_samples", 5), ("num_compare", 1))  # options that are left out
     needs = ("diffusers", "transformers", "PIL", "matplotlib", "skimage")
     hint = "see --height, --width, --frames, --steps, --tune_every, --dense_steps"
 
@@ -171,6 +170,11 @@ class DiffusionModel:
 
     def __str__(self) -> str:
         return f"{self.size}, {self.size.steps} steps" + f", every {self.every}th is observed" * (self.every > 1)
+
+    @staticmethod
+    def usual(args: argparse.Namespace) -> dict[str, int]:
+        """The values of options that are left out."""
+        return {"num_tune_samples": 5, "num_compare": 1} | ({"steps": 2} if args.verify else {})
 
     @staticmethod
     def check(args: argparse.Namespace) -> None:

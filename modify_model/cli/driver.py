@@ -70,7 +70,7 @@ def check(args: argparse.Namespace) -> None:
         extras = "pip install 'spas-attn[cli,transformers,diffusers]'"
         raise ValueError(f"packages that this needs are not installed ({', '.join(missing)}): {extras}")
     usable_device(args.device)
-    for name, value in args.kind.usual:
+    for name, value in args.kind.usual(args).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.model_out_path is None and not args.verify:

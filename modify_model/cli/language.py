@@ -36,7 +36,6 @@ class LanguageModel:
     """A language model and its tokenizer, as the command runs it (see ``driver.py``)."""
 
     kind = "language model"
-    usual = (("num_tune_samples", 8), ("num_compare", 4))  # options that are left out
     needs = ("transformers",)
     hint = "see --max_length"
     every, is_shown = 1, False
@@ -50,6 +49,12 @@ class LanguageModel:
 
     def __str__(self) -> str:
         return f"{self.length} tokens each"
+
+    @staticmethod
+    def usual(args: argparse.Namespace) -> dict[str, int]:
+        """The values of options that are left out."""
+        length, new = (1024, 48) if args.verify else (4096, 128)
+        return {"num_tune_samples": 8, "num_compare": 4, "max_length": length, "max_new_tokens": new}
 
     @staticmethod
     def check(args: argparse.Namespace) -> None:

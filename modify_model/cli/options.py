@@ -92,10 +92,10 @@ def _common(add: Add) -> None:
 
 
 def _language(add: Add) -> None:
-    n: dict[str, Any] = dict(metavar="N")
-    add("max_length", "tune compare verify", "tokens of a text", type=whole(64), default=4096, **n)
+    text, new = "tokens of a text (left out: 4096, to verify 1024)", "tokens to generate (left out: 128, to verify 48)"
+    add("max_length", "tune compare verify", text, type=whole(64), metavar="N")
     add("prompt", "generate verify", "the text to continue (left out: a few lines of Python)", metavar="TEXT")
-    add("max_new_tokens", "generate verify", "tokens to generate", type=whole(1), default=128, **n)
+    add("max_new_tokens", "generate verify", new, type=whole(1), metavar="N")
 
 
 def _diffusion(add: Add) -> None:
@@ -103,7 +103,7 @@ def _diffusion(add: Add) -> None:
     add("height", _ALL, f"in pixels; {_USUAL}", type=whole(16), **n)
     add("width", _ALL, f"in pixels; {_USUAL}", type=whole(16), **n)
     add("frames", _ALL, f"of a video; {_USUAL}", type=whole(1), **n)
-    add("steps", _ALL, f"of denoising; {_USUAL}", type=whole(1), **n)
+    add("steps", _ALL, f"of denoising; {_USUAL}, to verify 2", type=whole(1), **n)
     add("tune_every", "tune", "observe every N-th step (left out: about ten of them)", type=whole(1), **n)
     add("dense_steps", _RUNS, "so many first and last steps run dense", type=whole(0), nargs=2, metavar="N")
     add("offload", _ALL, "keep only the component that is running on the GPU", action="store_true")
