@@ -97,7 +97,7 @@ class SparseAttention(nn.Module):
         self.observer: Observer | None = None
         self.record_density = False
         self.last_density: Tensor | None = None
-        self.recorded = torch.zeros(2)
+        self.recorded = torch.zeros(2, device="cpu")  # also where models are built on `meta`
         self._tuned: Tuned | None = None
         self._device = torch.device("cpu")  # of the model's weights
         self._warned: set[str] = set()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autotune import Grid, SparseAttention, Tuned
+from autotune import Calibration, Grid, SparseAttention, Tuned, calibrate
 from autotune.tuned import FILE_KEYS
 from spas_attn import backends
 from spas_attn.call import Call
@@ -26,6 +27,10 @@ class Prompt:
     seed: int
     length: int = 512
     noise: float = 0.5
+
+
+PROMPTS = [Prompt(seed, length) for seed, length in enumerate((512, 400, 450, 330, 512, 380))]
+SETTINGS: dict[str, Any] = dict(grid=GRID, query_blocks=4, **BOUNDS)
 
 
 def activations(
@@ -114,3 +119,17 @@ def same(a: Tuned | None, b: Tuned | None) -> bool:
     assert a is not None and b is not None
     pairs = [(getattr(a, name), getattr(b, name)) for name in FILE_KEYS.values()]
     return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs)
+
+
+def equal_results(a: FakeModel, b: FakeModel) -> bool:
+    """Whether all layers have the same thresholds, to the bit."""
+    return all(same(x.tuned, y.tuned) for x, y in zip(a.inner, b.inner, strict=True))
+
+
+def tune(model: FakeModel, prompts: list[Any] = PROMPTS, errors: Any = (), **changes: Any) -> Calibration:
+    """Calibrate with SETTINGS but for ``changes``; a prompt that fails with one of ``errors`` is passed over."""
+    with calibrate(model, **(SETTINGS | changes)) as calibration:
+        for prompt in calibration.prompts(prompts):
+            with contextlib.suppress(errors):
+                model(prompt)
+    return calibration

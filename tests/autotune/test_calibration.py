@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -10,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from fake_model import BOUNDS, GRID, HEADS, FakeModel, Prompt, activations, same, tuned_model
+from fake_model import (
+    BOUNDS,
+    GRID,
+    HEADS,
+    PROMPTS,
+    SETTINGS,
+    FakeModel,
+    Prompt,
+    activations,
+    equal_results,
+    tune,
+    tuned_model,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -20,31 +31,10 @@ from autotune.tuned import FILE_KEYS
 from spas_attn import backends, count_fallback
 from spas_attn.call import Call
 
-PROMPTS = [Prompt(seed, length) for seed, length in enumerate((512, 400, 450, 330, 512, 380))]
-SETTINGS: dict[str, Any] = dict(grid=GRID, query_blocks=4, **BOUNDS)
-
-
-def tune(model: FakeModel, prompts: list[Prompt] = PROMPTS, errors: Any = (), **changes: Any) -> Calibration:
-    with calibrate(model, **(SETTINGS | changes)) as calibration:
-        for prompt in calibration.prompts(prompts):
-            with contextlib.suppress(errors):
-                model(prompt)
-    return calibration
-
-
-@pytest.fixture(scope="module")
-def tuned() -> tuple[FakeModel, Calibration]:
-    model = FakeModel()
-    return model, tune(model)
-
 
 def state_of(model: FakeModel) -> list[Any]:
     """Everything that a calibration may change."""
     return [(m.mode, m.observer, m.l1, m.pv_l1, m.tail, m.tuned) for m in model.inner]
-
-
-def equal_results(a: FakeModel, b: FakeModel) -> bool:
-    return all(same(x.tuned, y.tuned) for x, y in zip(a.inner, b.inner, strict=True))
 
 
 def test_order_of_prompts(tuned: tuple[FakeModel, Calibration]) -> None:

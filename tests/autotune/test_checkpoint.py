@@ -9,32 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fake_model import BOUNDS, GRID, FakeModel, Prompt, same
+from fake_model import PROMPTS, FakeModel, Prompt, equal_results, tune
 from torch import nn
 
-from autotune import Calibration, Grid, calibrate
+from autotune import Calibration, Grid
 from autotune.checkpoint import identity
 from autotune.storage import digest
-
-PROMPTS = [Prompt(seed, length) for seed, length in enumerate((512, 400, 450, 330, 512, 380))]
-SETTINGS: dict[str, Any] = dict(grid=GRID, query_blocks=4, **BOUNDS)
-
-
-def tune(model: FakeModel, prompts: list[Any] = PROMPTS, **changes: Any) -> Calibration:
-    with calibrate(model, **(SETTINGS | changes)) as calibration:
-        for prompt in calibration.prompts(prompts):
-            model(prompt)
-    return calibration
-
-
-@pytest.fixture(scope="module")
-def tuned() -> tuple[FakeModel, Calibration]:
-    model = FakeModel()
-    return model, tune(model)
-
-
-def equal_results(a: FakeModel, b: FakeModel) -> bool:
-    return all(same(x.tuned, y.tuned) for x, y in zip(a.inner, b.inner, strict=True))
 
 
 @pytest.mark.parametrize("fail_at", [1, 3, 4])
