@@ -13,7 +13,7 @@ from torch import nn
 import autotune
 from autotune import Grid, SparseAttention
 from modify_model import patch, restore, verify
-from modify_model.modify_diffusers import SparseProcessor
+from modify_model.processors import SparseProcessor
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 
 import autotune
 from autotune import SparseAttention
-from modify_model import modify_diffusers, patch, restore, verify
+from modify_model import patch, processors, restore, verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning"),
@@ -64,7 +64,7 @@ def test_compiled_before_any_other_sparse_call(name, set_sparse, monkeypatch, as
     inner = set_sparse(model)
     for module in inner:
         module.record_density = False
-    monkeypatch.setattr(modify_diffusers, "_now", modify_diffusers._Calling())
+    monkeypatch.setattr(processors, "_now", processors._Calling())
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     got = [run(compiled, inputs) for _ in range(2)]
@@ -278,7 +278,7 @@ def test_an_exception_leaves_no_layer_behind(set_sparse):
     model.blocks[0].attn1.to_out[0] = nn.Linear(3, 3)
     with pytest.raises(RuntimeError, match="shapes"):
         run(model, inputs)
-    assert modify_diffusers._now.inner is None
+    assert processors._now.inner is None
     model.blocks[0].attn1.to_out[0] = original
     assert torch.equal(run(model, inputs), expected)
 
@@ -314,14 +314,14 @@ def test_context_parallelism_runs_dense_and_is_counted(set_sparse, fallbacks, mo
     expected = run(model, inputs)
     inner = set_sparse(model)
     config = object()  # of diffusers, made by enable_parallelism
-    dispatched = modify_diffusers.dispatch_attention_fn
+    dispatched = processors.dispatch_attention_fn
     seen = []
 
     def dispatch(*args, parallel_config=None, **options):
         seen.append(parallel_config)
         return dispatched(*args, **options)
 
-    monkeypatch.setattr(modify_diffusers, "dispatch_attention_fn", dispatch)
+    monkeypatch.setattr(processors, "dispatch_attention_fn", dispatch)
     for attention in attentions("Wan", model):
         attention.processor._parallel_config = config
         assert attention.processor.original._parallel_config is config
