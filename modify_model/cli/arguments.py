@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from autotune.report import statistics_path
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 USER_ERROR = 2  # the exit code when an argument, a model or a file cannot be used
 
@@ -65,15 +63,6 @@ def check_output(option: str, text: str, *, folder: bool = False) -> None:
     if reason is not None:
         kind = "folder" if folder else "file"
         raise ValueError(f"--{option} must name a {kind} that can be written, got {text!r}: {reason}")
-
-
-def check_tuned_output(text: str) -> None:
-    """As :func:`check_output`, for --model_out_path: its statistics are written beside it."""
-    check_output("model_out_path", text)
-    statistics = str(statistics_path(text))
-    reason = _obstacle(statistics, folder=False)
-    if reason is not None:
-        raise ValueError(f"--model_out_path {text!r}: its statistics go to {statistics!r}, and {reason}")
 
 
 def _obstacle(text: str, folder: bool) -> str | None:

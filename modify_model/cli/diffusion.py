@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import functools
 import math
-import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,11 +69,8 @@ _FLOAT32_VAE = ("WanPipeline",)  # as its makers run it, whatever dtype is asked
 class Sampler:
     """A pipeline with all that its call needs beside prompt and seed; what a calibration and a comparison run.
 
-    Args:
-        pipe, size: the pipeline, and what to generate.
-        of_prompt: the arguments that stand for a prompt.
-        show: what the pipeline returns for ``decoded``, an output_type, as frames ``[F, H, W, 3]`` in 0..1.
-        arguments: other arguments of the pipeline.
+    ``of_prompt`` gives the arguments that stand for a prompt; ``show`` turns what the pipeline returns for ``decoded``,
+    an output_type, into frames ``[F, H, W, 3]`` in 0..1; ``arguments`` are others of the pipeline.
     """
 
     prompts: Sequence[str] = PROMPTS  # that serve when the user gives none
@@ -199,10 +196,10 @@ class DiffusionModel:
         args, start = self.args, self.args.num_tune_samples
         if len(self.prompts) <= start:
             start = 0
-            print("note: what is generated may have been tuned on: --num_tune_samples leaves no other", file=sys.stderr)
-        if len(self.prompts) - start < args.num_compare:
-            left = f"only {len(self.prompts) - start} prompts are left"
-            print(f"note: --num_compare {args.num_compare}: {left}", file=sys.stderr)
+            warnings.warn("what is run may have been tuned on: --num_tune_samples leaves no other", stacklevel=2)
+        left = len(self.prompts) - start
+        if left < args.num_compare:
+            warnings.warn(f"--num_compare {args.num_compare}: only {left} prompts are left", stacklevel=2)
         items = self.runner.items(self.prompts, args.seed)[start : start + args.num_compare]
         return [(item[0], item[1], item) for item in items]
 
@@ -324,7 +321,11 @@ def _real(name: str, given: dict[str, int], dtype: torch.dtype, pipelines: Seque
     check_size(pipe, size)
     # HunyuanDiT would take another size, of a few that it was trained at, without a word.
     fixed = {"use_resolution_binning": False} if kind == "HunyuanDiTPipeline" else {}
-    return Sampler(pipe, size, lambda prompt: {"prompt": prompt}, _as_frames, "np", **fixed)
+
+    def show(output: Any) -> Tensor:
+        return torch.as_tensor(output).reshape(-1, *output.shape[-3:])  # from [1, F, H, W, 3] or [1, H, W, 3]
+
+    return Sampler(pipe, size, lambda prompt: {"prompt": prompt}, show, "np", **fixed)
 
 
 def check_size(pipe: Any, size: Size) -> None:
@@ -347,9 +348,3 @@ def check_size(pipe: Any, size: Size) -> None:
             nearest = " and ".join(str(x) for x in (below, below + whole) if x > 0)
             what = f"a multiple of {whole}" + (f" plus {more}" if more else "")
             raise ValueError(f"--{name} must be {what} for this model, got {value}; nearest: {nearest}")
-
-
-def _as_frames(output: Any) -> Tensor:
-    """Arrays ``[1, F, H, W, 3]`` of videos and ``[1, H, W, 3]`` of pictures as frames."""
-    array = torch.as_tensor(output)
-    return array[0] if array.dim() == 5 else array

@@ -27,7 +27,7 @@ from modify_model.families import find_family
 from spas_attn import fallback_counts
 from spas_attn.selectors import MaxShare, MeanSimilarity, PeakMass, TopK
 
-from .arguments import check_source, check_tuned_output, one_line, usable_device
+from .arguments import check_output, check_source, one_line, usable_device
 from .compare import compare, density_table, table
 from .diffusion import DiffusionModel
 from .language import LanguageModel
@@ -86,7 +86,8 @@ def check(args: argparse.Namespace) -> None:
         check_bounds(args.l1, args.pv_l1, args.tail)
         sizes = {"block_q": args.block or 128, "block_k": args.block or 128}
         SELECTORS[args.selector or "mean"](pool=args.pool or 8, **sizes)
-        check_tuned_output(args.model_out_path)
+        check_output("model_out_path", args.model_out_path)
+        check_output("model_out_path (its statistics)", str(report.statistics_path(args.model_out_path)))
         return
     if args.resume:
         raise ValueError("--resume goes on with an interrupted --tune: give both")

@@ -327,7 +327,7 @@ REJECTED = [
     (("tune", *WAN, "--model_out_path", "{folder}"), "/folder': that is a folder"),
     (("tune", *WAN, "--model_out_path", "{folder}/new/"), "/folder/new/': that is a folder"),
     (("tune", *WAN, "--model_out_path", "{folder}/file/tuned.pt"), "/folder/file' is no folder"),
-    (("tune", *WAN, "--model_out_path", "{folder}/taken.pt"), "its statistics go to"),
+    (("tune", *WAN, "--model_out_path", "{folder}/taken.pt"), "--model_out_path (its statistics) must name a file"),
     (("tune", *WAN, "--model_out_path", "{folder}/" + "x" * 300), "File name too long"),
     (("compare", *WAN, "--out_path", "{folder}/file/out"), "/folder/file' is no folder"),
     (("tune", "--model_name", "owner/model"), "on the hub"),
