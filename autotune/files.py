@@ -120,12 +120,17 @@ def load_sparse_attention_state_dict(
             Nothing is installed then.
         RuntimeError: while the model is being calibrated.
     """
-    if isinstance(state, (str, os.PathLike)):
-        content = load(state)
-        try:
-            return load_sparse_attention_state_dict(model, content, block_q=block_q, block_k=block_k, verbose=verbose)
-        except ValueError as error:
-            raise ValueError(f"{str(state)!r}: {error}") from error
+    content = load(state) if isinstance(state, (str, os.PathLike)) else state
+    try:
+        _install(model, content, block_q, block_k, verbose)
+    except ValueError as error:
+        if content is state:
+            raise
+        raise ValueError(f"{str(state)!r}: {error}") from error
+    return model
+
+
+def _install(model: Any, state: State, block_q: int | None, block_k: int | None, verbose: bool) -> None:
     modules = sparse_modules(model)
     if any(module.observer is not None for module in modules.values()):
         raise RuntimeError("the model is being calibrated: load a tuned file before or after that")
@@ -142,7 +147,6 @@ def load_sparse_attention_state_dict(
             module.l1, module.pv_l1, module.tail = info.bounds
         module.set_thresholds(tuned[path])
         _say(verbose, path, tuned[path])
-    return model
 
 
 def _layers(state: State) -> dict[str, dict[str, Any]]:

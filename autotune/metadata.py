@@ -111,7 +111,7 @@ class Info:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
