@@ -108,7 +108,7 @@ def rule_of(selector: Selector, call: Call) -> Rule:
         local=ranking.local,
         tokens=len(tokens) > 0,  # bool() of a list breaks graphs in torch 2.11
         tokens_sink=any(part.sink for part in tokens),
-        tokens_local=max((part.local for part in tokens), default=0),
+        tokens_local=max([0, *(part.local for part in tokens)]),
         touched_q=_touched_blocks([part for part in tokens if part.queries], call.q_len, selector.block_q, device),
         touched_k=_touched_blocks([part for part in tokens if part.keys], call.k_len, selector.block_k, device),
     )

@@ -45,7 +45,8 @@ class Tokens(Selector):
         starts = torch.arange(0, length, block, device=device)
         touched = torch.zeros(len(starts), dtype=torch.bool, device=device)
         for start, stop in self.ranges:
-            first, end, _ = slice(start, stop).indices(length)
+            # As slices count; slice.indices itself breaks graphs in torch 2.11.
+            first, end = (min(max(x + length if x < 0 else x, 0), length) for x in (start, stop))
             if first < end:
                 touched |= (starts < end) & (starts + block > first)
         return touched
