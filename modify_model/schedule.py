@@ -60,6 +60,7 @@ class DenseSteps:
 
     def __init__(self, first: float, last: float, noise_level: NoiseLevel, layers: Sequence[Any] = ()) -> None:
         self.first, self.last, self.noise_level, self.layers = first, last, noise_level, layers
+        self.names: list[str] = []  # of the transformer's arguments, in order
 
     def is_dense(self, timestep: Tensor | float) -> bool:
         """Whether a call with this timestep runs dense."""
@@ -67,7 +68,7 @@ class DenseSteps:
         return 1 - level < self.first or level < self.last
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        text = _argument(module, "encoder_hidden_states", args, kwargs)
+        text = self._argument("encoder_hidden_states", args, kwargs)
         now.text_length = text.shape[1] if isinstance(text, Tensor) else 0
         now.dense = False
         if self.first or self.last:
@@ -76,11 +77,16 @@ class DenseSteps:
     # Not traced: the decision needs a number on the host. A whole compiled model has one graph break here.
     @torch.compiler.disable
     def _decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = _argument(module, "timestep", args, kwargs)
+        timestep = self._argument("timestep", args, kwargs)
         if timestep is None:
             name = type(getattr(module, "_orig_mod", module)).__name__
             raise TypeError(f"{name} was called without timestep, which its dense steps need")
         now.dense = self.is_dense(timestep)
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An argument of the transformer's call, however it was passed; None when it was not."""
+        position = self.names.index(name) if name in self.names else len(args)
+        return args[position] if position < len(args) else kwargs.get(name)
 
 
 def note_calls(root: nn.Module, note: DenseSteps | None) -> None:
@@ -91,6 +97,8 @@ def note_calls(root: nn.Module, note: DenseSteps | None) -> None:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     if note is not None:
+        model: Any = getattr(root, "_orig_mod", root)
+        note.names = list(inspect.signature(type(model).forward).parameters)[1:]
         root.register_forward_pre_hook(note, with_kwargs=True)
 
 
@@ -177,15 +185,3 @@ def dense_steps_of(scheduler: Any, first: int = 0, last: int = 0) -> tuple[float
     begin = 1 - float(levels[first - 1 : first + 1].mean()) if first else 0.0
     end = float(levels[len(levels) - last - 1 : len(levels) - last + 1].mean()) if last else 0.0
     return begin, end
-
-
-def _argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An argument of a forward call, however it was passed; None when it was not."""
-    if name in kwargs:
-        return kwargs[name]
-    if not args:
-        return None
-    kind: Any = type(getattr(module, "_orig_mod", module))
-    names = list(inspect.signature(kind.forward).parameters)[1:]
-    position = names.index(name) if name in names else len(args)
-    return args[position] if position < len(args) else None

@@ -56,6 +56,18 @@ def test_compiled_whole_without_graph_breaks(name, tuned, set_sparse, fallbacks,
     assert not tuned or float((run(restore(model), inputs) - expected).norm()) > 1e-3
 
 
+def test_compiled_with_arguments_by_position(set_sparse, assert_close):
+    case = CASES["Flux"]
+    model, inputs = patch(case.model()), case.inputs()
+    for module in set_sparse(model):
+        module.record_density = False
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    first = [inputs.pop(name) for name in names]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_close(compiled(*first, **inputs, return_dict=False)[0], model(*first, **inputs, return_dict=False)[0])
+
+
 @pytest.mark.parametrize("name", ["Flux", "Wan"])
 def test_compiled_before_any_other_sparse_call(name, set_sparse, monkeypatch, assert_close):
     """As in a fresh process: nothing has touched what tells the replaced attention its layer."""
