@@ -126,6 +126,20 @@ def test_compiled_without_graph_breaks(make_llama, tokens, set_sparse, padded, c
     assert_close(got[valid], expected[valid])
 
 
+def test_patched_after_it_was_compiled(make_llama, tokens, set_sparse, assert_close):
+    model, ids = make_llama(), tokens(1, LENGTH)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    dense = compiled(ids).logits
+    for module in set_sparse(patch(compiled)):
+        module.record_density = False
+    sparse = model(ids).logits
+    assert_close(compiled(ids).logits, sparse)
+    assert float((sparse - dense).norm() / dense.norm()) > 1e-2
+    restore(compiled)
+    assert_close(compiled(ids).logits, dense)
+
+
 def test_compiled_without_cache_or_mask_is_counted(make_llama, tokens, set_sparse, fallbacks, assert_close):
     model, ids = patch(make_llama()), tokens(1, LENGTH)
     inner = set_sparse(model)
