@@ -218,10 +218,10 @@ def _dense_reason(q: Tensor, given: dict[str, Any]) -> str | None:
         return "the attention drops out probabilities"
     if F.scaled_dot_product_attention is not SDPA:
         return "F.scaled_dot_product_attention was replaced by another function"
-    for index in range(torch._C._len_torch_function_stack()):
+    for index in range(torch._C._len_torch_function_stack()):  # perturbed-attention guidance, for example
         mode = torch._C._get_function_stack_at(index)
         if not isinstance(mode, DeviceContext):
-            return f"{type(mode).__name__} (guidance that perturbs attention, for example) sees attention calls"
+            return f"{type(mode).__name__} is active, which may change what attention computes"
     return None
 
 

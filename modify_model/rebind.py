@@ -35,7 +35,7 @@ def obstacle(target: Any, table: Table) -> str | None:
     """
     call = type(target).__call__
     names, search = _names(call.__code__), _Search(table)
-    owners = [("self", vars(target)), *((cls.__name__, vars(cls)) for cls in type(target).__mro__)]
+    owners = [("self", getattr(target, "__dict__", {})), *((cls.__name__, vars(cls)) for cls in type(target).__mro__)]
     for owner, members in owners:
         for name in names & members.keys():
             value = getattr(members[name], "__func__", members[name])  # of a static or class method

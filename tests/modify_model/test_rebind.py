@@ -36,6 +36,8 @@ def project(attn, out, text):
 
 
 class Named:
+    __slots__ = ()
+
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         q, k, v = qkv(attn, hidden_states, encoder_hidden_states)
         return project(attn, F.scaled_dot_product_attention(q, k, v), encoder_hidden_states.shape[1])
