@@ -86,11 +86,10 @@ class _Search:
         new_cells = self._changed({i: cell.cell_contents for i, cell in cells.items() if _filled(cell)}, names)
         new_values, new_keywords = self._changed(values, names), self._changed(keywords, names)
         if new_scope or new_cells or new_values or new_keywords:
-            scope = {**scope, **new_scope}
-            scope.pop("__name__", None)  # by it, torch.compile would look names up in the original module
             closure = tuple({**cells, **{i: types.CellType(value) for i, value in new_cells.items()}}.values())
             defaults = tuple({**values, **new_values}.values())
-            new = types.FunctionType(function.__code__, scope, function.__name__, defaults or None, closure or None)
+            globals_ = _Scope(scope, new_scope)
+            new = types.FunctionType(function.__code__, globals_, function.__name__, defaults or None, closure or None)
             new.__kwdefaults__ = {**keywords, **new_keywords}
             self.seen[function] = new
         return self.seen[function]
@@ -99,6 +98,18 @@ class _Search:
         """Those of some values that something else takes the place of."""
         found = {key: (value, self.value(value, names, path)) for key, value in values.items()}
         return {key: new for key, (value, new) in found.items() if new is not value}
+
+
+class _Scope(dict[str, Any]):
+    """The globals of a function, some replaced; the others are read where they are, as they change."""
+
+    def __init__(self, scope: dict[str, Any], changed: dict[str, Any]) -> None:
+        super().__init__({**scope, **changed})  # what torch.compile reads
+        self.pop("__name__", None)  # by it, torch.compile would look names up in the original module
+        self.scope, self.changed = scope, changed
+
+    def __getitem__(self, name: str) -> Any:
+        return self.changed[name] if name in self.changed else self.scope[name]
 
 
 class _Module(types.SimpleNamespace):

@@ -265,6 +265,26 @@ def test_parameters_in_another_order():
     assert torch.equal(run(patch(model), inputs), expected)
 
 
+SCALE = 1.0
+
+
+class Scaled:
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        q, k, v = qkv(attn, hidden_states, encoder_hidden_states)
+        return project(attn, F.scaled_dot_product_attention(q, k, SCALE * v), 32)
+
+
+def test_globals_of_a_users_processor_stay_alive(set_sparse, monkeypatch):
+    case = CASES["CogVideoX"]
+    model, inputs = case.model(), case.inputs()
+    for block in model.transformer_blocks:
+        block.attn1.processor = Scaled()
+    set_sparse(patch(model))
+    before = run(model, inputs)
+    monkeypatch.setitem(Scaled.__call__.__globals__, "SCALE", 2.0)
+    assert not torch.equal(run(model, inputs), before)
+
+
 def test_rebinding_leaves_what_does_not_need_it():
     table = ((F.scaled_dot_product_attention, lambda *tensors: "replaced"),)
     assert rebound(qkv, table) is qkv
