@@ -22,17 +22,17 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return action.help if hidden else super()._get_help_string(action)
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+def whole(least: int, most: int = 1_000_000) -> Callable[[str], int]:
     """The type of an argument that is a whole number of at least ``least`` and at most ``most``."""
 
     def read(text: str) -> int:
-        limits = f"at least {least}" if most is None else f"from {least} to {most}"
         try:
             number = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number {limits}, got {text!r}") from None
-        if number < least or (most is not None and number > most):
-            raise argparse.ArgumentTypeError(f"must be {limits}, got {number}")
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}") from None
+        if not least <= number <= most:
+            limit = f"at least {least}" if number < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {number}")
         return number
 
     return read

@@ -67,7 +67,7 @@ def _parts() -> tuple[tuple[Callable[[Add], None], type[Subject] | None], ...]:
 
 
 def _common(add: Add) -> None:
-    n: dict[str, Any] = dict(type=whole(1), metavar="N")
+    n: dict[str, Any] = dict(type=whole(1, 10_000), metavar="N")
     flag: dict[str, Any] = dict(action="store_true")
     add("model_name", _ALL, _MODELS, metavar="NAME")
     add("model_out_path", _ALL, "the tuned file; its statistics are written beside it", metavar="FILE")
@@ -86,7 +86,7 @@ def _common(add: Add) -> None:
     add("parallel_tune", "tune", "tune on all visible GPUs, or in two processes on a CPU", **flag)
     add("resume", "tune", "go on with an interrupted tune from its last finished prompt", **flag)
     add("compile", _WORK, "compile the model first (takes minutes)", **flag)
-    add("seed", _RUNS, "of texts; of noise: prompt i starts from the noise of seed + i", type=int, default=0)
+    add("seed", _RUNS, "of texts; of noise: prompt i starts from the noise of seed + i", type=whole(0), default=0)
     add("device", _ALL, "cuda, cpu, … (left out: the GPU if there is one)")
     add("dtype", _ALL, "auto: as the model was made, and float32 on a CPU", choices=DTYPES, default="auto")
 
@@ -103,7 +103,7 @@ def _diffusion(add: Add) -> None:
     add("height", _ALL, f"in pixels; {_USUAL}", type=whole(16), **n)
     add("width", _ALL, f"in pixels; {_USUAL}", type=whole(16), **n)
     add("frames", _ALL, f"of a video; {_USUAL}", type=whole(1), **n)
-    add("steps", _ALL, f"of denoising; {_USUAL}, to verify 2", type=whole(1), **n)
+    add("steps", _ALL, f"of denoising; {_USUAL}, to verify 2", type=whole(1, 10_000), **n)
     add("tune_every", "tune", "observe every N-th step (left out: about ten of them)", type=whole(1), **n)
     add("dense_steps", _RUNS, "so many first and last steps run dense", type=whole(0), nargs=2, metavar="N")
     add("offload", _ALL, "keep only the component that is running on the GPU", action="store_true")
