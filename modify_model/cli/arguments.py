@@ -31,8 +31,7 @@ def whole(least: int, most: int = 1_000_000) -> Callable[[str], int]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}") from None
         if not least <= number <= most:
-            limit = f"at least {least}" if number < least else f"at most {most}"
-            raise argparse.ArgumentTypeError(f"must be {limit}, got {number}")
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, got {number}")
         return number
 
     return read
