@@ -29,7 +29,7 @@ from spas_attn.selectors import MaxShare, MeanSimilarity, PeakMass, TopK
 
 from .arguments import check_output, check_source, one_line, usable_device
 from .compare import compare, density_table, table
-from .diffusion import DiffusionModel
+from .diffusion import DiffusionModel, check_name
 from .language import LanguageModel
 from .parallel import is_child, is_first, join_ranks, run_parallel
 from .tiny import LLAMA, PREFIX
@@ -40,15 +40,14 @@ SELECTORS: dict[str, Any] = {"mean": MeanSimilarity, "peak": PeakMass, "share": 
 
 def kind_of(name: str) -> type[Subject]:
     """Whether a name is that of a language model or of a pipeline; a ValueError when it is neither."""
-    folder = Path(name)
-    if name.startswith(PREFIX) or name.endswith(".gguf"):
-        return LanguageModel if name == PREFIX + LLAMA or name.endswith(".gguf") else DiffusionModel
-    if folder.is_dir():
-        if (folder / "model_index.json").is_file():
-            return DiffusionModel
-        check_source(name, "model (config.json) or pipeline (model_index.json)", "config.json", owner=False)
+    if name == PREFIX + LLAMA or name.endswith(".gguf"):
         return LanguageModel
-    check_source(name, "model", "", owner=False)
+    if name.startswith(PREFIX) or (Path(name) / "model_index.json").is_file():
+        check_name(name)
+        return DiffusionModel
+    check_source(name, "model or pipeline", "config.json", owner=False)
+    if Path(name).is_dir():
+        return LanguageModel
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

@@ -60,10 +60,10 @@ class LanguageModel:
     def check(args: argparse.Namespace) -> None:
         """Reject, before a model is loaded, what is known to be wrong; a ValueError says why."""
         check_name(args.model_name)
+        if "" in (args.prompt, args.prompts):
+            raise ValueError(f"{'--prompt' if args.prompt == '' else '--prompts'} must not be empty")
         if args.prompts is not None and (Path(args.prompts).exists() or args.prompts.startswith((".", "/", "~"))):
             read_texts(args.prompts)
-        if args.prompt == "":
-            raise ValueError("--prompt must not be empty")
 
     def items(self) -> list[LongTensor]:
         """What a calibration runs."""

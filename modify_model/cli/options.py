@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from spas_attn import backends
@@ -35,35 +35,34 @@ def add_options(parser: argparse.ArgumentParser, verbs: Collection[str], kind: t
     """The options of some commands, for one kind of model or for both; all others have their defaults."""
     parser.set_defaults(**{verb: [verb] == [*verbs] for verb in VERBS})
     parser.set_defaults(kind=kind, pipelines=tuple(PIPELINES), special=lambda args, device: None)
-    for part, of in _parts():
+    for of, options in _options():
         wanted = of is None or kind in (None, of)
         group = parser.add_argument_group(f"only for a {of.kind}") if of and wanted and kind is None else parser
-
-        def add(
-            name: str, needed: str, text: str, *, group: Any = group, wanted: bool = wanted, **options: Any
-        ) -> None:
+        for name, needed, text, more in options:
             if wanted and not set(verbs).isdisjoint(needed.split()):
-                group.add_argument(f"--{name}", help=text, **options)
+                group.add_argument(f"--{name}", help=text, **more)
             else:
-                parser.set_defaults(**{name: False if "action" in options else options.get("default")})
-
-        part(add)
+                parser.set_defaults(**{name: _default(more)})
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Reject options of the other kind of model; a ValueError names one."""
-    for part, of in _parts():
-
-        def add(name: str, needed: str, text: str, *, of: Any = of, **options: Any) -> None:
-            usual = False if "action" in options else options.get("default")
-            if of not in (None, args.kind) and getattr(args, name) != usual:
+    for of, options in _options():
+        for name, _, _, more in options:
+            if of not in (None, args.kind) and getattr(args, name) != _default(more):
                 raise ValueError(f"--{name} is for a {of.kind}, and {args.model_name!r} is a {args.kind.kind}")
 
-        part(add)
+
+def _default(more: dict[str, Any]) -> Any:
+    return False if "action" in more else more.get("default")
 
 
-def _parts() -> tuple[tuple[Callable[[Add], None], type[Subject] | None], ...]:
-    return (_common, None), (_language, LanguageModel), (_diffusion, DiffusionModel)
+def _options() -> Iterator[tuple[Any, list[tuple[str, str, str, dict[str, Any]]]]]:
+    """Name, commands, help text and further arguments of all options, by the kind of model that they are for."""
+    for of, part in ((None, _common), (LanguageModel, _language), (DiffusionModel, _diffusion)):
+        found: list[tuple[str, str, str, dict[str, Any]]] = []
+        part(lambda name, needed, text, found=found, **more: found.append((name, needed, text, more)))
+        yield of, found
 
 
 def _common(add: Add) -> None:

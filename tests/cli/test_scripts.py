@@ -174,7 +174,7 @@ def _edit(key: str, value: object) -> Callable[[dict[str, Any]], object]:
     [
         (_edit("text_sha256", "0"), "different texts"),
         (_edit("vocabulary", 32000), "different vocabulary sizes"),
-        (_edit("format", 99), "has format 99"),
+        (_edit("format", 99), "is no recording of format 1"),
         (_edit("generations", []), "different prompts"),
         (_edit("windows", [{}]), "is damaged"),
         (lambda recording: recording.pop("perplexity"), "lacks perplexity"),
