@@ -226,15 +226,15 @@ def test_interrupted(number: signal.Signals, run: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_parallel_tune(tuned: Tuned, tmp_path: Path) -> None:
     """By the command's own module, and by a script that goes on with the file."""
-    scripts = Path(__file__).resolve().parents[2] / "evaluate"
-    model = ["--model_name", "tiny:Wan2.2", "--model_out_path", tmp_path / "tuned.pt", *short("tiny:Wan2.2"), *LOOSE]
-    program = [scripts / "wan_example.py", "--compare", "--out_path", tmp_path]
+    script = Path(__file__).resolve().parents[2] / "evaluate" / "llama_tune_example.py"
+    model = ["--model_name", "tiny:Llama", "--model_out_path", tmp_path / "tuned.pt", *short("tiny:Llama"), *LOOSE]
+    program = [script, "--generate", "--max_new_tokens", 2]
     for start in (["-m", "modify_model.cli.main", "tune"], program):
         command = [sys.executable, *start, "--parallel_tune", *model]
         done = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
-        assert same(tmp_path / "tuned.pt", tuned("tiny:Wan2.2")) and done.stdout.count("thresholds:") == 1
-    assert "PSNR dB" in done.stdout
+        assert same(tmp_path / "tuned.pt", tuned("tiny:Llama")) and done.stdout.count("thresholds:") == 1
+    assert "--- 2 new tokens" in done.stdout
 
 
 @pytest.mark.parametrize(("ending", "code"), [("sys.exit(2)", 2), ("1 / 0", 1), ("", 0)])
