@@ -48,9 +48,11 @@ def kind_of(name: str) -> type[Subject]:
     check_source(name, "model or pipeline", "config.json", owner=False)
     if Path(name).is_dir():
         return LanguageModel
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):  # pipelines have none; works offline
+        return LanguageModel
     try:
         hf_hub_download(name, "model_index.json")
     except LocalEntryNotFoundError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import math
 import random
 import sysconfig
@@ -161,6 +162,8 @@ def check_name(name: str | Path) -> None:
         check_source(text, "model", "config.json", owner=False)
     elif not Path(text).is_file():
         raise ValueError(f"no file {text!r}")
+    elif importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading a .gguf file needs a package: pip install gguf")
 
 
 def encode(tokenizer: Any, text: str, device: str | torch.device = "cpu") -> LongTensor:

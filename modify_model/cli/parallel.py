@@ -23,7 +23,7 @@ def guarded(name: str, work: Callable[[], int], hint: Callable[[], str] = lambda
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
             return work()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"{name}: error: {one_line(error, 2000)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:

@@ -20,8 +20,9 @@ from short_runs import LOOSE, SHORT_PIPELINE, short
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
 
 from autotune import load
-from modify_model.cli import tiny, verify
+from modify_model.cli import driver, tiny, verify
 from modify_model.cli.diffusion import PROMPTS
+from modify_model.cli.language import LanguageModel
 from modify_model.cli.parallel import run_parallel
 from modify_model.cli.tiny import TINY
 
@@ -382,6 +383,17 @@ def test_a_failed_save_keeps_the_calibration(
     assert "starting from scratch" not in capsys.readouterr().out
     assert run(*tune, "--resume") == 0
     assert "no checkpoint found at" in capsys.readouterr().out
+
+
+def test_names_on_the_hub(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cache holds is known without a network."""
+    cached = {"model_index.json": None, "config.json": str(llama_folder / "config.json")}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: cached[file])
+    assert driver.kind_of("owner/model") is LanguageModel
+    cached["config.json"] = None
+    with pytest.raises(ValueError, match="cannot look up 'owner/model' on the hub"):
+        driver.kind_of("owner/model")
 
 
 def test_damaged_weights(run: Run, llama_folder: Path, tmp_path: Path, capsys: Any) -> None:
