@@ -82,18 +82,6 @@ def _obstacle(text: str, folder: bool) -> str | None:
     return None if os.access(place, os.W_OK | os.X_OK) else f"the folder {str(place)!r} may not be written to"
 
 
-def check_source(name: str, what: str, index: str, owner: bool) -> None:
-    """Reject a name that is no folder with ``index``, as one of ``what`` has, nor possible on the hub, where some
-    names always have an owner ("owner/name"). A ValueError says why.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / index).is_file():
-            raise ValueError(f"no {what} in folder {name!r}: it holds no {index}")
-    elif not name or folder.is_absolute() or name.startswith((".", "~")) or not owner <= name.count("/") <= 1:
-        raise ValueError(f"no folder {name!r}, and it cannot be a name on the hub")
-
-
 def usable_device(device: str | torch.device | None) -> torch.device:
     """The device of that name, by default the GPU if there is one; a ValueError when it cannot be used."""
     try:

@@ -19,8 +19,9 @@ from autotune.module import transformers_of
 from modify_model import dense_steps_of
 from spas_attn.metrics import psnr
 
-from .arguments import as_dtype, check_output, check_source, one_line, unreadable, usable_device
+from .arguments import as_dtype, check_output, one_line, unreadable, usable_device
 from .compare import Comparison
+from .names import DIFFUSION
 from .tiny import PREFIX, TINY
 
 # Used when no file of prompts is given.
@@ -153,7 +154,7 @@ def _stop(*_: object) -> None:
 class DiffusionModel:
     """A pipeline with its prompts, as the command runs it (see ``driver.py``)."""
 
-    kind = "diffusion pipeline"
+    kind = DIFFUSION
     needs = ("diffusers", "transformers", "PIL", "matplotlib", "skimage")
     hint = "see --height, --width, --frames, --steps, --tune_every, --dense_steps"
 
@@ -176,7 +177,8 @@ class DiffusionModel:
     @staticmethod
     def check(args: argparse.Namespace) -> None:
         """Reject, before a pipeline is loaded, what is known to be wrong; a ValueError says why."""
-        check_name(args.model_name, args.height, args.width, args.frames)
+        if args.model_name.startswith(PREFIX) and (args.height, args.width, args.frames) != (None, None, None):
+            raise ValueError("a tiny model has one size: leave out --height, --width and --frames")
         prompts = PROMPTS if args.prompts is None else read_prompts(args.prompts)
         if args.tune and args.num_tune_samples > len(prompts):
             raise ValueError(f"--num_tune_samples {args.num_tune_samples}: there are only {len(prompts)} prompts")
@@ -248,16 +250,6 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise ValueError(f"nothing to run: no prompt in {path!r}")
     return prompts
-
-
-def check_name(name: str, height: int | None = None, width: int | None = None, frames: int | None = None) -> None:
-    """Reject what is known to be wrong before anything is loaded; a ValueError says why."""
-    if not name.startswith(PREFIX):
-        check_source(name, "pipeline", "model_index.json", owner=True)
-    elif name.removeprefix(PREFIX) not in TINY:
-        raise ValueError(f"tiny pipelines are {', '.join(PREFIX + known for known in TINY)}, got {name!r}")
-    elif (height, width, frames) != (None, None, None):
-        raise ValueError("a tiny model has one size: leave out --height, --width and --frames")
 
 
 def load(

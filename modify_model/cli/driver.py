@@ -27,41 +27,16 @@ from modify_model.families import find_family
 from spas_attn import fallback_counts
 from spas_attn.selectors import MaxShare, MeanSimilarity, PeakMass, TopK
 
-from .arguments import check_output, check_source, one_line, usable_device
+from .arguments import check_output, one_line, usable_device
 from .compare import compare, density_table, table
-from .diffusion import DiffusionModel, check_name
+from .diffusion import DiffusionModel
 from .language import LanguageModel
 from .parallel import is_child, is_first, join_ranks, run_parallel
-from .tiny import LLAMA, PREFIX
+from .tiny import PREFIX
 
 Subject = LanguageModel | DiffusionModel
+KINDS: dict[str, type[Subject]] = {kind.kind: kind for kind in (LanguageModel, DiffusionModel)}
 SELECTORS: dict[str, Any] = {"mean": MeanSimilarity, "peak": PeakMass, "share": MaxShare, "topk": TopK}
-
-
-def kind_of(name: str) -> type[Subject]:
-    """Whether a name is that of a language model or of a pipeline; a ValueError when it is neither."""
-    if name == PREFIX + LLAMA or name.endswith(".gguf"):
-        return LanguageModel
-    if name.startswith(PREFIX) or (Path(name) / "model_index.json").is_file():
-        check_name(name)
-        return DiffusionModel
-    check_source(name, "model or pipeline", "config.json", owner=False)
-    if Path(name).is_dir():
-        return LanguageModel
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):  # pipelines have none; works offline
-        return LanguageModel
-    try:
-        hf_hub_download(name, "model_index.json")
-    except LocalEntryNotFoundError as error:
-        raise ValueError(f"cannot look up {name!r} on the hub: {one_line(error)}") from error
-    except EntryNotFoundError:
-        return LanguageModel
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no folder {name!r}, and no such model on the hub: {one_line(error)}") from error
-    return DiffusionModel
 
 
 def check(args: argparse.Namespace) -> None:

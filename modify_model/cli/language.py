@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import math
 import random
 import sysconfig
@@ -20,8 +19,9 @@ from torch import LongTensor, Tensor, nn
 from spas_attn.metrics import cosine_similarity
 
 from . import tiny
-from .arguments import as_dtype, check_source, one_line, unreadable, usable_device
+from .arguments import as_dtype, one_line, unreadable, usable_device
 from .compare import Comparison
+from .names import LANGUAGE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ _ROWS = 512  # positions whose float32 log-probabilities are formed at once
 class LanguageModel:
     """A language model and its tokenizer, as the command runs it (see ``driver.py``)."""
 
-    kind = "language model"
+    kind = LANGUAGE
     needs = ("transformers",)
     hint = "see --max_length"
     every, is_shown = 1, False
@@ -60,7 +60,6 @@ class LanguageModel:
     @staticmethod
     def check(args: argparse.Namespace) -> None:
         """Reject, before a model is loaded, what is known to be wrong; a ValueError says why."""
-        check_name(args.model_name)
         if "" in (args.prompt, args.prompts):
             raise ValueError(f"{'--prompt' if args.prompt == '' else '--prompts'} must not be empty")
         if args.prompts is not None and (Path(args.prompts).exists() or args.prompts.startswith((".", "/", "~"))):
@@ -138,7 +137,6 @@ def load_model(name: str | Path, *, device: Any = None, dtype: Any = "auto") -> 
 
     device = usable_device(device)
     kind = as_dtype(dtype, device, usual="auto")
-    check_name(name)
     path = Path(name)
     if str(name) == tiny.PREFIX + tiny.LLAMA:
         return tiny.llama().to(device, None if kind == "auto" else kind), tiny.tokenizer()
@@ -150,20 +148,6 @@ def load_model(name: str | Path, *, device: Any = None, dtype: Any = "auto") -> 
         where = "cannot load the model in" if path.exists() else "no folder and no model on the hub named"
         raise ValueError(f"{where} {str(name)!r}: {one_line(error)}") from error
     return (model if getattr(model, "is_quantized", False) else model.to(device)).eval(), tokenizer
-
-
-def check_name(name: str | Path) -> None:
-    """Reject what is known to be no model before anything is loaded; a ValueError says why."""
-    text = str(name)
-    if text.startswith(tiny.PREFIX):
-        if text != tiny.PREFIX + tiny.LLAMA:
-            raise ValueError(f"the tiny language model is {tiny.PREFIX + tiny.LLAMA}, got {text!r}")
-    elif not text.endswith(".gguf"):
-        check_source(text, "model", "config.json", owner=False)
-    elif not Path(text).is_file():
-        raise ValueError(f"no file {text!r}")
-    elif importlib.util.find_spec("gguf") is None:
-        raise ValueError("reading a .gguf file needs a package: pip install gguf")
 
 
 def encode(tokenizer: Any, text: str, device: str | torch.device = "cpu") -> LongTensor:

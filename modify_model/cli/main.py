@@ -25,7 +25,8 @@ from spas_attn import measure
 
 from .arguments import USER_ERROR, Help
 from .diffusion import PIPELINES, DiffusionModel
-from .driver import Subject, check, kind_of, run
+from .driver import KINDS, Subject, check, run
+from .names import kind_of
 from .options import VERBS, add_options, check_options
 from .parallel import guarded
 from .verify import verify
@@ -103,7 +104,7 @@ def _run(parser: Parser, given: list[str], program: list[str]) -> int:
         if not args.model_name:
             raise ValueError("--model_name is needed")
         args.tune = args.tune or args.parallel_tune
-        args.kind = args.kind or kind_of(args.model_name)
+        args.kind = KINDS[kind_of(args.model_name, args.kind and args.kind.kind)]
         check_options(args)
         check(args)
         return verify(args) if args.verify else run(args, program, given)

@@ -20,9 +20,8 @@ from short_runs import LOOSE, SHORT_PIPELINE, short
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
 
 from autotune import load
-from modify_model.cli import driver, tiny, verify
+from modify_model.cli import names, tiny, verify
 from modify_model.cli.diffusion import PROMPTS
-from modify_model.cli.language import LanguageModel
 from modify_model.cli.parallel import run_parallel
 from modify_model.cli.tiny import TINY
 
@@ -286,7 +285,7 @@ REJECTED = [
     (("verify", "--model_name", "/nowhere/model"), "no folder '/nowhere/model'"),
     (("tune", "--model_name", "a/b/c"), "cannot be a name on the hub"),
     (("tune", "--model_name", ""), "--model_name is needed"),
-    (("tune", "--model_name", "{folder}"), "it holds no config.json"),
+    (("tune", "--model_name", "{folder}"), "it holds neither config.json nor model_index.json"),
     (("tune", "--model_name", "nowhere.gguf"), "no file 'nowhere.gguf'"),
     (("tune", "--model_name", "tiny:Nothing"), "tiny:Wan, tiny:Wan2.2"),
     (("tune", *WAN, "--l1", "0.1", "--pv_l1", "0.05"), "it must exceed l1=0.1"),
@@ -390,10 +389,10 @@ def test_names_on_the_hub(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     cached = {"model_index.json": None, "config.json": str(llama_folder / "config.json")}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: cached[file])
-    assert driver.kind_of("owner/model") is LanguageModel
+    assert names.kind_of("owner/model") == names.LANGUAGE
     cached["config.json"] = None
     with pytest.raises(ValueError, match="cannot look up 'owner/model' on the hub"):
-        driver.kind_of("owner/model")
+        names.kind_of("owner/model")
 
 
 def test_damaged_weights(run: Run, llama_folder: Path, tmp_path: Path, capsys: Any) -> None:
