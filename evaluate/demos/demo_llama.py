@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 import timeit
 from collections.abc import Sequence
@@ -23,8 +24,9 @@ import autotune
 from autotune import report
 from modify_model import patch, verify
 from modify_model.cli import language
-from modify_model.cli.arguments import sparse_backend
+from modify_model.cli.arguments import check_output, sparse_backend, whole
 from modify_model.cli.driver import tune
+from modify_model.cli.parallel import guarded
 
 # The bounds of the demo: chosen from the frontier in docs/benchmarks for a perplexity change of at most 0.3%.
 BOUNDS = {"l1": 0.2, "pv_l1": 0.24, "tail": 0.9}
@@ -88,14 +90,20 @@ def compare(model: nn.Module, windows: Sequence[Tensor], tuned: Sequence[dict[st
     print(f"{'prefill, ms':<12}  {times[1]:>8.0f}  {times[0]:>8.0f}  {times[1] / times[0]:>7.2f}x")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_path", default="out/demo_llama.pt", help="where the tuned file goes")
-    parser.add_argument("--samples", type=int, default=5, help="calibration samples")
-    parser.add_argument("--max_length", type=int, default=4096, help="bytes of a sample")
-    parser.add_argument("--evaluate", type=int, default=4, help="unseen windows for the comparison")
+    parser.add_argument("--samples", type=whole(1, 1000), default=5, help="calibration samples")
+    parser.add_argument("--max_length", type=whole(128), default=4096, help="bytes of a sample")
+    parser.add_argument("--evaluate", type=whole(1, 1000), default=4, help="unseen windows for the comparison")
     args = parser.parse_args(arguments)
+    return guarded("demo_llama.py", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything after the arguments."""
+    check_output("out_path", args.out_path)
     began = time.perf_counter()
     tuned = tune_and_save(args)
     print("3/6  load into a fresh model")
@@ -106,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("4/6  verify")
     verify(model)
     print("5/6  generate")
-    window = language.token_windows(tokenizer, None, args.max_length - 512, 1, 3, group="unseen")[0]
+    window = language.token_windows(tokenizer, None, max(128, args.max_length - 512), 1, 3, group="unseen")[0]
     prompt = tokenizer.decode(window[0]) + "\n\n" + language.PROMPT
     text, count, seconds = language.generate(model, tokenizer, prompt, 96)
     print(f"     after a sparse prefill of {len(prompt.encode())} bytes, {count} bytes in {seconds:.1f} s:")
@@ -115,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     windows = language.token_windows(tokenizer, None, args.max_length, args.evaluate, 1, group="unseen")
     compare(model, [window.to(model.device) for window in windows], tuned)
     print(f"all of it took {time.perf_counter() - began:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

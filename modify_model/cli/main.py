@@ -35,7 +35,10 @@ _MEASURE = "time this GPU, so that sparse attention runs only where it is faster
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
+    """Errors in one line, no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**(options | {"allow_abbrev": False}))
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: error: {message} (see --help)\n")
