@@ -35,7 +35,7 @@ from .files import extract_sparse_attention_state_dict, save
 from .module import SHORT, Mode, sparse_modules, transformers_of
 from .passes import CheckPass, CurvePass, FreePass, Pass, Work
 from .sampling import Sampler, Steps
-from .tuned import Tuned, check_bounds
+from .tuned import Bounds, Tuned, check_bounds
 
 Item = TypeVar("Item")
 RESERVOIR_BYTES = 2 << 30  # for all layers together
@@ -129,6 +129,11 @@ class Calibration:
     def phase(self) -> str:
         """The pass in progress: "free" (no loop over prompts), "curves", "pv", "check" or "finished"."""
         return "finished" if self._pass is None else self._pass.name
+
+    @property
+    def bounds(self) -> list[Bounds]:
+        """l1, pv_l1 and tail of every layer."""
+        return [layer.bounds for layer in self.layers]
 
     @property
     def expected_passes(self) -> int:

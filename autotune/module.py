@@ -17,6 +17,7 @@ from spas_attn.selectors import MeanSimilarity, Selector, Tokens
 from .tuned import FILE_KEYS, Tuned, check_bounds
 
 Mode = Literal["dense", "tune", "sparse"]
+Thresholds = Tuned  # its name in earlier versions
 DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL = 0.06, 0.07, 0.5
 
 # Why a call runs dense whatever the thresholds are, and no calibration looks at it.
