@@ -192,7 +192,7 @@ def test_says_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--tiny", "--densities", "0", "0.5"], "must lie in (0, 1]"),
-        (["steps", "--tiny", "--turns", "0"], "at least 1"),
+        (["steps", "--tiny", "--turns", "0"], "argument --turns"),
         (["steps", "--tiny", "--cases", "A"], "--cases of steps are CogVideoX-2B"),
         (["steps"], "needs a GPU"),
     ],

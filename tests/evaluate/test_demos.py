@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
-@pytest.mark.slow
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--samples", "2", "--max_length", "640", "--evaluate", "1"]
     demo_llama.main(["--out_path", str(tmp_path / "demo.pt"), *short])
@@ -39,7 +38,6 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "demo.pt").is_file() and len(json.loads((tmp_path / "demo.json").read_text())) == 6
 
 
-@pytest.mark.slow
 def test_demo_video(
     tiny_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,7 +57,6 @@ def test_sweep_of_video(
     assert sweep.main(*main, ["--out", str(tmp_path / "none"), "--plot"]) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(sweep_llama.LlamaSweep, "64x64, peak mass"), (sweep_scores.ScoreSweep, "16:quest0.3+union:64")],
