@@ -360,7 +360,8 @@ def test_compiles_once_without_graph_breaks() -> None:
             model.inner[i].tuned._served.clear()  # what is kept for calls outside of a graph must not matter
     assert counter.frame_count == len(layers)
     model.inner[0].dense_now = True
-    assert not torch.equal(layers[0](*activations(10, 320, 320)), expected[0])
+    assert torch.equal(layers[0](*activations(10, 320, 320)), FakeModel().layers[0](*activations(10, 320, 320)))
+    assert counter.frame_count == len(layers) + 1, "a switch to dense makes one graph more"
 
 
 def test_running_dense_and_recording_densities() -> None:
