@@ -52,7 +52,8 @@ class StepModel:
     def step(self) -> Tensor:
         """The output of one step."""
         self.calls = []
-        out = self.transformer(**self.inputs, return_dict=False)[0]
+        with self._within:  # a layer that raises leaves its kernel chosen
+            out = self.transformer(**self.inputs, return_dict=False)[0]
         if len(self.calls) != len(self.layers):
             raise RuntimeError(f"{len(self.layers)} layers made {len(self.calls)} calls in one step")
         return out
