@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from registry import Case, Declined, Runs, Setup, register
+from registry import CASES, Case, Declined, Runs, Setup
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -208,8 +208,7 @@ def ragged_mask(case: AttentionCase, block_q: int, block_k: int, density: float,
 A, B, CPU = (
     AttentionCase("A", 24, 24, 16384, 128), AttentionCase("B", 24, 24, 32768, 64), AttentionCase("cpu", 8, 8, 4096, 64)
 )  # fmt: skip
-register(
-    "attention",
+SHAPES = (
     *(A, A.causal(), B, B.causal(), CPU, CPU.causal()),
     AttentionCase("CogVideoX-2B", 30, 30, 17776, 64),
     AttentionCase("Mochi", 24, 24, 22528, 128),
@@ -217,3 +216,4 @@ register(
     AttentionCase("Flux", 24, 24, 4608, 128),
     *(AttentionCase(f"Llama-3.1-8B-{n}K", 32, 8, n * 1024, 128, is_causal=True) for n in (8, 32, 128)),
 )
+CASES["attention"].update({case.name: case for case in SHAPES})

@@ -111,8 +111,3 @@ class Provider:
 
 CASES: dict[str, dict[str, Case]] = {"attention": {}, "steps": {}}
 PROVIDERS: dict[str, Provider] = {}
-
-
-def register(kind: str, *cases: Case) -> None:
-    """Add cases of a kind under their names."""
-    CASES[kind].update({case.name: case for case in cases})

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from registry import Case, register
+from registry import CASES, Case
 from steps import StepModel, StepSetup
 from torch import Tensor, nn
 
@@ -79,7 +79,9 @@ class StepCase(Case):
 
     def make(self, device: torch.device, dtype: torch.dtype, every_layer: bool) -> nn.Module:
         """The model with random weights, made on the device; what its class keeps in float32 is float32."""
-        with default_dtype(dtype), device:
+        with contextlib.ExitStack() as stack, device:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(dtype)
             model = getattr(diffusers, self.class_name)(**(self.changes | self.layers(every_layer))).eval()
         kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
         for name, parameter in model.named_parameters():
@@ -102,17 +104,6 @@ class StepCase(Case):
         for density in options.densities:
             selector = TopK(density, pool=options.pool)
             yield StepSetup(model, self.layers_text(options.all_layers), dtype, selector)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make new parameters of a dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _cogvideox(case: StepCase, randn: Callable[..., Tensor]) -> Inputs:
@@ -166,8 +157,7 @@ _TINY_WAN = (
     dict(num_attention_heads=2, attention_head_dim=64, ffn_dim=128, num_layers=2, text_dim=32),
     Shape(3, 28, 28, 16, 32),
 )
-register(
-    "steps",
+MODELS = (
     StepCase(
         "CogVideoX-2B", "480x720x49", "CogVideoXTransformer3DModel", Shape(13, 60, 90, 16, 226), _cogvideox,
         (
@@ -203,3 +193,4 @@ register(
         fewer={"num_layers": 2, "num_single_layers": 4},
     ),
 )  # fmt: skip
+CASES["steps"].update({case.name: case for case in MODELS})
