@@ -44,7 +44,7 @@ setup(
     # What spas_attn and autotune import. The rest is for those who use it.
     install_requires=[
         "torch>=2.5",
-        "triton>=3.1; sys_platform == 'linux'",  # no upper end: CUDA builds of torch bring their own exact version
+        "triton>=3.4; sys_platform == 'linux'",  # no upper end: CUDA builds of torch bring their own exact version
         "numpy>=1.26",
         "scipy>=1.10",
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import glob
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def check(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def run(args: argparse.Namespace, program: Sequence[str], given: Sequence[str]) -> int:
     """Run a checked command line, of a program that was given these arguments; returns the exit code."""
-    child = is_child()
+    child, before = is_child(), Counter(fallback_counts())
     if args.parallel_tune and not child:
         code = run_parallel(program, given)
         if code or not (args.generate or args.compare):
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace, program: Sequence[str], given: Sequence[str]) 
         subject.generate()
     if args.compare:
         run_compare(subject, args)
-    for reason, calls in fallback_counts().items():
+    for reason, calls in (Counter(fallback_counts()) - before).items():
         print(f"{calls} calls fell back to dense attention: {reason}")
     return 0
 
