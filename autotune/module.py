@@ -30,7 +30,8 @@ Observer = Callable[[Call | str], None]
 
 
 def _of_tuned(name: str) -> Any:
-    return property(lambda self: None if self.tuned is None else getattr(self.tuned, name))
+    """A tensor of the tuned state, before one is there of a state that keeps everything; None without heads."""
+    return property(lambda self: getattr(self.tuned or (self.heads and Tuned.dense(self.heads)), name, None))
 
 
 class SparseAttention(nn.Module):
@@ -50,7 +51,8 @@ class SparseAttention(nn.Module):
 
     Attributes:
         tuned: the state that a calibration or a tuned file gave, None before; see :class:`Tuned`.
-        is_sparse, cdfthreshd, simthreshd1, pvthreshd: its tensors under the names of the tuned file.
+        is_sparse, cdfthreshd, simthreshd1, pvthreshd: its tensors under the names of the tuned file; before it is
+            there, those of a state that keeps everything.
         mode: "dense" (not tuned yet), "tune" or "sparse".
         dense_now: run this call dense whatever the mode, unwatched by a calibration (dense steps of a schedule).
         always_dense: run dense in mode "sparse" (a layer that is to stay dense); a calibration watches it all the same.

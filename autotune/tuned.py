@@ -79,6 +79,12 @@ class Tuned:
         object.__setattr__(self, "skips", bool((self.pv[sparse] < PV_OFF).any()))
         object.__setattr__(self, "_served", {})
 
+    @classmethod
+    def dense(cls, heads: int) -> Tuned:
+        """The state in which every head keeps everything."""
+        one = torch.ones(heads)
+        return cls(torch.zeros(heads, dtype=torch.bool), one, -one, PV_OFF * one)
+
     def to(self, device: torch.device) -> Tuned:
         """The same on another device."""
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in FILE_KEYS.values()})
