@@ -194,8 +194,7 @@ class SparseAttention(nn.Module):
         # the kernels itself, carries it out, so that a file tuned here holds its bounds on a GPU too.
         skip = pv if tuned.skips and device != "cpu" else None
         call = call.replace(pv_threshold=skip, expected_density=tuned.expected_density)
-        with torch.autocast(device, enabled=False):  # kernels choose their precisions themselves
-            out, stats = attend(call, selector, backend=self.backend)
+        out, stats = attend(call, selector, backend=self.backend)
         if self.record_density:
             self._record(stats.density, call.q.device)
         return out
