@@ -6,11 +6,11 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import nn
 
 from autotune import SparseAttention
 from spas_attn import count_fallback
+from spas_attn.traced import constant_when_traced
 
 from .schedule import NoiseLevel
 
@@ -113,7 +113,7 @@ def find_family(model: nn.Module) -> Family:
     raise ValueError(f"{type(model).__name__} has no adapter; supported are models built on {', '.join(known)}")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def count_dense_call(reason: str) -> None:
     """Count a call that runs dense instead of sparse; under torch.compile once, while tracing."""
     count_fallback(reason)

@@ -107,10 +107,11 @@ def attend(
     if query.shape[2] < SHORTEST:
         return run()[0], None
     reason = dense_reason(module, key, attention_mask, kwargs)
-    if reason is not None or prepared is None:
+    if reason is not None:
         if module.inner_attention.mode != "dense":
             count_dense_call(reason)
         return run()[0], None
+    assert prepared is not None  # else there was a reason
     out = module.inner_attention(
         query,
         key[:, :, : prepared.k_end],
