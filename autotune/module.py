@@ -255,8 +255,10 @@ class SparseAttention(nn.Module):
         return f"mode={self.mode}, heads={self.heads}, l1={self.l1}, pv_l1={self.pv_l1}, tail={self.tail}"
 
 
-# Attributes of a pipeline object that hold its transformers, and the prefix of the second one in a tuned file.
+# Attributes of a pipeline object that hold its transformers, and the prefix of the second one in a tuned file; those of
+# shape models (Hunyuan3D) call it ``model``.
 _PIPELINE_PARTS = (("transformer", ""), ("transformer_2", "transformer_2."))
+_SHAPE_PARTS = (("model", ""),)
 _WRAPPERS = ("base_model.model.", "module.")  # of PEFT, and of DataParallel and DistributedDataParallel
 
 
@@ -264,11 +266,12 @@ def transformers_of(model: Any) -> list[tuple[str, nn.Module]]:
     """The modules of a model or pipeline that hold its attention layers, each with its prefix in a tuned file."""
     if isinstance(model, nn.Module):
         return [("", model)]
-    parts = [(prefix, getattr(model, name, None)) for name, prefix in _PIPELINE_PARTS]
-    found = [(prefix, part) for prefix, part in parts if isinstance(part, nn.Module)]
-    if not found:
-        raise ValueError(f"model must be a module or a pipeline with .transformer, got {type(model).__name__}")
-    return found
+    for names in (_PIPELINE_PARTS, _SHAPE_PARTS):
+        parts = [(prefix, getattr(model, name, None)) for name, prefix in names]
+        found = [(prefix, part) for prefix, part in parts if isinstance(part, nn.Module)]
+        if found:
+            return found
+    raise ValueError(f"model must be a module or a pipeline with .transformer or .model, got {type(model).__name__}")
 
 
 def sparse_modules(model: Any) -> dict[str, SparseAttention]:

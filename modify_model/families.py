@@ -22,6 +22,9 @@ ADAPTERS = {
     "FluxTransformer2DModel": "modify_model.modify_flux",
     "HunyuanDiT2DModel": "modify_model.modify_hunyuan",
     "HunyuanVideoTransformer3DModel": "modify_model.modify_hunyuan",
+    "Hunyuan3DDiT": "modify_model.modify_hunyuan3d",
+    "HunYuanDiTPlain": "modify_model.modify_hunyuan3d",  # Hunyuan3D 2.1
+    "Hunyuan3Dv2": "modify_model.modify_hunyuan3d",  # ComfyUI's name of Hunyuan3DDiT
     "LTXVideoTransformer3DModel": "modify_model.modify_ltx",
     "MochiTransformer3DModel": "modify_model.modify_mochi",
     "QwenImageTransformer2DModel": "modify_model.modify_qwenimage",

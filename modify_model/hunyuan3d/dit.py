@@ -99,7 +99,7 @@ class DoubleStreamBlock(nn.Module):
             stream = parts[f"{name}_attn"]
             made.append(stream.norm(stream.qkv(modulated(x, *mods[name][:2])), self.num_heads))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(*made, strict=True))
-        out = joined(joint_attention(self, attend, q, k, v, engine, repeats, txt.shape[1]))
+        out = joined(joint_attention(self, attend, q, k, v, engine, repeats))
         streams = []
         for name, x, attended in (
             ("img", img, out[:, txt.shape[1] :]),
@@ -123,12 +123,12 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulation(hidden_size, 1)
 
-    def forward(self, x: Tensor, vec: Tensor, engine: Engine = "sdpa", repeats: int = 1, length: int = 0) -> Tensor:
-        """``[B, Lc + L, hidden_size]``; ``length`` is Lc."""
+    def forward(self, x: Tensor, vec: Tensor, engine: Engine = "sdpa", repeats: int = 1) -> Tensor:
+        """``[B, Lc + L, hidden_size]``."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulated(x, shift, scale)).tensor_split([3 * self.hidden_size], dim=-1)
         q, k, v = self.norm(qkv, self.num_heads)
-        attended = joined(joint_attention(self, attend, q, k, v, engine, repeats, length))
+        attended = joined(joint_attention(self, attend, q, k, v, engine, repeats))
         return x + gate * self.linear2(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))
 
 
@@ -248,5 +248,5 @@ class Hunyuan3DDiT(Denoiser):
             latents, cond = block(latents, cond, vec, engine, repeats)
         joint, length = torch.cat([cond, latents], dim=1), cond.shape[1]
         for block in self.single_blocks:
-            joint = block(joint, vec, engine, repeats, length)
+            joint = block(joint, vec, engine, repeats)
         return self.final_layer(joint[:, length:], vec)

@@ -23,7 +23,6 @@ def joint_attention(
     v: Tensor,
     engine: Any,
     repeats: int,
-    length: int,
 ) -> Tensor:
     """Attention of one layer; q, k, v and the result are ``[B, H, L, D]``.
 
@@ -31,7 +30,6 @@ def joint_attention(
         layer: may have a child ``inner_attention``.
         attend: the layer's own attention, :func:`~.attention.attend`.
         engine, repeats: as there.
-        length: so many first tokens are the condition.
     """
     inner = layer._modules.get("inner_attention")
     if not isinstance(inner, SparseAttention) or inner.mode == "dense":
@@ -47,6 +45,5 @@ def joint_attention(
         dense=lambda: attend(q, k, v, engine),
         is_causal=False,
         scale=q.shape[-1] ** -0.5,
-        text=((0, length),) if length else (),
         scheduled=scheduled(),
     )

@@ -57,7 +57,7 @@ class SelfAttention(Attention):
     def forward(self, x: Tensor, engine: Engine = "sdpa") -> Tensor:
         q, k, v = self.interleaved(self.to_q(x), self.to_k(x), self.to_v(x))
         q, k = self.q_norm(q), self.k_norm(k)
-        return self.out_proj(joined(joint_attention(self, attend, q, k, v, engine, 1, 1)))  # the first is the time
+        return self.out_proj(joined(joint_attention(self, attend, q, k, v, engine, 1)))
 
 
 class CrossAttention(Attention):
