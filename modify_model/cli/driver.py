@@ -26,7 +26,16 @@ from autotune.tuned import check_bounds
 from modify_model import patch, verify
 from modify_model.families import find_family
 from spas_attn import fallback_counts
-from spas_attn.selectors import MaxShare, MeanSimilarity, PeakMass, TopK
+from spas_attn.selectors import (
+    FlashPrefill,
+    FlexPrefill,
+    MeanSimilarity,
+    MInference,
+    PeakMass,
+    Selector,
+    TopK,
+    XAttention,
+)
 
 from .arguments import check_output, one_line, usable_device
 from .compare import compare, density_table, table
@@ -37,7 +46,15 @@ from .tiny import PREFIX
 
 Subject = LanguageModel | DiffusionModel
 KINDS: dict[str, type[Subject]] = {kind.kind: kind for kind in (LanguageModel, DiffusionModel)}
-SELECTORS: dict[str, Any] = {"mean": MeanSimilarity, "peak": PeakMass, "share": MaxShare, "topk": TopK}
+SELECTORS: dict[str, type[Selector]] = {
+    "flashprefill": FlashPrefill,
+    "flexprefill": FlexPrefill,
+    "mean": MeanSimilarity,
+    "minference": MInference,
+    "peak": PeakMass,
+    "topk": TopK,
+    "xattention": XAttention,
+}
 
 
 def check(args: argparse.Namespace) -> None:
@@ -61,8 +78,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--parallel_tune gives each process a device of its own: leave out --device")
     if args.tune:
         check_bounds(args.l1, args.pv_l1, args.tail)
-        sizes = {"block_q": args.block or 128, "block_k": args.block or 128}
-        SELECTORS[args.selector or "mean"](pool=args.pool or 8, **sizes)
+        selector_of(args, MeanSimilarity(pool=8))
         check_output("model_out_path", args.model_out_path)
         check_output("model_out_path (its statistics)", str(report.statistics_path(args.model_out_path)))
         return
@@ -117,12 +133,23 @@ def apply(subject: Subject, args: argparse.Namespace, state: dict[str, Any] | No
     options |= dict(layer_range=layers, dense_steps=steps, dense_layers=args.dense_layers)
     patch(subject.model, **options)
     if args.selector or args.block or args.pool:
-        usual: Any = next(iter(sparse_modules(subject.model).values())).selector
-        rule: Any = SELECTORS[args.selector] if args.selector else type(usual)
-        sizes = {"block_q": args.block or usual.block_q, "block_k": args.block or usual.block_k}
-        patch(subject.model, selector=rule(pool=args.pool or usual.pool, **sizes), **options)
+        usual = next(iter(sparse_modules(subject.model).values())).selector
+        patch(subject.model, selector=selector_of(args, usual), **options)
     if state is not None:
         autotune.load_sparse_attention_state_dict(subject.model, state)
+
+
+def selector_of(args: argparse.Namespace, usual: Selector) -> Selector:
+    """The selector that the arguments name; what they leave out is as in ``usual``."""
+    rule = SELECTORS[args.selector] if args.selector else type(usual)
+    fields: dict[str, Any] = {"block_q": args.block or usual.block_q, "block_k": args.block or usual.block_k}
+    if hasattr(rule, "pool"):
+        fields["pool"] = args.pool or getattr(usual, "pool", 8)
+    elif args.pool:
+        raise ValueError(f"--pool belongs to the selectors that score means of sub-blocks, not to {rule.__name__}")
+    if rule is MInference:
+        fields["adaptive_budget"] = 0.3  # sizes in tokens have no threshold to tune
+    return rule(**fields)
 
 
 def tuned_layers(model: Any, state: dict[str, Any]) -> tuple[int, int] | None:

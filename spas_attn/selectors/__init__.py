@@ -2,11 +2,27 @@
 
 from .base import Selector, Union
 from .dense import Dense
-from .max_share import MaxShare
+from .flash_prefill import FlashPrefill
+from .flex_prefill import FlexPrefill
 from .mean_similarity import MeanSimilarity
+from .minference import MInference
 from .peak_mass import PeakMass
 from .streaming import Streaming
 from .tokens import Tokens
 from .topk import TopK
+from .xattention import XAttention
 
-__all__ = ["Dense", "MaxShare", "MeanSimilarity", "PeakMass", "Selector", "Streaming", "Tokens", "TopK", "Union"]
+__all__ = [
+    "Dense",
+    "FlashPrefill",
+    "FlexPrefill",
+    "MInference",
+    "MeanSimilarity",
+    "PeakMass",
+    "Selector",
+    "Streaming",
+    "Tokens",
+    "TopK",
+    "Union",
+    "XAttention",
+]

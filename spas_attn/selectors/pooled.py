@@ -1,8 +1,9 @@
 """Pooled scores: how much softmax mass each query block is expected to put on each key block.
 
-Shared by the selectors that score the means of sub-blocks. With sub-blocks of the block's own length these are the
-block means of SpargeAttn (arXiv 2502.18137); shorter ones see more of the structure inside a block (the idea of the
-strided scores of XAttention, arXiv 2503.16428), at (1/length)² of the cost of QKᵀ. Everything is float32.
+Shared by the selectors that score sub-blocks: by their means, or by anything else that one vector each describes
+(:func:`fine_rows`; XAttention has strided ones). With sub-blocks of the block's own length the means are those of
+SpargeAttn (arXiv 2502.18137); shorter ones see more of the structure inside a block, at (1/length)² of the cost of QKᵀ.
+Everything is float32.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from .base import Selector
 _FINE_SCORES = 1 << 26  # fine scores held at a time; bounds the memory of long sequences
 
 
-def check_pool(selector: Selector, length: int) -> None:
-    """Reject a ``pool`` that does not divide both block sizes."""
+def check_pool(selector: Selector, length: int, name: str = "pool") -> None:
+    """Reject a length of sub-blocks that does not divide both block sizes."""
     sizes = (selector.block_q, selector.block_k)
     if isinstance(length, bool) or not isinstance(length, int) or length < 1 or any(size % length for size in sizes):
-        raise ValueError(f"pool must be a divisor of both block sizes {sizes}, got {length!r}")
+        raise ValueError(f"{name} must be a divisor of both block sizes {sizes}, got {length!r}")
 
 
 def pooled_rows(selector: Selector, call: Call, length: int, *, second_order: bool = False) -> Tensor:
@@ -35,8 +36,57 @@ def pooled_rows(selector: Selector, call: Call, length: int, *, second_order: bo
         block (-inf where nothing is visible). Logs, because a filter may leave out the blocks that hold a row's
         maximum; sums relative to it would be rounded to nothing.
     """
-    with torch.autocast(call.q.device.type, enabled=False):
-        return _pooled_rows(selector, call, length, second_order)
+    key_mask, scale = call.key_mask, call.scale
+    k = smoothed_keys(call)
+    fine_q, _ = block_means(call.q, length, None)
+    fine_k, filled = block_means(k, length, key_mask)
+    if second_order:
+        squares, _ = block_means(k.float().square(), length, key_mask)
+        spread = (squares - fine_k.square()).clamp(min=0)
+        fine_k = torch.cat([fine_k, 0.5 * scale * spread], -1)
+        fine_q = torch.cat([fine_q, fine_q.square()], -1)
+    return fine_rows(selector, call, fine_q, fine_k, filled, length, scale)
+
+
+def fine_rows(
+    selector: Selector, call: Call, fine_q: Tensor, fine_k: Tensor, filled: Tensor | None, length: int, scale: float
+) -> Tensor:
+    """Scores of sub-blocks of ``length`` tokens that one vector each describes, summed per key block.
+
+    Under causality a query sub-block sees the key sub-blocks that begin at or before its last query and end within its
+    query block.
+
+    Args:
+        selector: whose block sizes are meant.
+        call: whose causality, window and lengths are meant.
+        fine_q: ``[B, Hq, fine nq, E]``.
+        fine_k: ``[B, Hkv, fine nk, E]``.
+        filled: key sub-blocks that hold a visible key, bool ``[B, fine nk]``, or None for all.
+        length: of a sub-block, in tokens.
+        scale: factor on the product of the vectors.
+
+    Returns:
+        see :func:`pooled_rows`.
+    """
+    batch, heads = call.q.shape[:2]
+    nq, nk = cdiv(call.q_len, selector.block_q), cdiv(call.k_len, selector.block_k)
+    per_block = selector.block_q // length
+    rows = call.q.new_full((batch, heads, nq * per_block, nk), -torch.inf, dtype=torch.float32)
+    keys = fine_k.float().transpose(-1, -2)
+    chunk = max(1, _FINE_SCORES // (batch * heads * fine_k.shape[2]))
+    for start in range(0, fine_q.shape[2], chunk):
+        part = fine_q[:, :, start : start + chunk]
+        count = part.shape[2]
+        with torch.autocast(call.q.device.type, enabled=False):
+            scores = part.float().reshape(batch, -1, call.group * count, part.shape[-1]) @ keys
+        scores = scores.view(batch, heads, count, -1) * scale
+        seen = _fine_visible(selector, call, length, start, count)
+        if filled is not None:
+            seen = seen & filled[:, None, None]
+        scores = scores.masked_fill_(~seen, -torch.inf)
+        scores = blockwise(scores, selector.block_k // length, value=-torch.inf)
+        rows[:, :, start : start + count] = scores.logsumexp(-1)
+    return rows.unflatten(2, (nq, per_block))
 
 
 def probabilities(rows: Tensor) -> Tensor:
@@ -56,35 +106,6 @@ def smoothed_keys(call: Call) -> Tensor:
     Under causality K itself: the mean would carry later tokens into earlier blocks.
     """
     return call.k if call.is_causal else call.k - _masked_mean(call.k, call.key_mask)
-
-
-def _pooled_rows(selector: Selector, call: Call, length: int, second_order: bool) -> Tensor:
-    batch, heads = call.q.shape[:2]
-    key_mask, scale = call.key_mask, call.scale
-    nq, nk = cdiv(call.q_len, selector.block_q), cdiv(call.k_len, selector.block_k)
-    k = smoothed_keys(call)
-    fine_q, _ = _means(call.q, length, None)
-    fine_k, filled = _means(k, length, key_mask)
-    if second_order:
-        squares, _ = _means(k.float().square(), length, key_mask)
-        spread = (squares - fine_k.square()).clamp(min=0)
-        fine_k = torch.cat([fine_k, 0.5 * scale * spread], -1)
-        fine_q = torch.cat([fine_q, fine_q.square()], -1)
-    per_block = selector.block_q // length
-    rows = call.q.new_full((batch, heads, nq * per_block, nk), -torch.inf, dtype=torch.float32)
-    chunk = max(1, _FINE_SCORES // (batch * heads * fine_k.shape[2]))
-    for start in range(0, fine_q.shape[2], chunk):
-        part = fine_q[:, :, start : start + chunk]
-        count = part.shape[2]
-        scores = part.reshape(batch, -1, call.group * count, part.shape[-1]) @ fine_k.transpose(-1, -2)
-        scores = scores.view(batch, heads, count, -1) * scale
-        seen = _fine_visible(selector, call, length, start, count)
-        if filled is not None:
-            seen = seen & filled[:, None, None]
-        scores = scores.masked_fill_(~seen, -torch.inf)
-        scores = blockwise(scores, selector.block_k // length, value=-torch.inf)
-        rows[:, :, start : start + count] = scores.logsumexp(-1)
-    return rows.unflatten(2, (nq, per_block))
 
 
 def _fine_visible(selector: Selector, call: Call, length: int, start: int, count: int) -> Tensor:
@@ -113,7 +134,7 @@ def _masked_mean(x: Tensor, key_mask: Tensor | None) -> Tensor:
     return (x.float() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
 
 
-def _means(x: Tensor, block: int, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def block_means(x: Tensor, block: int, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Mean of the valid rows of every (sub-)block, float32 ``[B, H, n, D]``, and which blocks have a valid row.
 
     A ragged last block averages over its own rows only.

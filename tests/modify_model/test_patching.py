@@ -25,7 +25,7 @@ from modify_model import families, patch, restore, verify
 from modify_model.families import Family, Layer
 from modify_model.modify_llama import SparseLlamaAttention, set_spas_sage_attn_llama
 from modify_model.patching import Verification
-from spas_attn.selectors import MaxShare, MeanSimilarity, PeakMass, TopK
+from spas_attn.selectors import FlashPrefill, MeanSimilarity, PeakMass, TopK
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning"),
@@ -80,8 +80,8 @@ def test_patched_model_shares_projections_and_keeps_its_state_dict(make_llama):
 def test_patching_twice_keeps_modules_and_takes_what_is_named(make_llama, set_sparse):
     model = patch(make_llama(), l1=0.05, tail=None)
     inner = model.model.layers[0].self_attn.inner_attention
-    patch(model, selector=MaxShare())  # nothing is tuned yet, so nothing is lost
-    assert model.model.layers[0].self_attn.inner_attention is inner and isinstance(inner.selector, MaxShare)
+    patch(model, selector=FlashPrefill())  # nothing is tuned yet, so nothing is lost
+    assert model.model.layers[0].self_attn.inner_attention is inner and isinstance(inner.selector, FlashPrefill)
     set_sparse(model)
     tuned = inner.tuned
     patch(model)

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from spas_attn import Call
-from spas_attn.selectors import Dense, MaxShare, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK
+from spas_attn.selectors import (
+    Dense,
+    FlashPrefill,
+    FlexPrefill,
+    MeanSimilarity,
+    MInference,
+    PeakMass,
+    Selector,
+    Streaming,
+    Tokens,
+    TopK,
+    XAttention,
+)
 
 
 @dataclass
@@ -28,16 +40,24 @@ class Nearest(Selector):
 
 
 SIZES: dict[str, Any] = {"block_q": 64, "block_k": 64}
+MIXED = ("vertical_slash", "a_shape", "block_sparse", "vertical_slash")
 SELECTORS: dict[str, Selector] = {
     "MeanSimilarity": MeanSimilarity(0.7, pool=8, local=64, **SIZES),
     "MeanSimilarity, filtered": MeanSimilarity(0.6, 0.4, pool=64, local=0, block_q=64, block_k=128),
     "PeakMass": PeakMass(0.8, pool=16),
     "TopK": TopK(0.4, pool=16, local=0, block_q=128, block_k=64),
-    "MaxShare": MaxShare(0.5, local=0, **SIZES),
+    "XAttention": XAttention(0.7, stride=8, **SIZES),
+    "XAttention, stride 16": XAttention(0.8, local=100, block_q=128, block_k=64),
+    "FlashPrefill": FlashPrefill(0.5, sink_blocks=1, last_blocks=1, local=0, **SIZES),
+    "FlexPrefill": FlexPrefill(0.6, tau=0.25, min_budget=100, max_budget=300, **SIZES),
+    "FlexPrefill, vertical-slash": FlexPrefill(0.4, tau=0.0, min_budget=0, block_q=64, block_k=128),
+    "MInference": MInference(vertical_size=30, slash_size=60, **SIZES),
+    "MInference, a table": MInference(MIXED, adaptive_budget=0.2, block_q=128, block_k=64),
     "Streaming": Streaming(64, 100, **SIZES),
     "Tokens": Tokens(((0, 70), (-100, -50)), queries=False, **SIZES),
     "Dense": Dense(**SIZES),
     "Streaming | TopK": Streaming(20, 0, sink=False, **SIZES) | TopK(0.2, local=0, **SIZES),
     "a user's own": Nearest(**SIZES),
 }
+LOOKS_AT_THE_END = (FlexPrefill, MInference)  # of the prompt, by design
 every = pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS.keys())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spas_attn import BlockMask, backends, block_sparse_attention, sparse_attention
-from spas_attn.selectors import Dense, MaxShare, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK
+from spas_attn.selectors import Dense, FlashPrefill, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK
 
 CASES, PER_TEST = 320, 20
 NAMES = ["cpu", "sdpa", "reference"]
@@ -93,7 +93,7 @@ def draw(seed: int) -> Drawn:
             MeanSimilarity(chance.uniform(0, 1), chance.choice([-1.0, 0.1, 0.3]), chance.choice([8, 64]), **more),
             MeanSimilarity(per_head, 0.2 * per_head, **more),
             PeakMass(chance.uniform(0.2, 1), **more),
-            MaxShare(chance.uniform(0, 1), **more),
+            FlashPrefill(chance.uniform(0, 1), **more),
             Streaming(chance.choice([0, 50]), chance.choice([0, 80]), **more),
             Tokens(((5, 20), (-30, -2)), queries=chance.random() < 0.5, **more),
             TopK(0.3, **sizes) | Tokens(((100, 130),), **sizes),
@@ -196,7 +196,7 @@ def test_the_draws_cover_what_they_should() -> None:
         **{str(dtype): lambda d, dtype=dtype: d.q.dtype == dtype for dtype in LIMITS},
         **{
             kind.__name__: lambda d, kind=kind: isinstance(d.selector, kind)
-            for kind in (Dense, TopK, MeanSimilarity, PeakMass, MaxShare, Streaming, Tokens)
+            for kind in (Dense, TopK, MeanSimilarity, PeakMass, FlashPrefill, Streaming, Tokens)
         },
     }.items():
         assert sum(map(chosen, all_drawn)) >= 10, name

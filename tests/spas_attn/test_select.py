@@ -13,7 +13,7 @@ from torch import Tensor
 from spas_attn import BlockMask, Call
 from spas_attn.checks import per_head
 from spas_attn.select import MAX_BLOCKS, Selection, fused_serves, rule_of, run_fused, select
-from spas_attn.selectors import MaxShare, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK, Union
+from spas_attn.selectors import FlashPrefill, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK, Union
 from spas_attn.selectors.pooled import mean_row, pooled_rows, probabilities
 
 pytest.importorskip("triton")
@@ -214,8 +214,8 @@ def test_which_selectors_are_known() -> None:
     blocks = {"block_q": 64, "block_k": 64}
     heads = torch.tensor([True, False])
     for other in (
-        tokens, mean | top, PeakMass(), MaxShare(), Streaming(), Streaming() | mean, PeakMass() | Tokens((), **blocks),
-        Own(), tokens | Tokens((), dense_heads=heads) | mean,
+        tokens, mean | top, PeakMass(), FlashPrefill(), Streaming(), Streaming() | mean,
+        PeakMass() | Tokens((), **blocks), Own(), tokens | Tokens((), dense_heads=heads) | mean,
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"not {type(other).__name__}"):
             rule_of(other, call)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spas_attn import Call
-from spas_attn.selectors import Dense, MaxShare, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK, pooled
+from spas_attn.selectors import Dense, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK, pooled
 from spas_attn.selectors.mean_similarity import _self_similarity
 from spas_attn.selectors.pooled import pooled_rows
 
@@ -363,18 +363,6 @@ def test_topk_keeps_the_best() -> None:
     q[..., 0] = 1.0
     kept = select(TopK(0.6, sink=False), q, k, scale=1.0)
     assert kept[0, 0, 0].tolist() == [True, True, False, False, True]
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.6, 1.0])
-def test_max_share_keeps_what_comes_near_the_largest(alpha: float) -> None:
-    probs = torch.tensor([0.15, 0.4, 0.05, 0.1, 0.3])
-    k = torch.zeros(1, 1, 640, 16)
-    k[0, 0, :, 0] = probs.log().repeat_interleave(128)
-    q = torch.zeros(1, 1, 128, 16)
-    q[..., 0] = 1.0
-    kept = select(MaxShare(alpha, sink=False, local=0), q, k, scale=1.0)
-    assert kept[0, 0, 0].tolist() == (probs >= alpha * 0.4).tolist()
-    assert torch.equal(select(MaxShare(torch.tensor([alpha]), sink=False), q, k, scale=1.0), kept)
 
 
 @settings(max_examples=25)

@@ -1,0 +1,123 @@
+"""FlexPrefill: query-aware or vertical-slash selection, decided per head (arXiv 2502.20766)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..block_mask import blockwise
+from ..call import Call
+from ..checks import PerHead, check_range, per_head
+from .base import Selector
+from .last_queries import LastQueries, first_distance, last_queries, over_diagonals
+from .pooled import block_means, mean_row, pooled_rows, probabilities
+from .ranking import mass_before, mass_before_of_all, places
+
+
+@dataclass
+class FlexPrefill(Selector):
+    """Keeps blocks until ``gamma`` of a head's mass is reached, by the pattern that fits the head on this prompt.
+
+    The last ``block_q`` queries of the sequence stand for all of them. Where the mean of these queries, scored against
+    the means of the key blocks, tells about the same as their true attention (a Jensen-Shannon distance below ``tau``),
+    the head is query-aware: block means are scored, and all blocks of the head are ranked together, forced ones first.
+    The others are vertical-slash: the true attention of the last queries is summed in columns of ``block_k`` keys and
+    in bands of ``block_k`` distances, as many of each as reach ``gamma`` of the mass are chosen, and a block is kept
+    that lies in a chosen column or is crossed by a chosen band.
+
+    It looks at the end of the prompt by design: under causality, too, a later token may change what earlier queries
+    attend to.
+
+    Attributes:
+        gamma: mass to keep, a float or a tensor ``[Hq]``; what crosses it is kept; 1 keeps everything.
+        tau: largest distance of a query-aware head, a float or a tensor ``[Hq]``; 0 makes all heads vertical-slash.
+        min_budget, max_budget: least and most keys of a query block, in tokens, in order of the level (of equal ones
+            the first block first); forced blocks count, and are kept beyond ``max_budget`` too. A gamma of 1 knows no
+            ``max_budget``, which may be None.
+    """
+
+    gamma: PerHead = 0.95
+    tau: PerHead = 0.1
+    min_budget: int = 1024
+    max_budget: int | None = None
+    tuned: ClassVar[str] = "gamma"
+    candidates: ClassVar[tuple[float, ...]] = (
+        0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95, 0.96,
+        0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975, 0.999, 0.9995,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("gamma", self.gamma, 0, 1)
+        check_range("tau", self.tau, 0, float("inf"))
+        for name, budget in (("min_budget", self.min_budget), ("max_budget", self.max_budget)):
+            if budget is None and name == "max_budget":
+                continue
+            if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+                raise ValueError(f"{name} must be a number of tokens, 0 or more, got {budget!r}")
+        if self.max_budget is not None and self.max_budget < self.min_budget:
+            raise ValueError(f"max_budget must be at least min_budget {self.min_budget}, got {self.max_budget}")
+
+    def levels(self, call: Call) -> Tensor:
+        forced, visible = self.forced(call), self.visible(call)
+        last = last_queries(call, self.block_q)
+        probs = mean_row(probabilities(pooled_rows(self, call, min(self.block_q, self.block_k))))
+        query_aware = mass_before_of_all(probs, forced, visible)
+        tau = per_head(self.tau, call.q.shape[1], "tau", call.q.device)
+        aware = (self.distances(call, last) < tau)[..., None, None]
+        levels = torch.where(aware, query_aware, self._vertical_slash(call, last))
+        return self._within_budgets(levels, forced, visible)
+
+    def distances(self, call: Call, last: LastQueries) -> Tensor:
+        """Jensen-Shannon distances (natural logarithm) of the true and the pooled attention of the last queries, by key
+        block, float32 ``[B, Hq]``.
+        """
+        means, filled = block_means(call.k, self.block_k, call.key_mask)
+        start = torch.arange(means.shape[2], device=means.device) * self.block_k
+        seen = torch.ones_like(start, dtype=torch.bool)[None]
+        if call.is_causal:
+            position = last.position[:, None]
+            seen = start <= position
+            if call.window is not None:
+                seen = seen & (start + self.block_k > position - min(self.block_q, call.q_len) + 1 - call.window + 1)
+        if filled is not None:
+            seen = seen & filled
+        seen = seen[:, None]
+        with torch.autocast(means.device.type, enabled=False):
+            scores = last.mean.unflatten(1, (-1, call.group)) @ means.transpose(-1, -2)
+        scores = scores.flatten(1, 2) * call.scale
+        pooled = scores.masked_fill(~seen, -torch.inf).masked_fill(~seen.any(-1, keepdim=True), 0.0).softmax(-1)
+        true = blockwise(last.columns, self.block_k).sum(-1)
+        middle = (true + pooled) / 2
+        return ((_divergence(true, middle) + _divergence(pooled, middle)) / 2).clamp(min=0.0).sqrt()
+
+    def _vertical_slash(self, call: Call, last: LastQueries) -> Tensor:
+        """The lower of the masses before a block's column and before the bands that cross it, ``[B, Hq, nq, nk]``."""
+        columns = blockwise(last.columns, self.block_k).sum(-1)
+        # Bands begin at multiples of block_k, also among the negative distances that there are without causality.
+        before = first_distance(call) % self.block_k
+        count = last.diagonals.shape[-1]
+        bands = blockwise(torch.nn.functional.pad(last.diagonals, (before, 0)), self.block_k).sum(-1)
+        none = columns.new_zeros((), dtype=torch.bool)
+        by_distance = mass_before(bands, none, ~none).repeat_interleave(self.block_k, -1)[..., before : before + count]
+        by_column = mass_before(columns, none, ~none)[:, :, None]
+        return torch.minimum(by_column, over_diagonals(self, call, by_distance))
+
+    def _within_budgets(self, levels: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """Levels below every threshold for the first ``min_budget`` of a row, and 1 at least beyond ``max_budget``."""
+        least = -(-self.min_budget // self.block_k)
+        most = None if self.max_budget is None else max(1, self.max_budget // self.block_k)
+        if not least and most is None:
+            return levels
+        place = places(1.0 - levels, forced, visible)
+        if most is not None:
+            levels = torch.where(place < most, levels, levels.clamp(min=1.0))
+        return levels.masked_fill(place < least, -torch.inf)
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the last dimension in nats; 0 · log 0 is 0."""
+    return torch.where(p > 0, p * (p / q.clamp(min=1e-30)).log(), 0.0).sum(-1)
