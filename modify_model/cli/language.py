@@ -143,11 +143,21 @@ def load_model(name: str | Path, *, device: Any = None, dtype: Any = "auto") -> 
     source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(name), {})
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        options |= _unpacked() if options else {}
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
     except unreadable() as error:
         where = "cannot load the model in" if path.exists() else "no folder and no model on the hub named"
         raise ValueError(f"{where} {str(name)!r}: {one_line(error)}") from error
     return (model if getattr(model, "is_quantized", False) else model.to(device)).eval(), tokenizer
+
+
+def _unpacked() -> dict[str, Any]:
+    """Unpack the weights of a .gguf file; some versions of transformers keep them packed, which is slow."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # a version that always unpacks them
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def encode(tokenizer: Any, text: str, device: str | torch.device = "cpu") -> LongTensor:
@@ -164,15 +174,20 @@ def _beginning(tokenizer: Any) -> list[int]:
 
 
 def token_windows(
-    tokenizer: Any, source: str | Path | None, length: int, count: int, seed: int, group: str | None = None
+    tokenizer: Any,
+    source: str | Path | Sequence[str] | None,
+    length: int,
+    count: int,
+    seed: int,
+    group: str | None = None,
 ) -> list[LongTensor]:
     """`count` windows of token ids ``[1, length]``, the same for the same arguments.
 
     Args:
         tokenizer: of the model that will read them.
         source: a text file; a folder of *.txt and *.py files; or the name of a hub dataset ("name" or
-            "name:configuration", its split "train", its column "text" or "content"). None stands for the demo model's
-            held-out files in the repository, elsewhere for Python's standard library.
+            "name:configuration", its split "train", its column "text" or "content"); or a list of texts. None stands
+            for the demo model's held-out files in the repository, elsewhere for Python's standard library.
         length: tokens of a window, with a beginning-of-text token where the tokenizer puts one.
         count, seed: number of windows, and the seed of their places.
         group: "calibration" or "unseen": two halves that share no text; None for everything.
@@ -184,8 +199,12 @@ def token_windows(
         raise ValueError(f"group must be 'calibration', 'unseen' or None, got {group!r}")
     if source is None:
         source = DEMO / "heldout" if DEMO.is_dir() else sysconfig.get_path("stdlib")
-    known = Path(source).exists()
-    texts = read_texts(source, group) if known else _half(_hub_texts(str(source), length, 4 * count), group)
+    if not isinstance(source, (str, Path)):
+        texts = _half(list(source), group)
+    elif Path(source).exists():
+        texts = read_texts(source, group)
+    else:
+        texts = _half(_hub_texts(str(source), length, 4 * count), group)
     begin = _beginning(tokenizer)
     if type(tokenizer).__name__ == "ByT5Tokenizer":  # a token is a byte: whole lines, as the demo model was trained
         data = windows(lambda index: texts[index].encode(), len(texts), length, count, seed)
