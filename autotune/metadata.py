@@ -35,7 +35,9 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
     lengths = [length for t in tuned.values() for length in t.lengths or ()]
     head_dims = {module.head_dim for module in modules.values()}
     checked = next(iter(tuned.values())).bounds or (module.l1, module.pv_l1, module.tail)
-    replaced = (module.selector.tuned, "sim_threshold")  # their values are the tensors
+    # Their values are the tensors; but where a field may be None, it has to say that it was a number (MInference).
+    names, kind = (module.selector.tuned, "sim_threshold"), type(module.selector)
+    replaced = [name for name in names if getattr(kind, name, None) is not None]
     return {
         "format": FORMAT,
         "model_class": _model_class(model),
