@@ -35,7 +35,7 @@ def joint_attention(
     if not isinstance(inner, SparseAttention) or inner.mode == "dense":
         return attend(q, k, v, engine, repeats)
     if repeats != 1:
-        if not scheduled():
+        if inner.mode == "sparse" and not scheduled():
             count_dense_call(MERGED)
         return attend(q, k, v, engine, repeats)
     return inner(
