@@ -67,15 +67,20 @@ class FlexPrefill(Selector):
         probs = mean_row(probabilities(pooled_rows(self, call, min(self.block_q, self.block_k))))
         query_aware = mass_before_of_all(probs, forced, visible)
         tau = per_head(self.tau, call.q.shape[1], "tau", call.q.device)
-        aware = (self.distances(call, last) < tau)[..., None, None]
-        levels = torch.where(aware, query_aware, self._vertical_slash(call, last))
-        return self._within_budgets(levels, forced, visible)
+        aware = self.distances(call, last, *block_means(call.k, self.block_k, call.key_mask)) < tau
+        by_column, by_distance = self.lines(call, last)
+        crossed = torch.minimum(by_column[:, :, None], over_diagonals(self, call, by_distance))
+        return self._within_budgets(torch.where(aware[..., None, None], query_aware, crossed), forced, visible)
 
-    def distances(self, call: Call, last: LastQueries) -> Tensor:
+    def distances(self, call: Call, last: LastQueries, means: Tensor, filled: Tensor | None) -> Tensor:
         """Jensen-Shannon distances (natural logarithm) of the true and the pooled attention of the last queries, by key
         block, float32 ``[B, Hq]``.
+
+        Args:
+            call, last: the call, and what its last ``block_q`` queries attend to.
+            means: ``[B, Hkv, nk, D]`` of the key blocks.
+            filled: key blocks that hold more than padding, bool ``[B, nk]``, or None for all.
         """
-        means, filled = block_means(call.k, self.block_k, call.key_mask)
         start = torch.arange(means.shape[2], device=means.device) * self.block_k
         seen = torch.ones_like(start, dtype=torch.bool)[None]
         if call.is_causal:
@@ -94,8 +99,8 @@ class FlexPrefill(Selector):
         middle = (true + pooled) / 2
         return ((_divergence(true, middle) + _divergence(pooled, middle)) / 2).clamp(min=0.0).sqrt()
 
-    def _vertical_slash(self, call: Call, last: LastQueries) -> Tensor:
-        """The lower of the masses before a block's column and before the bands that cross it, ``[B, Hq, nq, nk]``."""
+    def lines(self, call: Call, last: LastQueries) -> tuple[Tensor, Tensor]:
+        """The mass before each column ``[B, Hq, nk]``, and before the band of each distance ``[B, Hq, distances]``."""
         columns = blockwise(last.columns, self.block_k).sum(-1)
         # Bands begin at multiples of block_k, also among the negative distances that there are without causality.
         before = first_distance(call) % self.block_k
@@ -103,13 +108,17 @@ class FlexPrefill(Selector):
         bands = blockwise(torch.nn.functional.pad(last.diagonals, (before, 0)), self.block_k).sum(-1)
         none = columns.new_zeros((), dtype=torch.bool)
         by_distance = mass_before(bands, none, ~none).repeat_interleave(self.block_k, -1)[..., before : before + count]
-        by_column = mass_before(columns, none, ~none)[:, :, None]
-        return torch.minimum(by_column, over_diagonals(self, call, by_distance))
+        return mass_before(columns, none, ~none), by_distance
+
+    @property
+    def budgets(self) -> tuple[int, int | None]:
+        """Least and most blocks of a row."""
+        most = None if self.max_budget is None else max(1, self.max_budget // self.block_k)
+        return -(-self.min_budget // self.block_k), most
 
     def _within_budgets(self, levels: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
         """Levels below every threshold for the first ``min_budget`` of a row, and 1 at least beyond ``max_budget``."""
-        least = -(-self.min_budget // self.block_k)
-        most = None if self.max_budget is None else max(1, self.max_budget // self.block_k)
+        least, most = self.budgets
         if not least and most is None:
             return levels
         place = places(1.0 - levels, forced, visible)

@@ -53,15 +53,9 @@ def last_queries(call: Call, count: int) -> LastQueries:
     Chunks of queries bound the memory; sums run in a fixed order.
     """
     batch, heads, q_len, dim = call.q.shape
-    device, key_mask, query_mask = call.q.device, call.key_mask, call.query_mask()
-    count = min(count, q_len)
-    index = last_query(call)[:, None] - count + 1 + torch.arange(count, device=device)  # [B or 1, count]
-    counted = index >= 0
-    index = index.clamp(min=0).expand(batch, -1)
-    if query_mask is not None:
-        counted = counted & query_mask.gather(1, index)
-    weight = counted.float() / counted.sum(-1, keepdim=True).clamp(min=1)  # [B or 1, count]
-    queries = call.q.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim)).float()
+    device, key_mask = call.q.device, call.key_mask
+    index, weight, queries = last_rows(call, count)
+    count = queries.shape[2]
     keys = call.k.float().transpose(-1, -2)
     key = torch.arange(call.k_len, device=device)
     first = first_distance(call)
@@ -90,29 +84,56 @@ def last_queries(call: Call, count: int) -> LastQueries:
     return LastQueries(columns, diagonals, mean, last_query(call) + call.offset)
 
 
+def last_rows(call: Call, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The last ``count`` queries that are no padding, or all where there are fewer.
+
+    Returns:
+        Indices int64 ``[B, count]``, weights float32 ``[B or 1, count]`` that make a mean of those that count, and the
+        queries, float32 ``[B, Hq, count, D]``.
+    """
+    batch, heads, q_len, dim = call.q.shape
+    query_mask = call.query_mask()
+    count = min(count, q_len)
+    index = last_query(call)[:, None] - count + 1 + torch.arange(count, device=call.q.device)  # [B or 1, count]
+    counted = index >= 0
+    index = index.clamp(min=0).expand(batch, -1)
+    if query_mask is not None:
+        counted = counted & query_mask.gather(1, index)
+    weight = counted.float() / counted.sum(-1, keepdim=True).clamp(min=1)
+    return index, weight, call.q.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim)).float()
+
+
 def over_columns(selector: Selector, columns: Tensor) -> Tensor:
     """The lowest of the values ``[B, Hq, Lk]`` of the keys in each key block, ``[B, Hq, 1, nk]``."""
     return blockwise(columns, selector.block_k, value=torch.inf).amin(-1)[:, :, None]
 
 
 def over_diagonals(selector: Selector, call: Call, diagonals: Tensor) -> Tensor:
-    """The lowest of the values ``[B, Hq, distances]`` of the diagonals that cross each block, ``[B, Hq, nq, nk]``.
+    """The lowest of the values ``[B, Hq, distances]`` of the diagonals that cross each block, ``[B, Hq, nq, nk]``."""
+    block_q, block_k = selector.block_q, selector.block_k
+    nq, nk = cdiv(call.q_len, block_q), cdiv(call.k_len, block_k)
+    rows = torch.arange(nq, device=diagonals.device)[:, None] * block_q
+    start = rows + (nk - 1 - torch.arange(nk, device=diagonals.device)) * block_k
+    return lowest_across(selector, call, diagonals)[..., start // min(block_q, block_k)]
+
+
+def lowest_across(selector: Selector, call: Call, diagonals: Tensor) -> Tensor:
+    """The lowest of the values ``[B, Hq, distances]`` of the diagonals across blocks, by the place of a block.
 
     Ragged last blocks count as whole ones; a block that no diagonal crosses has a value above all others.
+
+    Returns:
+        ``[B, Hq, places]``; block (i, j) has the place (i·block_q + (nk - 1 - j)·block_k) / min(block_q, block_k).
     """
     block_q, block_k = selector.block_q, selector.block_k
     nq, nk = cdiv(call.q_len, block_q), cdiv(call.k_len, block_k)
-    step = min(block_q, block_k)
     # Block (i, j) is crossed by the distances from i·block_q + offset - (j + 1)·block_k + 1 on, block_q + block_k - 1
     # of them; `lowest` is the first one of block (0, nk - 1).
     lowest = call.offset - nk * block_k + 1
     before = first_distance(call) - lowest
     length = nq * block_q + nk * block_k - 1
     values = torch.nn.functional.pad(diagonals, (before, length - before - diagonals.shape[-1]), value=_HIDDEN)
-    lowest_of = -torch.nn.functional.max_pool1d(-values, block_q + block_k - 1, step)
-    rows = torch.arange(nq, device=values.device)[:, None] * block_q
-    start = rows + (nk - 1 - torch.arange(nk, device=values.device)) * block_k
-    return lowest_of[..., start // step]
+    return -torch.nn.functional.max_pool1d(-values, block_q + block_k - 1, min(block_q, block_k))
 
 
 def _seen(call: Call, key: Tensor, position: Tensor) -> Tensor:

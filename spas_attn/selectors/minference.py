@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..call import Call
 from ..checks import PerHead, check_range, per_head
 from .base import Selector, first_key
-from .last_queries import first_distance, last_queries, over_columns, over_diagonals
+from .last_queries import LastQueries, first_distance, last_queries, over_columns, over_diagonals
 from .pooled import mean_row, pooled_rows, probabilities
 from .ranking import places
 
@@ -71,26 +70,40 @@ class MInference(Selector):
 
     def levels(self, call: Call) -> Tensor:
         heads, device = call.q.shape[1], call.q.device
-        patterns = (self.pattern,) * heads if isinstance(self.pattern, str) else self.pattern
-        if len(patterns) != heads:
-            raise ValueError(f"pattern must be one name or a tuple of {heads}, got {len(patterns)} names")
+        patterns = self.patterns(heads)
         if set(patterns) == {"block_sparse"}:
             return self._block_sparse(call)
-        levels = self._lines(call, patterns)
+        last = None if set(patterns) == {"a_shape"} else last_queries(call, LAST_QUERIES)
+        by_column, by_distance = self.lines(call, patterns, last)
+        levels = torch.minimum(by_column[:, :, None], over_diagonals(self, call, by_distance))
         if "block_sparse" not in patterns:
             return levels
         return torch.where(_heads_with("block_sparse", patterns, device), self._block_sparse(call), levels)
 
-    def _lines(self, call: Call, patterns: tuple[str, ...]) -> Tensor:
-        """Levels of heads whose pattern is made of keys and diagonals, ``[B, Hq, nq, nk]``."""
+    def patterns(self, heads: int) -> tuple[str, ...]:
+        """The pattern of every query head."""
+        patterns = (self.pattern,) * heads if isinstance(self.pattern, str) else self.pattern
+        if len(patterns) != heads:
+            raise ValueError(f"pattern must be one name or a tuple of {heads}, got {len(patterns)} names")
+        return patterns
+
+    def lines(self, call: Call, patterns: tuple[str, ...], last: LastQueries | None) -> tuple[Tensor, Tensor]:
+        """Levels of heads whose pattern is made of keys and diagonals.
+
+        Args:
+            call, patterns: the call, and the pattern of every query head.
+            last: what the last ``LAST_QUERIES`` queries attend to; None if no head asks for it.
+
+        Returns:
+            float32 ``[B, Hq, nk]``, the lowest of the keys of each block, and ``[B, Hq, distances]``.
+        """
         device = call.q.device
         key = torch.arange(call.k_len, device=device) - first_key(call)[:, None]  # [B or 1, Lk]
         first = first_distance(call)
         distance = torch.arange(first, call.q_len + call.offset, device=device).abs()
         columns = key.float().masked_fill(key < 0, call.k_len)[:, None].expand(*call.q.shape[:2], -1)
         diagonals = distance.float().expand(*call.q.shape[:2], -1)
-        if set(patterns) != {"a_shape"}:
-            last = last_queries(call, LAST_QUERIES)
+        if last is not None:
             given = _heads_with("a_shape", patterns, device)[..., 0]
             held = torch.ones_like(key, dtype=torch.bool) if call.key_mask is None else call.key_mask
             begins = ((key >= 0) & (key < FORCED_COLUMNS))[:, None]
@@ -102,7 +115,7 @@ class MInference(Selector):
             diagonals = torch.where(given, diagonals, places(nearness, near, every))
         by_column = self._by_place(call, columns, self.vertical_size, "vertical_size", LEAST_COLUMNS, VERTICAL_SHARE)
         by_distance = self._by_place(call, diagonals, self.slash_size, "slash_size", LEAST_DIAGONALS, SLASH_SHARE)
-        return torch.minimum(over_columns(self, by_column), over_diagonals(self, call, by_distance))
+        return over_columns(self, by_column)[:, :, 0], by_distance
 
     def _by_place(self, call: Call, place: Tensor, size: PerHead, name: str, least: int, share: float) -> Tensor:
         """Levels of the keys or diagonals ``[B, Hq, n]`` at these places of a ranking."""
@@ -129,7 +142,7 @@ class MInference(Selector):
         return call.key_mask.sum(-1).clamp(min=1).float()[:, None, None]
 
 
-@functools.lru_cache(maxsize=1024)
 def _heads_with(pattern: str, patterns: tuple[str, ...], device: torch.device) -> Tensor:
-    """Heads of a pattern, bool ``[Hq, 1, 1]``; kept, because a copy to a device waits for it."""
-    return torch.tensor([name == pattern for name in patterns], device=device)[:, None, None]
+    """Heads of a pattern, bool ``[Hq, 1, 1]``; the copy to the device waits for nothing there."""
+    chosen = torch.tensor([name == pattern for name in patterns])
+    return chosen.to(device, non_blocking=True)[:, None, None]

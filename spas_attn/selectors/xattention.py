@@ -21,8 +21,8 @@ class XAttention(Selector):
     """Keeps the key blocks of most antidiagonal mass until it reaches ``threshold``.
 
     Queries and keys are taken in groups of ``stride`` tokens. The score of a query group i and a key group j is the
-    mean of q·k along the antidiagonal of their tile, which meets every vertical and every diagonal line that crosses
-    it, at 1/stride of the cost of QKᵀ::
+    mean of q·k along the antidiagonal of their tile, which meets every vertical line and every diagonal of odd distance
+    that crosses it, at 1/stride of the cost of QKᵀ::
 
         s[i, j] = scale / stride · Σ_r q[i·stride + stride − 1 − r] · k[j·stride + r]
 
@@ -37,6 +37,7 @@ class XAttention(Selector):
 
     threshold: PerHead = 0.9
     stride: int = 16
+    packs: ClassVar[bool] = True
     tuned: ClassVar[str] = "threshold"
     candidates: ClassVar[tuple[float, ...]] = (
         0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95, 0.96,
@@ -50,12 +51,14 @@ class XAttention(Selector):
 
     def levels(self, call: Call) -> Tensor:
         filled = None
-        k = call.k
+        q, k = call.q, call.k
         if call.key_mask is not None:
             k = k.masked_fill(~call.key_mask[:, None, :, None], 0.0)
             filled = _groups(call.key_mask[:, None, :, None], self.stride).any(-1)[:, 0]
+            if call.document_start is not None:
+                q = q.masked_fill(~call.key_mask[:, None, :, None], 0.0)
         # Reversed within each group, the antidiagonal sum is one product of vectors of stride · D.
-        queries = _groups(call.q, self.stride).unflatten(-1, (self.stride, -1)).flip(-2).flatten(-2)
+        queries = _groups(q, self.stride).unflatten(-1, (self.stride, -1)).flip(-2).flatten(-2)
         keys = _groups(k, self.stride)
         rows = fine_rows(self, call, queries, keys, filled, self.stride, call.scale / self.stride)
         return mass_before(mean_row(probabilities(rows)), self.forced(call), self.visible(call))
