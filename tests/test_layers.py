@@ -24,6 +24,11 @@ INSIDE = {
     "cost_model": GROUND | {"call"},
     "plan": GROUND | {"call", "selectors", "select", "backends", "cost_model"},
     "attention": GROUND | {"call", "selectors", "select", "backends", "cost_model", "plan"},
+    "efficient": GROUND | {"call", "selectors", "backends", "plan", "attention", "efficient"},
+    "efficient_attention": GROUND | {"selectors", "efficient"},
+    "prefill": GROUND | {"call", "selectors", "attention"},
+    "published": {"selectors"},
+    "choose": {"cost_model", "call"},
     "measure": GROUND | {"call", "selectors", "select", "backends", "cost_model", "plan", "attention"},
 }
 FILES = {

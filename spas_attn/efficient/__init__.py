@@ -1,0 +1,1 @@
+"""What EfficientAttention is made of: masks, ways of computing, memory, and the choice between them."""
