@@ -75,10 +75,10 @@ METHODS: dict[str, Method] = {
 }
 
 
-def install(model: nn.Module, selector: Selector) -> None:
-    """Run the model with a selector as it is, on the sparse kernels at any length."""
+def install(model: nn.Module, selector: Selector, backend: str | None = None) -> None:
+    """Run the model with a selector as it is; by default on the sparse kernels whatever the length."""
     restore(model)
-    patch(model, selector=selector, backend=sparse_backend(next(model.parameters()).device))
+    patch(model, selector=selector, backend=backend or sparse_backend(next(model.parameters()).device))
     for module in sparse_modules(model).values():
         heads = module.heads
         threshold = 0.0 if selector.threshold is None else selector.threshold
