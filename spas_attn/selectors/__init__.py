@@ -7,6 +7,7 @@ from .flex_prefill import FlexPrefill
 from .mean_similarity import MeanSimilarity
 from .minference import MInference
 from .peak_mass import PeakMass
+from .row_share import RowShare
 from .streaming import Streaming
 from .tokens import Tokens
 from .topk import TopK
@@ -19,6 +20,7 @@ __all__ = [
     "MInference",
     "MeanSimilarity",
     "PeakMass",
+    "RowShare",
     "Selector",
     "Streaming",
     "Tokens",
