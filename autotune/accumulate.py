@@ -241,7 +241,7 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
         The name of the backend that computed everything.
     """
     selector, pv = module.serving(call)
-    exact = backends.get("sdpa").run(call.replace(q=call.q.float(), k=call.k.float(), v=call.v.float()))
+    exact = backends.get("sdpa").compute(call.replace(q=call.q.float(), k=call.k.float(), v=call.v.float()))
     tuned, backend = module.tuned, module.backend
     assert tuned is not None
     asked = call.replace(pv_threshold=pv, expected_density=tuned.expected_density)

@@ -137,6 +137,8 @@ class SparseAttention(nn.Module):
         scale: float,
         attn_mask: Tensor | None = None,
         window: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        sinks: Tensor | None = None,
         text: Ranges = (),
         scheduled: bool = False,
     ) -> Tensor:
@@ -148,6 +150,9 @@ class SparseAttention(nn.Module):
             dense: runs the model's original attention and returns ``[B, Hq, Lq, D]``.
             is_causal, scale, window: as in :func:`spas_attn.sparse_attention`.
             attn_mask: bool key padding ``[B, Lk]`` or None; a 4-D mask runs dense, counted.
+            cu_seqlens: int32 ``[n + 1]``, bounds of packed sequences among queries and keys alike (a batch of 1); a
+                calibration watches each of them as a call of its own.
+            sinks: ``[Hq]``, logits of attention sinks, which the model's own attention has too.
             text: (start, stop) of text tokens among queries and keys; their blocks are kept (see ``text_sink``).
             scheduled: run this call dense whatever the mode, unwatched by a calibration (dense steps); an argument,
                 because threads share the module.
@@ -157,13 +162,17 @@ class SparseAttention(nn.Module):
             what ``dense`` returns.
         """
         unfit = SCHEDULED if scheduled else self._unfit(q, attn_mask)
-        options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, text=text)
+        options = dict(
+            attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, text=text, sinks=sinks,
+            cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+        )  # fmt: skip
         if self.mode == "sparse" and unfit is None and not (self.always_dense or self._in_force().all_dense):
             return self._sparse(self._call(q, k, v, **options))
         out = dense()
         if self.mode == "tune" and self.observer is not None:
             with torch.no_grad():
-                self.observer(unfit or self._call(q, k, v, **options))
+                for seen in [unfit] if unfit else self._call(q, k, v, **options).split():
+                    self.observer(SHORT if isinstance(seen, Call) and seen.q_len < self.selector.block_q else seen)
         if self.record_density and unfit != SHORT:
             self._record(None, q.device)
         return out
@@ -222,7 +231,8 @@ class SparseAttention(nn.Module):
 
     def _check_length(self, call: Call, lengths: tuple[int, int] | None) -> None:
         """Warn, once for each direction, when there are over twice as many keys, or under half, as calibrated."""
-        if lengths is None or torch.compiler.is_compiling():
+        # The lengths of packed sequences are known to the device only.
+        if lengths is None or call.cu_seqlens_q is not None or torch.compiler.is_compiling():
             return
         far = "long" if call.k_len > 2 * lengths[1] else "short" if 2 * call.k_len < lengths[0] else None
         if far is None or far in self._warned:

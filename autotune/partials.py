@@ -3,10 +3,10 @@
 For one query block, the softmax mass and the weighted values of every key block are computed once ("partials"). The
 output of any selection of blocks is then a 0/1 combination of them: with M [candidates, key blocks] the kept blocks,
 
-    output(M) = (M @ values) / (M @ mass),
+    output(M) = (M @ values) / (M @ mass + sink),
 
-so all heads and all thresholds come from one dense attention and one small matrix product, instead of one attention
-per candidate.
+where the sink is that of models that have one (``Call.sinks``), else 0. So all heads and all thresholds come from one
+dense attention and one small matrix product, instead of one attention per candidate.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Partials:
         peak: ``[B, H, nk, rows]``, largest score of the row in the block, in log2 units (-inf: nothing visible).
         exact: ``[B, H, rows, D]``, the output over all blocks; 0 where nothing is visible.
         valid: bool ``[B, H, rows]``, rows that see something and are no padding themselves.
+        sink: ``[B, H, rows]``, exp(sink - row maximum) of an attention sink, or None.
     """
 
     mass: Tensor
@@ -42,6 +43,7 @@ class Partials:
     peak: Tensor
     exact: Tensor
     valid: Tensor
+    sink: Tensor | None = None
 
     def errors(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_d |output - exact| of every query under every candidate, and Σ_d |exact|.
@@ -57,7 +59,10 @@ class Partials:
         differences = []
         for weights in kept.float().split(_CANDIDATES, dim=2):
             # Where no mass is kept the values are 0 too, and so is the output.
-            mass = (weights @ self.mass).clamp_(min=1e-37)
+            mass = weights @ self.mass
+            if self.sink is not None:
+                mass += self.sink[:, :, None]
+            mass = mass.clamp_(min=1e-37)
             out = (weights @ values).unflatten(-1, (rows, dim))
             differences.append(out.div_(mass[..., None]).sub_(self.exact[:, :, None]).abs_().sum(-1))
         difference = torch.cat(differences, 2) * self.valid[:, :, None]
@@ -113,12 +118,17 @@ def _partials(call: Call, keys: Tensor, values: Tensor, heads: slice, rows: slic
     value = value.unflatten(3, (group, count)).transpose(2, 3).flatten(1, 2)  # [B, H, nk, rows, D]
     mass, peak = mass.flatten(1, 2), peak.flatten(1, 2)
     total = mass.sum(2)
-    exact = torch.where(total[..., None] > 0, value.sum(2) / total.clamp(min=1e-37)[..., None], 0.0)
     valid = total > 0
+    sink = None
+    if call.sinks is not None:
+        logits = call.sinks.to(top.device)[heads, None] * _LOG2E
+        sink = torch.exp2(logits - top.flatten(1, 2)[:, :, 0]).clamp(max=3e38).masked_fill(~valid, 0.0)
+        total = total + sink
+    exact = torch.where(valid[..., None], value.sum(2) / total.clamp(min=1e-37)[..., None], 0.0)
     queries = call.query_mask()
     if queries is not None:
         valid = valid & queries[:, None, rows]
-    return Partials(mass, value, peak, exact, valid)
+    return Partials(mass, value, peak, exact, valid, sink)
 
 
 def _seen(call: Call, rows: slice, nk: int, block_k: int) -> Tensor | None:

@@ -106,7 +106,7 @@ class Reservoir:
 def _to_host(call: Call) -> Call:
     move = {name: getattr(call, name).detach().cpu().clone() for name in ("q", "k", "v")}
     mask = None if call.attn_mask is None else call.attn_mask.cpu().clone()
-    return call.replace(**move, attn_mask=mask)
+    return call.replace(**move, attn_mask=mask, sinks=None if call.sinks is None else call.sinks.detach().cpu().clone())
 
 
 def _separable(call: Call, selector: Selector) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import backends
 from .block_mask import BlockMask
 from .call import Call, CallOptions
-from .plan import AUTOMATIC, Plan, count_fallback, plan, resolve_precision
+from .plan import AUTOMATIC, Plan, count_fallback, plan, resolve_precision, wants_gradients
 from .select import select
 from .selectors import Dense, Selector
 
@@ -35,12 +35,21 @@ class AttentionStats:
     Attributes:
         plan: how it ran.
         call: the call.
-        mask: the blocks that were computed, None for a dense call (density 1).
+        computed: the blocks that were computed, None for a dense call (density 1); of packed sequences that ran as one
+            call, those of that call.
     """
 
     plan: Plan
     call: Call
-    mask: BlockMask | None
+    computed: BlockMask | None
+
+    @property
+    def mask(self) -> BlockMask | None:
+        """The blocks that were computed, as a mask for :func:`block_sparse_attention`; None for a dense call."""
+        mask, cu_seqlens = self.computed, self.call.cu_seqlens_q
+        if mask is None or cu_seqlens is None or mask.cu_seqlens_q is not None:
+            return mask
+        return mask.packed(cu_seqlens, self.call.q_len)
 
     @property
     def backend(self) -> str:
@@ -53,9 +62,10 @@ class AttentionStats:
 
         Computed when it is asked for: it costs a pass over the grid of blocks, which a call need not pay.
         """
-        if self.mask is None:
+        mask = self.mask
+        if mask is None:
             return torch.ones(self.call.q.shape[:2], device=self.call.q.device)
-        return self.mask.density(self.call.is_causal, self.call.window)
+        return mask.density(self.call.is_causal, self.call.window)
 
 
 # fmt: off
@@ -90,8 +100,8 @@ def sparse_attention(
         return_stats: also return :class:`AttentionStats`.
         backend: a name, or "auto".
         strict: raise instead of falling back to dense attention.
-        options: is_causal, scale, attn_mask, window, layout, cu_seqlens_q, cu_seqlens_k, pv_threshold, precision,
-            error_bound, expected_density, as :class:`spas_attn.call.CallOptions` documents them.
+        options: is_causal, scale, attn_mask, window, layout, cu_seqlens_q, cu_seqlens_k, sinks, pv_threshold,
+            precision, error_bound, expected_density, as :class:`spas_attn.call.CallOptions` documents them.
 
     Returns:
         The output in q's shape, dtype, layout and device; a query with no visible key gives 0.
@@ -134,8 +144,9 @@ def block_sparse_attention(
 
     A packed mask brings its own ``cu_seqlens``. An output never depends on later tokens under ``is_causal``.
     With ``return_lse``, also the natural log of the sum of each query's exponentials, float32 ``[B, Hq, Lq]`` (-inf
-    for a query that sees nothing), with which partial results can be merged; PV skip is then left out. Backends
-    `triton` and `reference` tell it.
+    for a query that sees nothing), with which partial results can be merged; PV skip is then left out. With ``sinks``
+    the sum has the sink's exponential in it, as the output's denominator has: of partial results to be merged, one
+    takes the sinks. Backends `triton`, `cpu`, `sdpa` and `reference` tell it.
     """
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
@@ -146,8 +157,7 @@ def block_sparse_attention(
     lse = None
     if return_lse:
         with torch.autocast(q.device.type, enabled=False):
-            pairs = [_run_with_lse(part, backend) for part in call.split()]
-        out, lse = (torch.cat(parts, dim=2) for parts in zip(*pairs, strict=True))
+            out, lse = _attend_with_lse(call, backend)
     else:
         out, _ = attend(call, backend=backend, strict=strict)
     out = out.transpose(1, 2) if options.get("layout") == "NHD" else out
@@ -165,11 +175,15 @@ def explain(
 ) -> Plan:
     """Which backend :func:`sparse_attention` would use for such a call, and why; computes nothing.
 
-    Without a selector the call is a dense one; of packed sequences the first one speaks for all.
+    Without a selector the call is a dense one; of packed sequences that do not run as one call the first one speaks for
+    all.
     """
     if selector is not None and not isinstance(selector, Selector):
         raise TypeError(f"selector must be a Selector or None, got {type(selector).__name__}")
-    return plan(_with_density(Call.make(q, k, v, **options), selector).split()[0], selector, backend)
+    call = _with_density(Call.make(q, k, v, **options), selector)
+    with torch.autocast(q.device.type, enabled=False):
+        together = _together(call, selector, backend)
+    return plan(call.split()[0], selector, backend) if together is None else together.plan
 
 
 def attend(
@@ -186,6 +200,9 @@ def attend(
 def _attend(call: Call, selector: Selector | None, backend: str, strict: bool) -> tuple[Tensor, AttentionStats]:
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
         return _attend_one(call, selector, backend, strict)
+    together = _together(call, selector, backend)
+    if together is not None:
+        return _attend_together(together, call)
     parts = [_attend_one(part, selector, backend, strict) for part in call.split()]
     all_stats = [stats for _, stats in parts]
     mask = None
@@ -193,6 +210,57 @@ def _attend(call: Call, selector: Selector | None, backend: str, strict: bool) -
         masks = [stats.mask or _every_block(stats.call, selector) for stats in all_stats]
         mask = BlockMask.pack(masks, call.cu_seqlens_q, call.cu_seqlens_k)
     return torch.cat([out for out, _ in parts], dim=2), AttentionStats(all_stats[0].plan, call, mask)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Packed sequences as one call.
+
+    Attributes:
+        plan: how it runs.
+        call: with what is to be selected from (``Call.aligned``), and its blocks where they are known.
+        selector: what selects them, where they are not.
+        place: row of every token, int64 ``[total]``.
+    """
+
+    plan: Plan
+    call: Call
+    selector: Selector | None
+    place: Tensor
+
+
+def _together(call: Call, selector: Selector | None, backend: str) -> _Together | None:
+    """Packed sequences as one call, or None where they have to run one by one.
+
+    That is: anything but causal self-attention; a selector that speaks of the whole sequence; gradients and whatever
+    else needs dense attention, which would compute all pairs of sequences; and 8 bits, whose scales and means would
+    be taken over several sequences.
+    """
+    if not call.is_self_packed or wants_gradients(call) or resolve_precision(call) != "native":
+        return None
+    if selector is not None and not selector.fits_packing:
+        return None
+    aligned, place = call.aligned()
+    if aligned.mask is None and (selector is None or isinstance(selector, Dense)):
+        aligned = aligned.replace(mask=(selector or Dense()).mask_of(aligned))
+    chosen = plan(_unpadded(aligned), selector, backend)
+    if chosen.fallback is not None or not backends.get(chosen.backend).skips_blocks:
+        return None
+    return _Together(chosen, aligned, selector, place)
+
+
+def _unpadded(aligned: Call) -> Call:
+    """An aligned call for a backend: gaps come after all queries of their sequence, so that causality hides them."""
+    return aligned.replace(attn_mask=None)
+
+
+def _attend_together(together: _Together, call: Call) -> tuple[Tensor, AttentionStats]:
+    aligned = together.call.replace(precision=together.plan.precision)
+    if together.plan.selects:
+        assert together.selector is not None
+        aligned = aligned.replace(mask=select(together.selector, aligned).mask)
+    out = backends.get(together.plan.backend).compute(_unpadded(aligned))
+    return out.index_select(2, together.place), AttentionStats(together.plan, call, aligned.mask)
 
 
 def _attend_one(call: Call, selector: Selector | None, backend: str, strict: bool) -> tuple[Tensor, AttentionStats]:
@@ -209,7 +277,13 @@ def _attend_one(call: Call, selector: Selector | None, backend: str, strict: boo
         if strict:
             raise RuntimeError(f"strict=True, and the call cannot be served as asked: {chosen.fallback}")
         count_fallback(chosen.fallback)
-    return runner.run(call), AttentionStats(chosen, call, call.mask)
+    return runner.compute(call), AttentionStats(chosen, call, call.mask)
+
+
+def _attend_with_lse(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    pairs = [_run_with_lse(part, backend) for part in call.split()]
+    out, lse = (torch.cat(parts, dim=2) for parts in zip(*pairs, strict=True))
+    return out, lse
 
 
 def _run_with_lse(call: Call, backend: str) -> tuple[Tensor, Tensor]:
@@ -222,9 +296,9 @@ def _run_with_lse(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     why = None
     for name in [name for name in order if name in tellers] if backend == "auto" else [backend]:
         chosen = backends.get(name)
-        why = chosen.missing() or chosen.declines(call)
-        if why is None and chosen.run_with_lse is not None:
-            return chosen.run_with_lse(call)
+        why = chosen.why_not(call)
+        if why is None:
+            return chosen.compute_with_lse(call)
     raise ValueError(f"return_lse: the call cannot be served as asked: {why}")
 
 

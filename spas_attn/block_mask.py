@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import packing
+
 BLOCK_SIZES = (64, 128)
 
 
@@ -61,7 +63,8 @@ class BlockMask:
 
     Block i covers rows ``i * block`` onwards, from row 0, whatever the lengths are; last blocks may be ragged.
     With ``cu_seqlens`` (packed sequences, batch 1) the grids restart at each sequence: query blocks of all sequences
-    stand one after the other, and indices count from the first key block of their own sequence.
+    stand one after the other, and indices count from the first key block of their own sequence. Spare rows may follow
+    the last sequence: how many rows there are is known on the device only.
 
     Attributes:
         counts: int32 ``[B, Hq, nq]``, number of kept key blocks.
@@ -127,9 +130,9 @@ class BlockMask:
             raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have one length, got {ends[0]} and {ends[1]}")
         rows = sum(cdiv(b - a, self.block_q) for a, b in zip(ends[0][:-1], ends[0][1:], strict=True))
         columns = max(cdiv(b - a, self.block_k) for a, b in zip(ends[1][:-1], ends[1][1:], strict=True))
-        if self.indices.shape[2] != rows or self.indices.shape[3] < columns:
+        if self.indices.shape[2] < rows or self.indices.shape[3] < columns:
             raise ValueError(
-                f"these packed sequences make {rows} rows of up to {columns} blocks, but indices have "
+                f"these packed sequences make at least {rows} rows of up to {columns} blocks, but indices have "
                 f"{tuple(self.indices.shape[2:])}"
             )
 
@@ -178,15 +181,16 @@ class BlockMask:
         """Kept blocks over the blocks that dense (causal) attention would compute; sparsity is 1 - density.
 
         Returns:
-            float32 ``[B, Hq]``, without a host synchronisation (packed sequences excepted).
+            float32 ``[B, Hq]``, without a host synchronisation (but of packed cross-attention).
         """
-        if self.cu_seqlens_q is not None:
-            parts = self.split()
-            kept = sum(part._visible_counts(is_causal, window)[0] for part in parts)
-            possible = sum(part._visible_counts(is_causal, window)[1] for part in parts)
+        if is_causal and self.cu_seqlens_q is not None and self.cu_seqlens_q is self.cu_seqlens_k:
+            kept, possible = self._packed_counts(self.cu_seqlens_q.to(self.counts.device), window)
+        elif self.cu_seqlens_q is not None:
+            pairs = [part._visible_counts(is_causal, window) for part in self.split()]
+            kept, possible = (torch.stack(counts).sum(0) for counts in zip(*pairs, strict=True))
         else:
             kept, possible = self._visible_counts(is_causal, window)
-        return torch.as_tensor(kept).float() / torch.as_tensor(possible).clamp(min=1)
+        return kept.float() / possible.clamp(min=1)
 
     def _visible_counts(self, is_causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
         visible = visible_blocks(
@@ -200,6 +204,37 @@ class BlockMask:
         )
         kept = self.counts.sum(-1) if not is_causal else (self.to_dense() & visible).sum((-1, -2))
         return kept, visible.sum()
+
+    def _packed_counts(self, cu_seqlens: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """:meth:`_visible_counts` of causal self-attention, summed over the sequences on their device."""
+        nk = self.indices.shape[-1]
+        rows = packing.packed_rows(cu_seqlens, self.indices.shape[2], self.block_q)
+        first_q = rows.block * self.block_q
+        end = (torch.minimum(first_q + self.block_q, rows.length) + self.block_k - 1) // self.block_k
+        begin = torch.zeros_like(end)
+        if window is not None:
+            begin = (first_q - window + 1).clamp(min=0) // self.block_k
+        listed = torch.arange(nk, device=self.counts.device) < self.counts[..., None]
+        seen = listed & (self.indices >= begin[:, None]) & (self.indices < end[:, None])
+        return seen.sum((-1, -2)), (end - begin).clamp(min=0).sum()
+
+    def aligned(self) -> BlockMask:
+        """The mask of packed causal self-attention for the layout in which every sequence starts at a whole block.
+
+        Nothing is read on the host; see :meth:`spas_attn.Call.aligned`.
+        """
+        assert self.cu_seqlens_q is not None
+        cu_seqlens, blocks = self.cu_seqlens_q.to(self.counts.device), (self.block_q, self.block_k)
+        counts, indices = packing.to_aligned(self.counts, self.indices, cu_seqlens, self.q_len, blocks)
+        length = packing.aligned_length(self.q_len, len(cu_seqlens) - 1)
+        return BlockMask(counts, indices, *blocks, length, length, trusted=True)
+
+    def packed(self, cu_seqlens: Tensor, total: int) -> BlockMask:
+        """The other way: the mask of an aligned call as one of packed sequences."""
+        blocks = (self.block_q, self.block_k)
+        on_device = cu_seqlens.to(self.counts.device)
+        counts, indices = packing.from_aligned(self.counts, self.indices, on_device, total, blocks)
+        return BlockMask(counts, indices, *blocks, total, total, cu_seqlens, cu_seqlens, trusted=True)
 
     def token_mask(self, rows: slice | None = None) -> Tensor:
         """Expand query rows ``rows`` (all by default) to a boolean token mask ``[B, Hq, rows, k_len]``."""
@@ -239,6 +274,8 @@ class BlockMask:
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device."""
         moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        if self.cu_seqlens_q is not None and self.cu_seqlens_q is self.cu_seqlens_k:
+            moved["cu_seqlens_k"] = moved["cu_seqlens_q"]  # one tensor says that this is self-attention
         return dataclasses.replace(self, **moved, trusted=True)
 
     @classmethod
@@ -265,7 +302,8 @@ class BlockMask:
             return [self]
         q_lens, k_lens = self.cu_seqlens_q.diff().tolist(), self.cu_seqlens_k.diff().tolist()
         rows = [cdiv(n, self.block_q) for n in q_lens]
-        counts, indices = self.counts.split(rows, dim=2), self.indices.split(rows, dim=2)
+        used = sum(rows)
+        counts, indices = self.counts[:, :, :used].split(rows, dim=2), self.indices[:, :, :used].split(rows, dim=2)
         return [
             BlockMask(c, i[..., : cdiv(nk, self.block_k)], self.block_q, self.block_k, nq, nk, trusted=True)
             for c, i, nq, nk in zip(counts, indices, q_lens, k_lens, strict=True)

@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, packing
 from .block_mask import BlockMask
 from .checks import PerHead
 
@@ -32,7 +32,12 @@ class CallOptions(TypedDict, total=False):
         runs dense and exact instead (counted; ``strict`` raises).
     window: with causality, a query sees its last ``window`` keys.
     layout: of q, k, v and the output: "HND" (``[B, H, L, D]``) or "NHD" (``[B, L, H, D]``).
-    cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]``, packed sequences in a batch of 1; read on the host.
+    cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]``, packed sequences in a batch of 1. Causal self-attention (one tensor
+        for both) runs in one launch, and nothing is read on the host: bounds on a GPU are checked by an assertion
+        there. Other packings run sequence by sequence, and so do calls that need exact dense attention, 8-bit
+        precisions and selectors whose rule is about the whole sequence (``Selector.fits_packing``); that reads them.
+    sinks: float32 ``[Hq]``, the logit of an attention sink per query head (GPT-OSS): exp(sink) is added to the
+        denominator of the softmax, a key without a value. PV skip is left out then.
     pv_threshold: PV skip, above 0, a float or ``[Hq]``, in log2 of probability ratios; None or 50 is off.
     precision: "native" computes in the inputs' own dtype, "int8_bf16" with Q and K in 8 bits, "int8_fp8" with P and V
         in 8 bits too; "auto" takes the fastest whose quantisation error (plan.py) is at most half of ``error_bound``:
@@ -49,6 +54,7 @@ class CallOptions(TypedDict, total=False):
     layout: Layout
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
+    sinks: Tensor | None
     pv_threshold: PerHead | None
     precision: Precision
     error_bound: float
@@ -74,7 +80,11 @@ class Call:
         expected_density: share of blocks expected to be kept, None when unknown; never read off this call's mask.
         text: (start, stop) of text tokens among queries and keys.
         keys: K in 8 bits, where the pass that selected the blocks has made it (``kernels.launch.Keys``).
-        cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]`` of packed sequences, else None.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]`` of packed sequences, else None; one tensor where they are equal.
+        sinks: float32 ``[Hq]``, logits added to the softmax's denominator, or None.
+        document_start: int32 ``[L / 128]`` in a call of packed sequences that :meth:`aligned` made: the first row of
+            the sequence that each stretch of 128 rows belongs to. No query sees another sequence's keys; ``attn_mask``
+            says which rows hold a token.
     """
 
     q: Tensor
@@ -94,6 +104,8 @@ class Call:
     keys: tuple[Tensor, ...] | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    sinks: Tensor | None = None
+    document_start: Tensor | None = None
 
     @classmethod
     def make(
@@ -109,6 +121,7 @@ class Call:
         layout: Layout = "HND",
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
+        sinks: Tensor | None = None,
         pv_threshold: PerHead | None = None,
         precision: str = "native",
         error_bound: float = DEFAULT_BOUND,
@@ -135,6 +148,8 @@ class Call:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         checks.check_shapes(q, k, v)
         packed = checks.check_packed(q, k, cu_seqlens_q, cu_seqlens_k)
+        if packed is not None:
+            cu_seqlens_q, cu_seqlens_k = packed
         checks.check_causal(is_causal, q, k, packed)
         checks.check_window(window, is_causal)
         checks.check_mask(mask, q, k)
@@ -155,6 +170,7 @@ class Call:
             text=tuple(text),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
+            sinks=checks.check_sinks(sinks, q),
         )
 
     @property
@@ -182,6 +198,11 @@ class Call:
         """The key-padding mask ``[B, Lk]`` when ``attn_mask`` is one."""
         return self.attn_mask if self.attn_mask is not None and self.attn_mask.dim() == 2 else None
 
+    @property
+    def is_self_packed(self) -> bool:
+        """Whether this is causal self-attention of packed sequences, which :meth:`aligned` serves."""
+        return self.is_causal and self.cu_seqlens_q is not None and self.cu_seqlens_q is self.cu_seqlens_k
+
     def query_mask(self) -> Tensor | None:
         """Queries that are no padding themselves, bool ``[B, Lq]``: in self-attention the padding of the keys tells."""
         if self.key_mask is None or not (self.is_causal or self.q_len == self.k_len):
@@ -199,13 +220,42 @@ class Call:
         """One call per packed sequence, with its part of the mask; views, nothing is copied."""
         if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
             return [self]
-        pairs = list(zip(spans(self.cu_seqlens_q), spans(self.cu_seqlens_k), strict=True))
+        ends_q = checks.check_ends("cu_seqlens_q", self.cu_seqlens_q, self.q_len)
+        ends_k = ends_q if self.is_self_packed else checks.check_ends("cu_seqlens_k", self.cu_seqlens_k, self.k_len)
+        pairs = list(zip(_spans(ends_q), _spans(ends_k), strict=True))
         masks: Sequence[BlockMask | None] = [None] * len(pairs) if self.mask is None else self.mask.split()
         parts = [
             {"q": self.q[:, :, a:b], "k": self.k[:, :, c:d], "v": self.v[:, :, c:d], "mask": mask}
             for ((a, b), (c, d)), mask in zip(pairs, masks, strict=True)
         ]
         return [self.replace(cu_seqlens_q=None, cu_seqlens_k=None, **part) for part in parts]
+
+    def aligned(self) -> tuple[Call, Tensor]:
+        """Causal self-attention of packed sequences as one call, in which every sequence starts at a whole block.
+
+        Nothing is read on the host.
+
+        Returns:
+            the call (see ``document_start``), and where its rows hold the tokens, int64 ``[total]``.
+        """
+        assert self.is_self_packed and self.cu_seqlens_q is not None
+        cu_seqlens, total = self.cu_seqlens_q.to(self.q.device), self.q_len
+        if not checks.is_readable(self.cu_seqlens_q):
+            rises = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() > 0).all()
+            torch._assert_async(rises, f"cu_seqlens must rise from 0 to the total length {total}")
+        layout = packing.layout(cu_seqlens, total)
+        tensors = {name: getattr(self, name).index_select(2, layout.source) for name in ("q", "k", "v")}
+        mask = None if self.mask is None else self.mask.aligned()
+        call = self.replace(
+            **tensors, mask=mask, attn_mask=layout.valid[None], document_start=layout.document_start,
+            cu_seqlens_q=None, cu_seqlens_k=None,
+        )  # fmt: skip
+        return call, layout.place
+
+    def document_starts(self, block: int) -> Tensor:
+        """First row of the packed sequence of each block of an :meth:`aligned` call, int64 ``[L / block]``."""
+        assert self.document_start is not None
+        return self.document_start.long().repeat_interleave(packing.STRETCH // block)
 
     def token_mask(self, start: int, stop: int) -> Tensor | None:
         """Everything that hides keys from query rows ``start`` to ``stop``, as one boolean mask.
@@ -222,6 +272,8 @@ class Call:
             if self.window is not None:
                 seen = seen & (columns > rows - self.window)
             parts.append(seen[None, None])
+            if self.document_start is not None:
+                parts.append((columns >= self.document_starts(1)[start:stop, None])[None, None])
         if self.attn_mask is not None:
             mask = self.attn_mask
             parts.append(mask[:, None, None] if mask.dim() == 2 else mask[:, :, start:stop])
@@ -235,7 +287,6 @@ class Call:
         return combined
 
 
-def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of every packed sequence; reads the tensor on the host."""
-    ends = cu_seqlens.tolist()
+def _spans(ends: list[int]) -> list[tuple[int, int]]:
+    """(start, stop) of every packed sequence."""
     return list(zip(ends[:-1], ends[1:], strict=True))

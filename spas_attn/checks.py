@@ -138,26 +138,57 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_packed(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Bounds of packed sequences, checked on the host; None when the call holds none."""
+    """Bounds of packed sequences, one tensor where both are equal; None when the call holds none.
+
+    They are read here unless they are one tensor that is not on the host: then the call need not wait for it.
+    """
     if cu_seqlens_q is None and cu_seqlens_k is None:
         return None
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together, got only one of them")
     if q.shape[0] != 1:
         raise ValueError(f"packed sequences need a batch of 1, got {q.shape[0]}")
-    for name, cu, length in (("cu_seqlens_q", cu_seqlens_q, q.shape[2]), ("cu_seqlens_k", cu_seqlens_k, k.shape[2])):
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(cu, Tensor):
             raise TypeError(f"{name} must be an int32 tensor [n + 1], got {type(cu).__name__}")
         if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 2:
             raise ValueError(f"{name} must be int32 [n + 1], got {cu.dtype} {tuple(cu.shape)}")
-        ends = cu.tolist()
-        if ends[0] != 0 or ends[-1] != length or any(a >= b for a, b in zip(ends[:-1], ends[1:], strict=True)):
-            raise ValueError(f"{name} must rise from 0 to the total length {length}, got {ends}")
+    same = cu_seqlens_q is cu_seqlens_k and q.shape[2] == k.shape[2]
+    for name, cu, length in (("cu_seqlens_q", cu_seqlens_q, q.shape[2]), ("cu_seqlens_k", cu_seqlens_k, k.shape[2])):
+        if not same or is_readable(cu):
+            check_ends(name, cu, length)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must have one length, got {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
         )
-    return cu_seqlens_q, cu_seqlens_k
+    equal = same or (is_readable(cu_seqlens_q) and is_readable(cu_seqlens_k) and cu_seqlens_q.equal(cu_seqlens_k))
+    return cu_seqlens_q, cu_seqlens_q if equal else cu_seqlens_k
+
+
+def is_readable(cu_seqlens: Tensor) -> bool:
+    """Whether bounds can be read without waiting for a device."""
+    return cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_ends(name: str, cu_seqlens: Tensor, length: int) -> list[int]:
+    """The bounds as numbers, read on the host; a ValueError unless they rise from 0 to ``length``."""
+    ends: list[int] = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != length or any(a >= b for a, b in zip(ends[:-1], ends[1:], strict=True)):
+        raise ValueError(f"{name} must rise from 0 to the total length {length}, got {ends}")
+    return ends
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    """Logits of attention sinks as float32 ``[Hq]`` on q's device."""
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a tensor [Hq] or None, got {type(sinks).__name__}")
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks must be floating-point logits, got {sinks.dtype}")
+    if tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks must be [Hq] = [{q.shape[1]}], got {tuple(sinks.shape)}")
+    return sinks.to(q.device, torch.float32)
 
 
 def check_causal(is_causal: bool, q: Tensor, k: Tensor, packed: tuple[Tensor, Tensor] | None) -> None:
@@ -165,7 +196,7 @@ def check_causal(is_causal: bool, q: Tensor, k: Tensor, packed: tuple[Tensor, Te
     if not is_causal:
         return
     lengths = [(q.shape[2], k.shape[2])]
-    if packed is not None:
+    if packed is not None and packed[0] is not packed[1]:
         lengths = list(zip(packed[0].diff().tolist(), packed[1].diff().tolist(), strict=True))
     for q_len, k_len in lengths:
         if q_len > k_len:

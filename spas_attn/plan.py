@@ -123,7 +123,7 @@ def _by_name(call: Call, backend: str, dense_reason: str | None, selects: bool) 
     chosen = backends.get(backend)
     # The exact backends honour a given mask whatever else is asked; without one the call would be silently dense.
     why = None if call.mask is not None and backend in ("sdpa", "reference") else dense_reason
-    why = why or chosen.missing() or chosen.declines(call)
+    why = why or chosen.why_not(call)
     if why is None:
         left_out = chosen.leaves_pv_skip_out(call)
         return Plan(backend, "asked for by name", call.precision, selects, pv_skip_left_out=left_out)
@@ -139,7 +139,7 @@ def _fastest(call: Call, given: bool, selects: bool) -> Plan:
     # sorted() keeps the order of AUTOMATIC among backends without a measurement.
     for name in sorted(AUTOMATIC.get(device, ()), key=lambda name: expected.get(name, math.inf)):
         candidate = backends.get(name)
-        why = candidate.missing() or candidate.declines(call)
+        why = candidate.why_not(call)
         if why is not None:
             declined[name] = why
             continue
@@ -164,7 +164,7 @@ def _fallback(call: Call, selects: bool, why: str, declined: dict[str, str]) -> 
 
 def _needs_dense(call: Call) -> str | None:
     """Why a call cannot be sparse on any backend."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+    if wants_gradients(call):
         return (
             "gradients are asked for, and only the exact dense path is differentiable; call the model under "
             "torch.no_grad() if none are needed"
@@ -172,6 +172,12 @@ def _needs_dense(call: Call) -> str | None:
     if call.attn_mask is not None and call.attn_mask.dim() == 4:
         return "attn_mask is a full 4-D mask, which only exact dense backends honour"
     return None
+
+
+def wants_gradients(call: Call) -> bool:
+    """Whether a backward pass may follow."""
+    tensors = (call.q, call.k, call.v, call.sinks)
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
 
 
 def _sparse_ms(call: Call) -> float:
@@ -197,7 +203,8 @@ def _no_measurement(call: Call) -> str:
 def _dense_is_plain(call: Call) -> bool:
     """Whether dense backends run this call in the kernel that was measured, without a mask of tokens."""
     square = call.q_len == call.k_len
-    return call.attn_mask is None and call.window is None and (square or not call.is_causal)
+    plain = call.attn_mask is None and call.window is None and call.sinks is None and call.document_start is None
+    return plain and (square or not call.is_causal)
 
 
 def _fastest_dense(call: Call, prediction: cost_model.Prediction | None) -> str:
@@ -206,6 +213,6 @@ def _fastest_dense(call: Call, prediction: cost_model.Prediction | None) -> str:
     if prediction is not None and _needs_dense(dense) is None and _dense_is_plain(call):
         for name in sorted(prediction.dense, key=lambda name: prediction.dense[name]):
             candidate = backends.get(name)
-            if candidate.missing() is None and candidate.declines(dense) is None:
+            if candidate.why_not(dense) is None:
                 return name
     return "sdpa"

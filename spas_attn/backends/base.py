@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..call import Call
@@ -18,7 +19,8 @@ class Backend:
         name: the name users give.
         missing: None when the backend can run on this machine, else what is missing.
         declines: None when the backend serves this call, else the reason.
-        run: computes the call; returns ``[B, Hq, Lq, D]`` in q's dtype.
+        run: computes the call without its attention sinks; returns ``[B, Hq, Lq, D]`` in q's dtype. Calls go through
+            :meth:`compute`.
         skips_pv: whether PV skip is carried out (if not, the error only falls).
         skips_blocks: whether dropped blocks save time.
         takes_keys: whether 8-bit precisions take ``Call.keys``, K as the selection has quantised it.
@@ -37,10 +39,36 @@ class Backend:
     run_with_lse: Callable[[Call], tuple[Tensor, Tensor]] | None = None
     pv_skip_left_out: Callable[[Call], str | None] = lambda call: None
 
+    def why_not(self, call: Call) -> str | None:
+        """Why this backend does not run the call here; None when it does."""
+        why = self.missing() or self.declines(call)
+        if why is None and call.sinks is not None and self.run_with_lse is None:
+            why = "attention sinks need the log-sum-exp of the scores, which it does not tell"
+        return why
+
+    def compute(self, call: Call) -> Tensor:
+        """The output of a call, attention sinks included."""
+        return self.run(call) if call.sinks is None else self.compute_with_lse(call)[0]
+
+    def compute_with_lse(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The output, and the log of the sum of the exponentials, that of the sink included; PV skip is left out.
+
+        With sinks, softmax over the keys and the sink is softmax over the keys times 1 / (1 + exp(sink - lse)).
+        """
+        assert self.run_with_lse is not None
+        out, lse = self.run_with_lse(call.replace(sinks=None, pv_threshold=None))
+        if call.sinks is None:
+            return out, lse
+        sinks = call.sinks.to(lse.device)[:, None]
+        share = torch.sigmoid(lse - sinks)[..., None]
+        return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sinks.expand_as(lse))
+
     def leaves_pv_skip_out(self, call: Call) -> str | None:
         """Why this call's PV skip is not carried out; None when it is, or none is asked for."""
         if call.pv_threshold is None:
             return None
+        if call.sinks is not None:
+            return "attention sinks need the log-sum-exp of all kept blocks"
         return self.pv_skip_left_out(call) if self.skips_pv else "this backend has none"
 
 

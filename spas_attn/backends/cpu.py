@@ -33,12 +33,18 @@ def declines(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Block-sparse attention on a CPU; PV skip is carried out, though it saves no time here."""
-    mask = call.mask
-    if mask is None:
-        return sdpa.run(call)
+    return sdpa.run(call) if call.mask is None else _run(call, call.mask, False)[0]
+
+
+def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
+    """The output, and the natural log of the sum of the exponentials, float32 ``[B, Hq, Lq]``."""
+    return sdpa.run_with_lse(call) if call.mask is None else _run(call, call.mask, True)
+
+
+def _run(call: Call, mask: BlockMask, with_lse: bool) -> tuple[Tensor, Tensor]:
     return _attend(
         call.q, call.k, call.v, mask.counts, mask.indices, mask.block_q, mask.block_k, call.is_causal, call.scale,
-        call.attn_mask, call.window, call.pv_threshold,
+        call.attn_mask, call.window, call.pv_threshold, with_lse,
     )  # fmt: skip
 
 
@@ -46,19 +52,22 @@ def run(call: Call) -> Tensor:
 @torch.library.custom_op("spas_attn::cpu_attention", mutates_args=())
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, block_q: int, block_k: int, is_causal: bool,
-    scale: float, attn_mask: Tensor | None, window: int | None, pv_threshold: Tensor | None,
-) -> Tensor:  # fmt: skip
+    scale: float, attn_mask: Tensor | None, window: int | None, pv_threshold: Tensor | None, with_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and with ``with_lse`` the log-sum-exp (else an empty tensor)."""
     mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2], trusted=True)
     call = Call(q, k, v, is_causal, scale, attn_mask, window, mask=mask, pv_threshold=pv_threshold)
-    return _gather_and_attend(call, mask)
+    lse = torch.full(q.shape[:3] if with_lse else (0,), float("-inf"))
+    return _gather_and_attend(call, mask, lse if with_lse else None), lse
 
 
 @_attend.register_fake
-def _(q: Tensor, *_args: object) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3] if args[-1] else (0,), dtype=torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-def _gather_and_attend(call: Call, mask: BlockMask) -> Tensor:
+def _gather_and_attend(call: Call, mask: BlockMask, lse: Tensor | None) -> Tensor:
     q, k, v = call.q, call.k, call.v
     batch, heads, q_len, dim = q.shape
     k_len, block_q, block_k = k.shape[2], mask.block_q, mask.block_k
@@ -66,6 +75,7 @@ def _gather_and_attend(call: Call, mask: BlockMask) -> Tensor:
     q = F.pad(q.float() * call.scale, (0, 0, 0, nq * block_q - q_len)).reshape(-1, block_q, dim)
     k, v = (F.pad(x.float(), (0, 0, 0, nk * block_k - k_len)).reshape(-1, block_k, dim) for x in (k, v))
     out = q.new_zeros(q.shape)  # rows that keep no block stay 0
+    logs = q.new_full(q.shape[:2] if lse is not None else (0,), float("-inf"))
     # Fresh buffers of this size would be mapped and faulted in at every chunk.
     size = max(_SCORES, nk * block_q * block_k)
     buffers = [q.new_empty(size), q.new_empty(size)]
@@ -95,8 +105,12 @@ def _gather_and_attend(call: Call, mask: BlockMask) -> Tensor:
                 _skip_pv(scores, call.pv_threshold[rows // nq % heads], valid, block_k)
                 empty = scores.amax(-1, keepdim=True) == float("-inf")  # a threshold of 0 or less skips everything
             torch.softmax(scores, -1, out=probs)
+            if lse is not None:
+                logs[rows] = scores.logsumexp(-1)
             result = torch.bmm(probs, values.view(*shape, dim))
             out[rows] = result if empty is None else result.masked_fill_(empty, 0.0)
+    if lse is not None:
+        lse.copy_(logs.view(batch, heads, nq * block_q)[:, :, :q_len])
     return out.view(batch, heads, nq * block_q, dim)[:, :, :q_len].to(call.q.dtype).contiguous()
 
 
@@ -153,4 +167,4 @@ def _skip_pv(scores: Tensor, threshold: Tensor, valid: Tensor, block_k: int) -> 
         blocks.masked_fill_(skipped[:, None, :, None], float("-inf"))
 
 
-register(Backend("cpu", lambda: None, declines, run, skips_pv=True))
+register(Backend("cpu", lambda: None, declines, run, skips_pv=True, run_with_lse=run_with_lse))

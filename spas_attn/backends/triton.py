@@ -79,13 +79,16 @@ def run(call: Call, out: Tensor | None = None) -> Tensor:
     threshold = None if pv_skip_left_out(call) else call.pv_threshold
     if threshold is not None:
         threshold = threshold.to(call.q.device, torch.float32).contiguous()
-    if not torch.compiler.is_compiling():
-        return _compute(call.replace(pv_threshold=threshold), out)
+    call = call.replace(pv_threshold=threshold)
+    return _traced(call, False)[0] if torch.compiler.is_compiling() else _compute(call, out)
+
+
+def _traced(call: Call, with_lse: bool) -> tuple[Tensor, Tensor]:
     mask, keys = call.mask, call.keys or (None,) * 4
     return _triton_op(
         call.q, call.k, call.v, mask.counts if mask else None, mask.indices if mask else None,
-        mask.block_q if mask else 0, mask.block_k if mask else 0, call.key_mask, threshold, *keys,
-        call.scale, call.is_causal, call.window, call.precision,
+        mask.block_q if mask else 0, mask.block_k if mask else 0, call.key_mask, call.pv_threshold, *keys,
+        call.scale, call.is_causal, call.window, call.precision, with_lse,
     )  # fmt: skip
 
 
@@ -101,8 +104,11 @@ def _compute(call: Call, out: Tensor | None = None, lse: Tensor | None = None) -
 
 def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
     """The output, and the natural log of the sum of the exponentials, float32 ``[B, Hq, Lq]``."""
+    call = call.replace(pv_threshold=None)
+    if torch.compiler.is_compiling():
+        return _traced(call, True)
     lse = torch.empty(call.q.shape[:3], dtype=torch.float32, device=call.q.device)
-    return _compute(call.replace(pv_threshold=None), lse=lse), lse
+    return _compute(call, lse=lse), lse
 
 
 @torch.library.custom_op("spas_attn::triton_attention", mutates_args=())
@@ -110,8 +116,9 @@ def _triton_op(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, indices: Tensor | None, block_q: int, block_k: int,
     key_mask: Tensor | None, pv_threshold: Tensor | None, k_int8: Tensor | None, k_scale: Tensor | None,
     k_total: Tensor | None, k_count: Tensor | None, scale: float, is_causal: bool, window: int | None, precision: str,
-) -> Tensor:  # fmt: skip
-    """The kernels as one operator, which torch.compile does not look into."""
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The kernels as one operator, which torch.compile does not look into; an empty log-sum-exp unless asked for."""
     mask = None
     if counts is not None and indices is not None:
         mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2], trusted=True)
@@ -120,12 +127,13 @@ def _triton_op(
         q, k, v, is_causal, scale, key_mask, window, mask=mask, pv_threshold=pv_threshold, precision=precision,
         keys=keys or None,
     )  # fmt: skip
-    return _compute(call)
+    lse = torch.empty(q.shape[:3] if with_lse else (0,), dtype=torch.float32, device=q.device)
+    return _compute(call, lse=lse if with_lse else None), lse
 
 
 @_triton_op.register_fake
-def _triton_shape(q: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(q)
+def _triton_shape(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3] if others[-1] else (0,), dtype=torch.float32)
 
 
 register(

@@ -30,6 +30,9 @@ class Selector:
         dense_heads: bool ``[Hq]``, heads that keep every visible block; None for none.
         tuned: name of the field that a calibration tunes; "" for a rule without thresholds.
         candidates: the thresholds that a calibration tries.
+        packs: the levels of a block depend on its own sequence alone in a call of packed sequences that stand in one
+            row (``Call.document_start``), and are those of the sequence alone. A rule that speaks of positions or of
+            the end of the sequence has False: packed sequences are then selected for one by one.
     """
 
     block_q: int = field(default=128, kw_only=True)
@@ -39,6 +42,7 @@ class Selector:
     dense_heads: Tensor | None = field(default=None, kw_only=True, repr=False)
     tuned: ClassVar[str] = ""
     candidates: ClassVar[tuple[float, ...]] = (0.0,)
+    packs: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -65,6 +69,11 @@ class Selector:
             float32, broadcastable to ``[B, Hq, nq, nk]``.
         """
         raise NotImplementedError
+
+    @property
+    def fits_packing(self) -> bool:
+        """Whether packed sequences are selected for in one call, see ``packs``."""
+        return self.packs
 
     @property
     def threshold(self) -> PerHead:
@@ -129,9 +138,11 @@ class Selector:
             raise ValueError(
                 f"attn_mask must be a key-padding mask [B, Lk] or [B, 1, 1, Lk], got {tuple(call.attn_mask.shape)}"
             )
-        masks = [self.mask_of(part) for part in call.split()]
         if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-            return masks[0]
+            return self.mask_of(call)
+        if call.is_self_packed and self.fits_packing:
+            return self.mask_of(call.aligned()[0]).packed(call.cu_seqlens_q, call.q_len)
+        masks = [self.mask_of(part) for part in call.split()]
         return BlockMask.pack(masks, call.cu_seqlens_q, call.cu_seqlens_k)
 
     def mask_of(self, call: Call) -> BlockMask:
@@ -139,7 +150,7 @@ class Selector:
         return BlockMask.from_dense(self.kept(call), call.q_len, call.k_len, self.block_q, self.block_k)
 
     def visible(self, call: Call) -> Tensor:
-        """Blocks with something to see: causality, window and padding; bool ``[B or 1, 1, nq, nk]``."""
+        """Blocks with something to see: causality, window, padding, packed sequences; bool ``[B or 1, 1, nq, nk]``."""
         visible = visible_blocks(
             call.q_len,
             call.k_len,
@@ -149,6 +160,9 @@ class Selector:
             window=call.window,
             device=call.q.device,
         )[None, None]
+        if call.document_start is not None:
+            start_k = torch.arange(0, call.k_len, self.block_k, device=call.q.device)
+            visible = visible & (start_k >= call.document_starts(self.block_q)[:, None])
         if call.key_mask is not None:
             visible = visible & blockwise(call.key_mask, self.block_k).any(-1)[:, None, None]
         return visible
@@ -164,8 +178,8 @@ class Selector:
             start_k = torch.arange(nk, device=device) * self.block_k
             forced = forced | ((start_k < start_q + self.block_q) & (start_k + self.block_k > start_q - self.local))
         if self.sink:
-            first = first_key(call) // self.block_k
-            forced = forced | (torch.arange(nk, device=device) == first[:, None])[:, None, None]
+            first = first_keys(call, self.block_q) // self.block_k
+            forced = forced | (torch.arange(nk, device=device) == first[:, None, :, None])
         return forced & visible
 
     def __or__(self, other: Selector) -> Selector:
@@ -236,6 +250,10 @@ class Union(Selector):
         self.tuned, self.candidates = judged.tuned, judged.candidates  # type: ignore[misc]
 
     @property
+    def fits_packing(self) -> bool:
+        return self.first.fits_packing and self.second.fits_packing
+
+    @property
     def _judged(self) -> Selector:
         return self.second if self.second.tuned and not self.first.tuned else self.first
 
@@ -271,6 +289,11 @@ def first_key(call: Call) -> Tensor:
     if call.key_mask is None:
         return torch.zeros(1, dtype=torch.long, device=call.q.device)
     return call.key_mask.to(torch.int8).argmax(-1)
+
+
+def first_keys(call: Call, block_q: int) -> Tensor:
+    """Position of the first visible key for each query block, int64 ``[B or 1, nq or 1]``."""
+    return first_key(call)[:, None] if call.document_start is None else call.document_starts(block_q)[None]
 
 
 def _plain(value: Any) -> Any:

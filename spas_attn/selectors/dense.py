@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from .base import Selector
 @dataclass
 class Dense(Selector):
     """Keeps every visible block: exact attention."""
+
+    packs: ClassVar[bool] = True
 
     @property
     def expected_density(self) -> float:

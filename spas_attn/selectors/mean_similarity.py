@@ -36,6 +36,7 @@ class MeanSimilarity(Selector):
     sim_threshold: PerHead = -1.0
     pool: int = 16
     local: int = dataclasses.field(default=128, kw_only=True)
+    packs: ClassVar[bool] = True
     tuned: ClassVar[str] = "cdf_threshold"
     candidates: ClassVar[tuple[float, ...]] = (
         0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95, 0.96,
@@ -47,6 +48,10 @@ class MeanSimilarity(Selector):
         check_pool(self, self.pool)
         check_range("cdf_threshold", self.cdf_threshold, 0, 1)
         check_range("sim_threshold", self.sim_threshold, -float("inf"), float("inf"))
+
+    @property
+    def fits_packing(self) -> bool:
+        return self.packs and not self.filters  # the ends of sequences decide which similarities are judged
 
     def levels(self, call: Call) -> Tensor:
         rows, forced, visible = self.rows(call), self.forced(call), self.visible(call)

@@ -38,7 +38,7 @@ def pooled_rows(selector: Selector, call: Call, length: int, *, second_order: bo
     """
     key_mask, scale = call.key_mask, call.scale
     k = smoothed_keys(call)
-    fine_q, _ = block_means(call.q, length, None)
+    fine_q, _ = block_means(call.q, length, None if call.document_start is None else call.key_mask)
     fine_k, filled = block_means(k, length, key_mask)
     if second_order:
         squares, _ = block_means(k.float().square(), length, key_mask)
@@ -123,6 +123,9 @@ def _fine_visible(selector: Selector, call: Call, length: int, start: int, count
     seen = (starts_k <= last_q + offset) & (ends_k <= block_end)
     if call.window is not None:
         seen = seen & (ends_k > starts_q + offset - call.window + 1)
+    if call.document_start is not None and call.key_mask is not None:
+        # Sub-blocks of padding alone do not count among the rows of their query block.
+        seen = seen & call.key_mask[0, starts_q] & (starts_k >= call.document_starts(1)[starts_q])
     return seen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..block_mask import cdiv
 from ..call import Call
 from ..checks import PerHead, check_range, per_head
-from .base import Selector, first_key
+from .base import Selector, first_keys
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Streaming(Selector):
 
     sink_tokens: PerHead = 128
     local_tokens: PerHead = 1024
+    packs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +46,6 @@ class Streaming(Selector):
         near = (last_k > first_q - local) & (local > 0)
         if not call.is_causal:
             near = near & (start_k < last_q + local)
-        first = first_key(call)[:, None, None, None]
+        first = first_keys(call, self.block_q)[:, None, :, None]
         in_sink = (start_k < first + sink) & (last_k >= first) & (sink > 0)
         return torch.where(near[None] | in_sink, -torch.inf, torch.inf)

@@ -27,6 +27,7 @@ class TopK(Selector):
     keep: PerHead = 0.5
     pool: int = 16
     local: int = dataclasses.field(default=128, kw_only=True)
+    packs: ClassVar[bool] = True
     tuned: ClassVar[str] = "keep"
     candidates: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in (3, 5, 8, *range(10, 100, 5)))
 
