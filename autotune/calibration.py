@@ -14,15 +14,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
-
-import torch
 
 from spas_attn import fallback_counts
 from spas_attn.call import Call
@@ -31,6 +28,7 @@ from . import report
 from .accumulate import Grid
 from .checkpoint import Checkpoint
 from .choose import SKIPPED_STEP, Layer, check_layers
+from .conditions import eagerly, float32
 from .files import extract_sparse_attention_state_dict, save
 from .module import SHORT, Mode, sparse_modules, transformers_of
 from .passes import CheckPass, CurvePass, FreePass, Pass, Work
@@ -146,9 +144,7 @@ class Calibration:
         for layer in self.layers:
             if layer.module.observer is not None:
                 raise RuntimeError(f"layer {layer.path!r} is being calibrated already")
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # from torch 2.6 on
-            # Something may be compiled: it runs eagerly meanwhile. Traced, every observed call would compile anew.
-            self._open.enter_context(torch.compiler.set_stance("force_eager"))
+        self._open.enter_context(eagerly())
         if self.steps.every > 1:
             for _, part in transformers_of(self.model):
                 self._open.callback(part.register_forward_pre_hook(self.steps.begin, with_kwargs=True).remove)
@@ -286,7 +282,7 @@ class Calibration:
         layer.saw(*(length for length in real if length))
         blocks = self.sampler.blocks(call, module.selector.block_q, layer.index, self._prompt, layer.calls)
         layer.calls += 1
-        with _float32(call.q.device.type):
+        with float32(call.q.device.type):
             current.observe(layer, call, blocks)
 
     def _cause(self, layer: Layer) -> str:
@@ -300,7 +296,7 @@ class Calibration:
                 raise RuntimeError(self._cause(layer))
         self._conclude()
         while self._pass is not None:
-            with _float32():
+            with float32():
                 free.replay(self._pass)
             self._conclude()
 
@@ -341,10 +337,3 @@ class Calibration:
 
 
 calibrate = Calibration  # as it reads in a with statement
-
-
-@contextlib.contextmanager
-def _float32(device: str = "cpu") -> Iterator[None]:
-    """For sums that are to be exact, and to outlive the inference mode that a model may run in."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-        yield

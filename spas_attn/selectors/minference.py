@@ -97,25 +97,31 @@ class MInference(Selector):
         Returns:
             float32 ``[B, Hq, nk]``, the lowest of the keys of each block, and ``[B, Hq, distances]``.
         """
-        device = call.q.device
-        key = torch.arange(call.k_len, device=device) - first_key(call)[:, None]  # [B or 1, Lk]
-        first = first_distance(call)
-        distance = torch.arange(first, call.q_len + call.offset, device=device).abs()
-        columns = key.float().masked_fill(key < 0, call.k_len)[:, None].expand(*call.q.shape[:2], -1)
-        diagonals = distance.float().expand(*call.q.shape[:2], -1)
-        if last is not None:
-            given = _heads_with("a_shape", patterns, device)[..., 0]
-            held = torch.ones_like(key, dtype=torch.bool) if call.key_mask is None else call.key_mask
-            begins = ((key >= 0) & (key < FORCED_COLUMNS))[:, None]
-            near = distance < FORCED_DIAGONALS
-            every = torch.ones_like(near)
-            columns = torch.where(given, columns, places(last.columns, begins, held[:, None]))
-            # The nearest of the forced diagonals first: their masses are all beaten by nearness.
-            nearness = torch.where(near, 1.0 - distance / FORCED_DIAGONALS, last.diagonals)
-            diagonals = torch.where(given, diagonals, places(nearness, near, every))
+        columns, diagonals = self.line_places(call, patterns, last)
         by_column = self._by_place(call, columns, self.vertical_size, "vertical_size", LEAST_COLUMNS, VERTICAL_SHARE)
         by_distance = self._by_place(call, diagonals, self.slash_size, "slash_size", LEAST_DIAGONALS, SLASH_SHARE)
         return over_columns(self, by_column)[:, :, 0], by_distance
+
+    @staticmethod
+    def line_places(call: Call, patterns: tuple[str, ...], last: LastQueries | None) -> tuple[Tensor, Tensor]:
+        """Places of the keys ``[B, Hq, Lk]`` and of the diagonals ``[B, Hq, distances]`` in the rankings of the heads,
+        float32, from 0; arguments as of :meth:`lines`.
+        """
+        device = call.q.device
+        key = torch.arange(call.k_len, device=device) - first_key(call)[:, None]  # [B or 1, Lk]
+        distance = torch.arange(first_distance(call), call.q_len + call.offset, device=device).abs()
+        columns = key.float().masked_fill(key < 0, call.k_len)[:, None].expand(*call.q.shape[:2], -1)
+        diagonals = distance.float().expand(*call.q.shape[:2], -1)
+        if last is None:
+            return columns, diagonals
+        given = _heads_with("a_shape", patterns, device)[..., 0]
+        held = torch.ones_like(key, dtype=torch.bool) if call.key_mask is None else call.key_mask
+        begins = ((key >= 0) & (key < FORCED_COLUMNS))[:, None]
+        near = distance < FORCED_DIAGONALS
+        # Among the forced diagonals the nearest come first, whatever their masses are.
+        nearness = torch.where(near, 1.0 - distance / FORCED_DIAGONALS, last.diagonals)
+        columns = torch.where(given, columns, places(last.columns, begins, held[:, None]))
+        return columns, torch.where(given, diagonals, places(nearness, near, torch.ones_like(near)))
 
     def _by_place(self, call: Call, place: Tensor, size: PerHead, name: str, least: int, share: float) -> Tensor:
         """Levels of the keys or diagonals ``[B, Hq, n]`` at these places of a ranking."""
@@ -124,9 +130,13 @@ class MInference(Selector):
             return torch.where(place < sizes, -torch.inf, torch.inf)
         return (place / (share * self._length(call))).masked_fill(place < least, -torch.inf)
 
-    def _block_sparse(self, call: Call) -> Tensor:
+    def block_places(self, call: Call) -> Tensor:
+        """Tokens of the blocks before each block in its row's ranking by pooled score, ``[B, Hq, nq, nk]``."""
         probs = mean_row(probabilities(pooled_rows(self, call, min(self.block_q, self.block_k))))
-        place = places(probs, self.forced(call), self.visible(call)) * self.block_k
+        return places(probs, self.forced(call), self.visible(call)) * self.block_k
+
+    def _block_sparse(self, call: Call) -> Tensor:
+        place = self.block_places(call)
         if self.adaptive_budget is not None:
             return place / self._length(call)[..., None]
         heads, device = call.q.shape[1], call.q.device
