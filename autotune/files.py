@@ -89,8 +89,11 @@ def load(path: str | os.PathLike[str]) -> State:
 
 
 def is_verified(state: State) -> bool:
-    """Whether the bounds of a file were checked by this library (files of the original SpargeAttn never were)."""
-    return "_metadata" in state
+    """Whether the bounds of a file were checked by this library.
+
+    Files of the original SpargeAttn never were, nor are those of models patched with ``calibrated=False``.
+    """
+    return "_metadata" in state and state["_metadata"].get("calibrated", True) is not False
 
 
 def load_sparse_attention_state_dict(
@@ -141,10 +144,10 @@ def _install(model: Any, state: State, block_q: int | None, block_k: int | None,
         raise ValueError(_mismatch(model, info, modules, layers))
     tuned = {path: _tuned(path, module, layers[path], info) for path, module in modules.items()}
     for path, module in modules.items():  # nothing fails from here on
-        module.selector = info.selector
+        module.selector = info.selector_of(path)
         module.precision, module.text_sink = info.precision or module.precision, info.text_sink
-        if info.bounds is not None:
-            module.l1, module.pv_l1, module.tail = info.bounds
+        if info.checked is not None:
+            module.l1, module.pv_l1, module.tail = info.checked
         module.set_thresholds(tuned[path])
         _say(verbose, path, tuned[path])
 
@@ -174,9 +177,10 @@ def _tuned(path: str, module: SparseAttention, entry: dict[str, Any], info: Info
         raise ValueError(f"layer {path!r} of the tuned file lacks {absent}")
     sizes = {len(x) for key in FILE_KEYS if isinstance(x := entry[key], Tensor) and x.dim() == 1}
     heads = module.heads or max(sizes, default=1)
+    selector = info.selector_of(path)
     ranges = {  # by key: lowest and highest value, and whether the lowest is excluded
         "is_sparse": (0.0, 1.0, False),
-        "cdfthreshd": (min(0.0, *info.selector.candidates), 1.0, False),
+        "cdfthreshd": (min(0.0, *selector.candidates), 1.0, False),
         "simthreshd1": (-1.0, 1.0, False),
         "pvthreshd": (0.0, math.inf, True),
     }
@@ -184,9 +188,10 @@ def _tuned(path: str, module: SparseAttention, entry: dict[str, Any], info: Info
     flags = values["is_sparse"]
     if not bool(((flags == 0) | (flags == 1)).all()):
         raise ValueError(f"layer {path!r}: is_sparse must be true or false (1 or 0), got {flags.tolist()}")
-    tuned = Tuned(**values, expected_density=info.layer_density.get(path), lengths=info.lengths, bounds=info.bounds)
+    facts = {"lengths": info.lengths, "bounds": info.checked, "calibrated": info.calibrated}
+    tuned = Tuned(**values, expected_density=info.layer_density.get(path), **facts)
     try:
-        tuned.serve(info.selector, torch.device("cpu"))
+        tuned.serve(selector, torch.device("cpu"))
     except ValueError as error:  # a selector may allow fewer values
         raise ValueError(f"layer {path!r}: {error}") from error
     return tuned

@@ -43,7 +43,9 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
         "model_class": _model_class(model),
         "family": module.family,
         "head_dim": head_dims.pop() if len(head_dims) == 1 else None,
-        "selector": {key: value for key, value in module.selector.to_dict().items() if key not in replaced},
+        "calibrated": all(t.calibrated for t in tuned.values()),
+        "selector": _without_thresholds(module.selector),
+        "layer_selectors": _layer_selectors(modules),
         "precision": module.precision,
         "text_sink": module.text_sink,
         "dense_steps": list(module.dense_steps) if module.dense_steps else None,
@@ -54,6 +56,18 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _without_thresholds(selector: Selector) -> dict[str, Any]:
+    """A selector's record without the fields whose values are a file's tensors."""
+    return {key: value for key, value in selector.to_dict().items() if key not in (selector.tuned, "sim_threshold")}
+
+
+def _layer_selectors(modules: dict[str, SparseAttention]) -> dict[str, dict[str, Any]] | None:
+    """The selectors by layer, None where all layers have the same."""
+    found = {path: _without_thresholds(module.selector) for path, module in modules.items()}
+    first = next(iter(found.values()))
+    return None if all(content == first for content in found.values()) else found
 
 
 def _model_class(model: Any) -> str:
@@ -78,6 +92,17 @@ class Info:
     lengths: tuple[int, int] | None = None
     mean_density: float | None = None
     layer_density: Mapping[str, float] = field(default_factory=dict)
+    layer_selectors: Mapping[str, Selector] = field(default_factory=dict)  # empty: all layers have `selector`
+    calibrated: bool = True
+
+    def selector_of(self, path: str) -> Selector:
+        """The selector of a layer."""
+        return self.layer_selectors.get(path, self.selector)
+
+    @property
+    def checked(self) -> Bounds | None:
+        """The bounds, if the thresholds were checked against them."""
+        return self.bounds if self.calibrated else None
 
     def check(self, model: Any, modules: list[SparseAttention]) -> None:
         """Reject a file of another family or head dim (layers of two models may have the same paths and heads), and
@@ -105,7 +130,7 @@ class Info:
             )
         own = {(module.l1, module.pv_l1, module.tail) for module in modules}
         other = own - {self.bounds, (DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL)}
-        if self.bounds is not None and other:
+        if self.checked is not None and other:
             _warn(
                 f"the model was patched with l1, pv_l1, tail = {sorted(other, key=str)[0]} and the file was tuned with "
                 f"{self.bounds}: the file's hold now, for later calibrations too; name bounds in calibrate() for others"
@@ -153,6 +178,8 @@ def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
         values[name] = tuple(value) if isinstance(value, list) else value
     if "precision" in values:
         values["precision"] = ALIASES.get(values["precision"], values["precision"])
+    if "layer_selectors" in values:
+        values["layer_selectors"] = {path: _made(content) for path, content in values["layer_selectors"].items()}
     return Info(selector, bounds=bounds, **values)
 
 
@@ -160,6 +187,10 @@ def _selector(info: dict[str, Any]) -> Selector:
     content = info["selector"]
     if info["format"] == 1:
         content = {"class": content, **{name: info[name] for name in _FORMAT_1_FIELDS if name in info}}
+    return _made(content)
+
+
+def _made(content: Any) -> Selector:
     try:
         return Selector.from_dict(content)
     except (TypeError, ValueError, AttributeError) as error:
@@ -193,4 +224,6 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lengths": ("two numbers of keys", lambda x: _pair(x, _count) and x[0] <= x[1]),
     "mean_density": ("in [0, 1]", _share),
     "layer_density": ("a dict of shares by layer", _shares),
+    "layer_selectors": ("a dict of selectors by layer", lambda x: isinstance(x, dict)),
+    "calibrated": ("True or False", lambda x: isinstance(x, bool)),
 }

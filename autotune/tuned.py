@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spas_attn.checks import per_head
 from spas_attn.selectors import Selector
 
 Bounds = tuple[float, float, float | None]  # l1, pv_l1, tail
@@ -45,6 +46,7 @@ class Tuned:
         expected_density: mean share of kept blocks, for the choice of the backend; None when unknown.
         lengths: fewest and most keys that were calibrated, None when unknown.
         bounds: l1, pv_l1 and tail that the thresholds were checked against, None when they were not.
+        calibrated: False for a selector's own thresholds, which nothing was measured for.
         all_dense, filters, skips: no head is sparse; some sparse head has a similarity filter; some has PV skip.
 
     Raises:
@@ -58,6 +60,7 @@ class Tuned:
     expected_density: float | None = None
     lengths: tuple[int, int] | None = None
     bounds: Bounds | None = None
+    calibrated: bool = True
     all_dense: bool = field(init=False)
     filters: bool = field(init=False)
     skips: bool = field(init=False)
@@ -84,6 +87,16 @@ class Tuned:
         """The state in which every head keeps everything."""
         one = torch.ones(heads)
         return cls(torch.zeros(heads, dtype=torch.bool), one, -one, PV_OFF * one)
+
+    @classmethod
+    def own(cls, selector: Selector, heads: int) -> Tuned:
+        """A selector's own thresholds, as the state of a layer with this many query heads; nothing is calibrated."""
+        cpu = torch.device("cpu")
+        dense = torch.zeros(heads, dtype=torch.bool) if selector.dense_heads is None else selector.dense_heads.cpu()
+        threshold = per_head(selector.threshold, heads, selector.tuned, cpu)
+        sim = per_head(getattr(selector, "sim_threshold", -1.0), heads, "sim_threshold", cpu)
+        pv = torch.full((heads,), PV_OFF)
+        return cls(~dense, threshold, sim, pv, expected_density=selector.expected_density, calibrated=False)
 
     def to(self, device: torch.device) -> Tuned:
         """The same on another device."""

@@ -31,6 +31,8 @@ ADAPTERS = {
     "SD3Transformer2DModel": "modify_model.modify_sd3",
     "WanTransformer3DModel": "modify_model.modify_wan",
 }
+# What every model of transformers derives from; the family that serves those which have none of their own.
+ANY_TRANSFORMERS = "PreTrainedModel"
 
 
 # Where the text stands among the tokens that attend to each other; None: there is none (it is in cross-attention).
@@ -58,6 +60,10 @@ class Family:
     name: str
     model_classes: tuple[str, ...]
     noise_level: NoiseLevel | None = None
+
+    def label(self, model: nn.Module) -> str:
+        """The name of the family of one model, as tuned files record it: they fit no model of another."""
+        return self.name
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Every self-attention layer of a model, in layer order, patched or not."""
@@ -94,6 +100,10 @@ class Family:
         """Why an installed patch cannot work any more, or None."""
         return None
 
+    def missing(self, model: nn.Module) -> str:
+        """What is wrong with a model that has no attention layer."""
+        return "no attention layer was found in it"
+
 
 _families: dict[str, Family] = {}
 
@@ -109,7 +119,10 @@ def find_family(model: nn.Module) -> Family:
     names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     for name in names & ADAPTERS.keys():
         importlib.import_module(ADAPTERS[name])
-    for family in _families.values():
+    if ANY_TRANSFORMERS in names:
+        importlib.import_module("modify_model.modify_transformers")
+    # A family of a model's own comes before the one for any model of transformers.
+    for family in sorted(_families.values(), key=lambda family: ANY_TRANSFORMERS in family.model_classes):
         if names.intersection(family.model_classes):
             return family
     known = sorted({*ADAPTERS, *(name for family in _families.values() for name in family.model_classes)})

@@ -1,4 +1,4 @@
-"""What transformers' masks say: causal, sliding window, key padding, packed sequences.
+"""What transformers' masks say: causal, sliding window, key padding, packed sequences, chunks.
 
 transformers builds the mask once per forward, with the mask function registered under the name of the attention
 implementation; under a name without one, the mask is silently None even for padded batches. :func:`prepare_mask` is
@@ -41,7 +41,11 @@ class PreparedMask(NamedTuple):
         k_len: number of keys, with the unused slots of a static cache.
         k_end: number of keys in use; queries are aligned to the last of them.
         window: sliding window in tokens, or None.
-        dense_reason: why the pattern is not causal + window + key padding, or None.
+        dense_reason: why the pattern is not causal + window + key padding + separate documents, or None.
+        documents: int32 ``[n + 1]``, where documents that do not see each other begin, and the number of tokens; packed
+            sequences, or the chunks of chunked attention. None for one document.
+        found: where position_ids may show documents that the mask does not (see :meth:`documents_at`), what they
+            showed, once they were looked at; None where they cannot.
     """
 
     make: Callable[..., Any] | None
@@ -52,6 +56,23 @@ class PreparedMask(NamedTuple):
     k_end: int
     window: int | None
     dense_reason: str | None
+    documents: Tensor | None = None
+    found: list[Tensor | None] | None = None
+
+    def documents_at(self, position_ids: Any) -> Tensor | None:
+        """The documents of this forward, also those that only its position_ids ``[1, L]`` show.
+
+        With a fresh cache, transformers does not look for packed sequences, and lets them see each other. Looking for
+        positions that start again reads one tensor, once per forward; a caller that gives ``cu_seq_lens_q``, or an
+        attention_mask, saves it.
+        """
+        if self.documents is not None or self.found is None or not isinstance(position_ids, Tensor):
+            return self.documents
+        if tuple(position_ids.shape) != (1, self.k_len) or torch.compiler.is_compiling():
+            return None
+        if not self.found:
+            self.found.append(_documents((position_ids[0, 1:] == 0)))
+        return self.found[0]
 
     @property
     def original(self) -> Any:
@@ -78,23 +99,27 @@ def prepare_mask(original: str, **arguments: Any) -> Any:
         arguments: what the installed version passes to mask functions, handed on as it came.
 
     Returns:
-        A PreparedMask, or for a decoding step the original mask itself.
+        A PreparedMask, or for a decoding step and for encoders the original mask itself.
     """
     padding = arguments.get("attention_mask")
     if isinstance(padding, PreparedMask):  # prepared by generate(), and now the model asks again
         return padding
     make = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
     q_length, q_offset = _queries(arguments)
-    if q_length < SHORTEST:
+    if q_length < SHORTEST or "allow_is_bidirectional_skip" in arguments:  # an encoder's, which is left alone
         return None if make is None else make(**arguments)
     # A static cache counts its tokens in place, before its layers ask for the mask.
     later = {name: x.clone() if isinstance(x, Tensor) and x.dim() < 2 else x for name, x in arguments.items()}
     k_len, k_offset = arguments["kv_length"], arguments.get("kv_offset", 0)
     k_end = _last_key(q_length, q_offset, k_len, k_offset)
-    window, reason = _pattern(arguments)
+    key_mask = _key_mask(padding, k_offset, k_len if k_end is None else k_end)
+    whole = arguments["batch_size"] == 1 and k_len == q_length and key_mask is None
+    pattern = _pattern(arguments, k_len + k_offset if k_end is None else k_end + k_offset, whole)
+    reason = pattern.dense_reason
     if k_end is None:
         k_end, reason = k_len, reason or "a static cache inside torch.compile hides how many keys are in use"
-    return PreparedMask(make, later, [], _key_mask(padding, k_offset, k_end), k_len, k_end, window, reason)
+    found: list[Tensor | None] | None = [] if whole and padding is None else None
+    return PreparedMask(make, later, [], key_mask, k_len, k_end, pattern.window, reason, pattern.documents, found)
 
 
 def _key_mask(padding: Tensor | None, k_offset: int, k_end: int) -> Tensor | None:
@@ -132,28 +157,102 @@ def _last_key(q_length: int, q_offset: int | Tensor, k_len: int, k_offset: int) 
     return min(q_offset + q_length - k_offset, k_len)
 
 
-def _pattern(arguments: dict[str, Any]) -> tuple[int | None, str | None]:
-    """The sliding window of a mask, or why it is something else than causal + window + key padding."""
+class _Pattern(NamedTuple):
+    """What a mask function means, in the words of PreparedMask."""
+
+    window: int | None = None
+    documents: Tensor | None = None
+    dense_reason: str | None = None
+
+
+def _pattern(arguments: dict[str, Any], tokens: int, whole: bool) -> _Pattern:
+    """What a mask function means, or why it is something else than PreparedMask can say.
+
+    Args:
+        arguments: of the mask function.
+        tokens: up to the last key in use.
+        whole: one row of tokens, none hidden and none before them, which may hold several documents.
+    """
     function = arguments.get("mask_function", causal_mask_function)
     if function is causal_mask_function:
-        return None, None
+        return _Pattern()
     if torch.compiler.is_compiling():
-        return None, COMPILED_PATTERN
-    parts = _joined(function)
-    if set(parts) == {"causal_mask_function", "sliding_window_overlay.<locals>.inner_mask"}:
-        return arguments["local_size"], None
-    # 4.56 to 4.57 give this to single sequences too; later versions do the same check before (without a cache only).
-    packed = parts.get("packed_sequence_mask_function.<locals>.inner_mask")
-    if packed is not None and len(parts) == 2 and "causal_mask_function" in parts:
-        sequences = packed.__closure__[0].cell_contents
-        if bool((sequences[:, -1] == 0).all()):
-            return None, None
-    return None, "packed position_ids or another mask pattern that is not causal + window + key padding"
+        return _hidden_pattern(arguments, tokens, whole)
+    parts, documents = _joined(function), None
+    packed = parts.pop(_inner("packed_sequence_mask_function"), None)
+    remapped = parts.pop(_inner("remap_positions_for_packed_sequence"), None)
+    if remapped is not None:
+        inside = _captured(remapped, "mask_function")
+        parts = _joined(inside) or {inside.__qualname__: inside}
+    if packed is not None:
+        sequences = _captured(packed, "packed_sequence_mask")
+        # 4.56 to 4.57 give this to single sequences too; later versions do the same check before (without a cache only).
+        if not whole and bool((sequences[:, -1] != 0).any()):
+            return _Pattern(dense_reason="a batch of rows with packed sequences, which is no padding-free row")
+        documents = _documents(sequences[0, 1:] != sequences[0, :-1]) if whole else None
+    names = parts.keys() - {"causal_mask_function"}
+    if "causal_mask_function" in parts and not names:
+        return _Pattern(documents=documents)
+    if "causal_mask_function" in parts and names == {_inner("sliding_window_overlay")}:
+        return _Pattern(arguments["local_size"], documents)
+    if "causal_mask_function" in parts and names == {_inner("chunked_overlay")} and documents is None:
+        return _chunks(arguments, tokens, whole)
+    return _Pattern(dense_reason="a mask pattern that is not causal + window + key padding + separate documents")
+
+
+def _hidden_pattern(arguments: dict[str, Any], tokens: int, whole: bool) -> _Pattern:
+    """What a mask function means that torch.compile hides, told from the arguments beside it."""
+    size, config = arguments.get("local_size"), arguments.get("config")
+    chunked = size is not None and getattr(config, "attention_chunk_size", None) == size
+    if chunked and getattr(config, "sliding_window", None) == size:
+        return _Pattern(dense_reason=COMPILED_PATTERN)
+    # transformers allows this for the plain pattern of a layer only: nothing packed, no overlay of the model's own.
+    plain = arguments.get("allow_is_causal_skip", False) and not arguments.get("use_vmap", False) and size is not None
+    if plain and chunked:
+        return _chunks(arguments, tokens, whole)
+    return _Pattern(None if chunked else size, dense_reason=None if plain else COMPILED_PATTERN)
+
+
+def _chunks(arguments: dict[str, Any], tokens: int, whole: bool) -> _Pattern:
+    """Chunked attention (Llama 4): each chunk of a sequence is a document."""
+    size = arguments["local_size"]
+    if tokens <= size:
+        return _Pattern()
+    if not whole:
+        return _Pattern(dense_reason="chunked attention of padded, batched or cached tokens")
+    padding = arguments.get("attention_mask")
+    device = arguments.get("device") or (padding if padding is not None else arguments["cache_position"]).device
+    starts = [*range(0, tokens, size), tokens]
+    return _Pattern(documents=torch.tensor(starts, dtype=torch.int32, device=device))
+
+
+def _documents(begins: Tensor) -> Tensor | None:
+    """Documents of one row as int32 ``[n + 1]``, None for a single one.
+
+    Args:
+        begins: bool ``[L - 1]``, whether a document begins at tokens 1 to L - 1.
+    """
+    starts = begins.nonzero().flatten() + 1
+    if not len(starts):
+        return None
+    return nn.functional.pad(nn.functional.pad(starts, (1, 0)), (0, 1), value=len(begins) + 1).to(torch.int32)
+
+
+def _inner(maker: str) -> str:
+    """Qualified name of the mask function that a function of transformers makes."""
+    return f"{maker}.<locals>.inner_mask"
+
+
+def _captured(function: Any, name: str) -> Any:
+    """What a function that another one made holds under a name of its maker."""
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
 def _joined(function: Any) -> dict[str, Any]:
     """The parts, by qualified name, of a mask function made by transformers' ``and_masks``; else empty."""
     if function.__qualname__ != "and_masks.<locals>.and_mask":
         return {}
-    parts = next(cell.cell_contents for cell in function.__closure__ if isinstance(cell.cell_contents, tuple))
-    return {part.__qualname__: part for part in parts}
+    parts: dict[str, Any] = {}
+    for part in _captured(function, "mask_functions"):
+        parts |= _joined(part) or {part.__qualname__: part}
+    return parts

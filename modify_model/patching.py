@@ -21,7 +21,8 @@ from torch import nn
 
 from autotune import SparseAttention
 from autotune.module import clean_path, transformers_of
-from spas_attn.checks import HEAD_DIMS
+from autotune.tuned import Tuned
+from spas_attn.checks import HEAD_DIMS, check_flag
 
 from .families import Family, Layer, find_family
 from .schedule import check_range, check_schedule
@@ -78,11 +79,14 @@ def patch(
     verbose: bool = False,
     dense_steps: tuple[float, float] | None = None,
     dense_layers: Sequence[int] = (),
+    calibrated: bool = True,
     **options: Any,
 ) -> M:
     """Install a SparseAttention in the attention layers of a model, in place.
 
-    The model computes exactly what it did before until its thresholds are calibrated or loaded. Patching again is
+    The model computes exactly what it did before until its thresholds are calibrated or loaded; with
+    ``calibrated=False`` it runs sparse at once, at the selector's own thresholds, which no bound was checked for, and a
+    file saved from it says so. It can be calibrated, or given a file, later all the same. Patching again is
     harmless: layers that are already sparse keep their thresholds and take the options that this call names, bounds for
     the next calibration (those that the thresholds were checked against stay on record). Thresholds mean nothing to
     another selector: it drops them, with a warning. ``layer_range``, ``dense_steps`` and ``dense_layers`` are what this
@@ -100,17 +104,21 @@ def patch(
             ``1 - s < first`` or ``s < last``, whatever the number of steps, the batch and the guidance. For a pipeline
             also whole numbers, (10, 2), of steps of its scheduler as it stands: see ``modify_model.dense_steps_of``.
         dense_layers: layers (in the model's order) that run dense in mode "sparse"; they are calibrated all the same.
+        calibrated: False runs the selector's own thresholds at once. Layers that have thresholds from a calibration or
+            a file lose them, with a warning.
         options: further arguments of SparseAttention (selector, backend, precision, text_sink); left out, the
-            family's defaults hold.
+            family's defaults hold. ``selector`` may also be a list or tuple of selectors, one for each attention layer
+            of the model in its order (published tables of thresholds per layer and head).
 
     Returns:
         The same model.
 
     Raises:
         ValueError: if no family serves the model, a layer has a processor that cannot be replaced, or on a
-            layer_range, dense_steps or dense_layers that make no sense.
+            layer_range, dense_steps or dense_layers that make no sense, and another number of selectors than layers.
         TypeError: on bounds that are no numbers and options of another type than SparseAttention takes.
     """
+    check_flag("calibrated", calibrated)
     settings = {name: value for name, value in {"l1": l1, "pv_l1": pv_l1, **options}.items() if value is not None}
     if tail is not ...:
         settings["tail"] = tail
@@ -124,6 +132,8 @@ def patch(
         for inner in _apply(family, root, chosen, settings, prefix, verbose):
             inner.layer_range, inner.dense_steps = layer_range, steps
             inner.always_dense = inner.layer_idx in dense_layers
+            if not calibrated:
+                _uncalibrate(inner)
         family.switch(root, True, steps)
     return model
 
@@ -198,8 +208,8 @@ def _chosen(
     with those that an installed layer keeps taken into account.
     """
     if not layers:
-        raise ValueError(f"no attention layer was found in {type(root).__name__}")
-    chosen = {}
+        raise ValueError(f"{type(root).__name__} cannot be made sparse: {family.missing(root)}")
+    chosen, label = {}, family.label(root)
     for index in check_range(layer_range, len(layers)):
         path, attention, _ = layers[index]
         heads, head_dim = family.heads(attention)
@@ -209,9 +219,9 @@ def _chosen(
         if reason is not None:
             raise ValueError(f"layer {path!r} cannot be made sparse: {reason}")
         kept = {name: getattr(present, name) for name in ("l1", "pv_l1", "tail")} if present else {}
-        inner = chosen[index] = SparseAttention(**(family.defaults() | kept | settings))
+        inner = chosen[index] = SparseAttention(**(family.defaults() | kept | _of_layer(settings, index, len(layers))))
         inner.set_heads(heads)
-        inner.family, inner.layer_idx, inner.head_dim = family.name, index, head_dim
+        inner.family, inner.layer_idx, inner.head_dim = label, index, head_dim
     return chosen
 
 
@@ -227,7 +237,7 @@ def _apply(
     layers, installed = family.layers(root), []
     for index, layer in enumerate(layers):
         if index in chosen:
-            installed.append(_install(family, layer, chosen[index], settings))
+            installed.append(_install(family, layer, chosen[index], _of_layer(settings, index, len(layers))))
         elif _inner(layer.attention) is not None:
             family.remove(layer.attention)
         if verbose:
@@ -260,6 +270,30 @@ def _install(family: Family, layer: Layer, inner: SparseAttention, settings: dic
     if present is None or not family.is_sparse(attention):  # another processor may have been set meanwhile
         family.install(layer, inner)
     return inner
+
+
+def _of_layer(settings: dict[str, Any], index: int, layers: int) -> dict[str, Any]:
+    """The settings of one layer: of a list of selectors its own."""
+    selector = settings.get("selector")
+    if not isinstance(selector, (list, tuple)):
+        return settings
+    if len(selector) != layers:
+        raise ValueError(
+            f"selector must be one selector, or one for each of the model's {layers} attention layers, got "
+            f"{len(selector)}"
+        )
+    return settings | {"selector": selector[index]}
+
+
+def _uncalibrate(inner: SparseAttention) -> None:
+    """Run a layer at its selector's own thresholds."""
+    if inner.tuned is not None and inner.tuned.calibrated:
+        warnings.warn(
+            "calibrated=False: the layers lose the thresholds of their calibration or file",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    inner.set_thresholds(Tuned.own(inner.selector, inner.heads or 1))
 
 
 def _unfit(attention: nn.Module, head_dim: int) -> str | None:

@@ -171,12 +171,6 @@ def test_kv_heads_are_not_repeated_and_static_slots_are_cropped(make_llama, toke
         assert call.attn_mask is None
 
 
-def packed(ids):
-    """Arguments of a forward with two sequences in one row."""
-    positions = torch.cat([torch.arange(150), torch.arange(ids.shape[1] - 150)])[None]
-    return dict(position_ids=positions, use_cache=False)
-
-
 def own_mask(ids):
     """Arguments of a forward with a 4-D mask of the caller's own, in both dialects."""
     length = ids.shape[1]
@@ -186,7 +180,7 @@ def own_mask(ids):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("arguments", "reason"), [(packed, "packed position_ids"), (own_mask, "4-D attention mask")])
+@pytest.mark.parametrize(("arguments", "reason"), [(own_mask, "4-D attention mask")])
 def test_masks_that_have_no_sparse_form_run_dense(
     make_llama, tokens, set_sparse, fallbacks, attention, arguments, reason
 ):
