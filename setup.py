@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 PACKAGES = ["spas_attn", "autotune", "modify_model"]
 CLI = ["safetensors>=0.4.3", "tqdm>=4.60", "pillow>=10.1", "matplotlib>=3.7", "scikit-image>=0.22"]
+SHAPES = [*CLI, "trimesh>=4.0"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.11"]
 
 
@@ -52,6 +53,7 @@ setup(
         "transformers": ["transformers>=4.56"],
         "diffusers": ["diffusers>=0.37", "transformers>=4.56", "accelerate>=1.0"],
         "cli": CLI,
+        "shapes": SHAPES,
         "sage": ["sageattention>=1.0.6"],
         "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],  # pre-releases only: pip install --pre
         "test": TEST,

@@ -44,8 +44,8 @@ def chosen_engine(engine: str | None, switch: str = DENOISER_SWITCH) -> Engine:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)} or None, got {engine!r}")
     if engine == "sage" and "sageattention" not in sys.modules and importlib.util.find_spec("sageattention") is None:
         raise ImportError(
-            f"8-bit attention (engine='sage', or {switch}=1) needs the package sageattention: pip install sageattention; "
-            f"or unset {switch}, or take this library's own 8-bit kernel with engine='int8'"
+            f"engine='sage' (or {switch}=1) needs the package sageattention: pip install sageattention, or "
+            f"unset {switch}, or take this library's own 8-bit kernel with engine='int8'"
         )
     return engine  # type: ignore[return-value]
 
@@ -145,7 +145,7 @@ def joined(x: Tensor) -> Tensor:
 
 
 def report_ignored(name: str, options: dict[str, object], known: tuple[str, ...]) -> None:
-    """Log the options of a configuration file that a constructor does not use, apart from those known to say nothing."""
+    """Log the options of a configuration file that a constructor does not use, but those known to say nothing."""
     unknown = sorted(options.keys() - {*known})
     if unknown:
         _logger.warning("%s does not use these options: %s", name, ", ".join(unknown))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class TimeToken(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """``[B]`` to ``[B, 1, hidden_size]``, in the dtype of the weights."""
         turns = angles(t, self.hidden_size // 2, self.max_period)
-        waves = torch.cat([turns.sin(), turns.cos()], dim=-1).to(self.mlp[0].weight.dtype)
+        first: Any = self.mlp[0]
+        waves = torch.cat([turns.sin(), turns.cos()], dim=-1).to(first.weight.dtype)
         return self.mlp(waves)[:, None]
 
 

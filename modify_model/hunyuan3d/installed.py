@@ -25,7 +25,13 @@ SDPA = F.scaled_dot_product_attention
 
 # What the three kinds of attention layers have, by dotted name.
 STRUCTURES = {
-    "double-stream block": ("img_attn.qkv", "txt_attn.qkv", "img_attn.norm.query_norm", "img_attn.proj", "txt_attn.proj"),
+    "double-stream block": (
+        "img_attn.qkv",
+        "txt_attn.qkv",
+        "img_attn.norm.query_norm",
+        "img_attn.proj",
+        "txt_attn.proj",
+    ),
     "single-stream block": ("linear1", "linear2", "norm.query_norm", "norm.key_norm"),
     "self-attention": ("to_q", "to_k", "to_v", "q_norm", "k_norm", "out_proj"),
 }
@@ -58,14 +64,13 @@ def unrecognised(layer: nn.Module) -> str | None:
     name = type(layer).__name__
     if structure_of(layer) is None:
         parts = ", ".join(child for child, _ in layer.named_children()) or "nothing"
-        return (
-            f"{name} (with {parts}) has none of the structures that are known: "
-            + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in STRUCTURES.items())
+        return f"{name} (with {parts}) has none of the structures that are known: " + "; ".join(
+            f"{kind}: {', '.join(names)}" for kind, names in STRUCTURES.items()
         )
     if rebound(_original(type(layer)).forward, _table()) is _original(type(layer)).forward:
         return (
-            f"{name}.forward reaches no F.{SDPA.__name__}; another attention is in use there (USE_SAGEATTN=1, xformers, "
-            "or an option of the program): switch that off"
+            f"{name}.forward reaches no F.{SDPA.__name__}; another attention runs there (USE_SAGEATTN=1, "
+            "xformers, or an option of the program): switch that off"
         )
     return None
 

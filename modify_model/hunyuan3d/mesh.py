@@ -55,7 +55,10 @@ def mesh_of(volume: Tensor, bounds: float = 1.01, level: float = 0.0) -> Mesh:
     field = volume.float().cpu().numpy()
     low, high = float(field.min()), float(field.max())
     if not low < level < high:
-        raise ValueError(f"there is no surface: the field goes from {low:.4g} to {high:.4g} and never crosses {level:g}")
+        raise ValueError(
+            f"there is no surface: the field goes from {low:.4g} to {high:.4g} and never crosses {level:g}"
+        )
     vertices, faces, _, _ = marching_cubes(field, level)
     sides = np.array(field.shape) - 1
-    return Mesh((vertices / sides * 2 * bounds - bounds).astype(np.float32), faces)
+    # scikit-image winds the corners so that, of a field that is larger inside, faces look inwards.
+    return Mesh((vertices / sides * 2 * bounds - bounds).astype(np.float32), faces[:, ::-1].copy())

@@ -54,7 +54,7 @@ class ShapePipeline:
     ) -> Tensor:
         """Latents ``[B, num_latents, 64]`` of image tokens ``[B, Lc, context_dim]``; options of :func:`.sample`."""
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every device
-        shape = len(condition), self.num_latents, self.model.in_channels  # type: ignore[arg-type]
+        shape = len(condition), self.num_latents, self.vae.embed_dim
         noise = torch.randn(shape, generator=generator).to(self.device)
         return sample(self.model, condition.to(self.device), noise, self.sigmas(steps), guidance_scale, **options)
 
@@ -141,7 +141,7 @@ def read_weights(file: Path) -> Mapping[str, Any]:
 
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001: pickles and safetensors raise what they like on damaged files
+    except Exception as error:
         raise ValueError(f"cannot read the weights in {str(file)!r}: {error}") from error
 
 

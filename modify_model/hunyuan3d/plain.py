@@ -187,9 +187,7 @@ class HunYuanDiTPlain(Denoiser):
         )  # fmt: skip
         self.final_layer = LastLayer(hidden_size, in_channels)
 
-    def forward(
-        self, x: Tensor, t: Tensor, contexts: Mapping[str, Tensor] | Condition, **unused: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, contexts: Mapping[str, Tensor] | Condition, **unused: Any) -> Tensor:
         """Velocity of the latents; arguments and errors as of :meth:`Hunyuan3DDiT.forward`, without guidance."""
         return self.grouped(x, t, contexts, None, self.in_channels)
 

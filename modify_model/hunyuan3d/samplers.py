@@ -5,7 +5,7 @@ Time runs from σ = 0 (noise) to σ = 1 (data), and the model's input t is σ it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -81,28 +81,27 @@ def sample(
         raise ValueError("guidance_scale must be a number: this model takes it as an input, got None")
     guided = not embedded and guidance_scale not in (None, 1)
     tokens = torch.cat([condition, torch.zeros_like(condition)]) if guided else condition
-    contexts: Mapping[str, Tensor] | Condition = {"main": tokens}
-    if reuse_condition:
-        contexts = model.prepare(contexts)
+    given = {"main": tokens}
+    contexts: Mapping[str, Tensor] | Condition = model.prepare(given) if reuse_condition else given
+    scale = 1.0 if guidance_scale is None else guidance_scale
     dtype = next(model.parameters()).dtype
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
     steps = [(a, b) for a, b in zip(sigmas[:-1], sigmas[1:], strict=True) if a != b or not skip_empty_steps]
     for sigma, following in _bar(steps, progress):
         inputs = torch.cat([x, x]) if guided else x
         t = torch.full((len(inputs),), sigma, dtype=x.dtype, device=x.device)
-        options = {"guidance": torch.full_like(t, guidance_scale)} if embedded else {}
+        options = {"guidance": torch.full_like(t, scale)} if embedded else {}
         v = model(inputs.to(dtype), t, contexts, **options).to(x.dtype)
         if guided:
-            assert guidance_scale is not None
             conditional, unconditional = v.chunk(2)
-            v = unconditional + guidance_scale * (conditional - unconditional)
+            v = unconditional + scale * (conditional - unconditional)
         x = x + (following - sigma) * v
     return x
 
 
-def _bar(steps: list[tuple[float, float]], show: bool) -> list[tuple[float, float]]:
+def _bar(steps: list[tuple[float, float]], show: bool) -> Iterable[tuple[float, float]]:
     if not show:
         return steps
     from tqdm import tqdm
 
-    return tqdm(steps, desc="denoising", unit="step")  # type: ignore[return-value]
+    return tqdm(steps, desc="denoising", unit="step")

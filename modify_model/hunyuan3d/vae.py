@@ -27,7 +27,7 @@ class HeadNorms(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """``[B, L, width]`` to the same; the projection holds q, k and v of head 0, then those of head 1, …"""
+    """``[B, L, width]`` to the same; the projection holds q, k and v of head 0, and so on."""
 
     def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from points to latents; ``c_kv`` holds k and v of head 0, then those of head 1, …"""
+    """Attention from points to latents; ``c_kv`` holds k and v of head 0, then of head 1, and so on."""
 
     def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()

@@ -59,7 +59,11 @@ def split_modules(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
         if first in MODULES and rest:
             found.setdefault(first, {})[_bare(rest) if first == "model" else rest] = value
         else:
-            name = "vae" if key.startswith(("post_kl.", "geo_decoder.", "transformer.", "encoder.", "pre_kl.")) else "model"
+            name = (
+                "vae"
+                if key.startswith(("post_kl.", "geo_decoder.", "transformer.", "encoder.", "pre_kl."))
+                else "model"
+            )
             found.setdefault(name, {})[_bare(key) if name == "model" else key] = value
     if not ("model" in found and _is_denoiser(found["model"])) and "post_kl.weight" not in found.get("vae", {}):
         raise ValueError(

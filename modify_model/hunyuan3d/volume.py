@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +186,7 @@ class _NoBar:
     def close(self) -> None: ...
 
 
-def _bar(total: int, show: bool) -> _NoBar | Iterator[int]:
+def _bar(total: int, show: bool) -> Any:
     if not show:
         return _NoBar()
     from tqdm import tqdm

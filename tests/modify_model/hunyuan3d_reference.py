@@ -1,4 +1,4 @@
-"""The two denoisers of Hunyuan3D written a second time, as plain functions of a state dict: what the modules must equal.
+"""The two denoisers of Hunyuan3D written a second time, as plain functions of a state dict: a reference.
 
 Everything that is easily got wrong is spelt out here: orders, views, factors. Nothing is shared with the modules.
 """
@@ -61,9 +61,7 @@ def qkv_heads(rows: Tensor, heads: int, s: State, norm: str) -> list[tuple[Tenso
     return found
 
 
-def hunyuan3d_dit(
-    s: State, x: Tensor, t: float, cond: Tensor, heads: int, guidance: float | None = None
-) -> Tensor:
+def hunyuan3d_dit(s: State, x: Tensor, t: float, cond: Tensor, heads: int, guidance: float | None = None) -> Tensor:
     """One sample: x ``[L, 64]``, cond ``[Lc, context]``; returns ``[L, 64]``."""
     img, txt = linear(s, "latent_in", x), linear(s, "cond_in", cond)
     hidden, length = img.shape[-1], len(cond)

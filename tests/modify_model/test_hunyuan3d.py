@@ -7,6 +7,7 @@ import sys
 import types
 from typing import Any
 
+import hunyuan3d_reference as reference
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,12 +98,12 @@ def test_published_names_and_shapes() -> None:
         of_plain = HunYuanDiTPlain(text_len=1370, qk_norm=True, use_pos_emb=False).state_dict()
     expected = {f"{name}.weight": shape for name, shape in LINEARS.items()}
     expected |= {f"{name}.bias": shape[:1] for name, shape in LINEARS.items()}
-    expected |= {f"{place}.{norm}_norm.scale": (64,) for place in ("double_blocks.7.img_attn.norm", "single_blocks.9.norm")
-                 for norm in ("query", "key")}  # fmt: skip
+    for place in ("double_blocks.7.img_attn.norm", "single_blocks.9.norm"):
+        expected |= {f"{place}.query_norm.scale": (64,), f"{place}.key_norm.scale": (64,)}
     assert {name: tuple(state[name].shape) for name in expected} == expected
     assert {name: tuple(of_plain[name].shape) for name in PLAIN} == PLAIN
-    for absent in ("blocks.0.attn1.to_q.bias", "blocks.10.skip_linear.weight", "blocks.14.moe.gate.weight", "blocks.15.mlp.fc1.weight"):  # fmt: skip
-        assert absent not in of_plain
+    for absent in ("0.attn1.to_q.bias", "10.skip_linear.weight", "14.moe.gate.weight", "15.mlp.fc1.weight"):
+        assert f"blocks.{absent}" not in of_plain
 
 
 def test_options_of_configurations_are_tolerated_and_unknown_ones_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -132,40 +133,49 @@ def test_plain_equals_the_reference() -> None:
         assert error(got[row], hunyuan_dit_plain(model.state_dict(), x[row], float(t[row]), cond[row], HEADS)) < 1e-12
 
 
-@pytest.mark.parametrize("wrong", ["max_period", "order", "views", "renormalised", "t times 1000"])
-def test_the_reference_notices_each_trap(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above would fail on every one of the known mistakes: the reference, with one made, is far off."""
-    import hunyuan3d_reference as reference
+def heads_side_by_side(rows: Tensor, heads: int, s: Any, norm: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """A mistake: q, k and v of one head side by side."""
+    parts = rows.split(rows.shape[-1] // heads // 3, dim=-1)
+    query, key = s[f"{norm}.query_norm.scale"], s[f"{norm}.key_norm.scale"]
+    return [
+        (reference.rms(q, query), reference.rms(k, key), v)
+        for q, k, v in zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
+    ]
 
-    x, cond = made(9, 64), made(5, CONTEXT, seed=1)
-    if wrong in ("max_period", "order"):
-        model = dit()
-        right = hunyuan3d_dit(model.state_dict(), x, 0.3, cond, HEADS)
-        if wrong == "max_period":
-            monkeypatch.setattr(reference, "math", types.SimpleNamespace(**vars(math) | {"log": lambda v: math.log(1e4 if v == 1000 else v)}))  # fmt: skip
-            other = reference.hunyuan3d_dit(model.state_dict(), x, 0.3, cond, HEADS)
-        else:  # q, k and v of one head side by side
-            monkeypatch.setattr(reference, "qkv_heads", lambda rows, heads, s, norm: [
-                (reference.rms(q, s[f"{norm}.query_norm.scale"]), reference.rms(k, s[f"{norm}.key_norm.scale"]), v)
-                for q, k, v in reference.interleaved([rows], heads * 3) and zip(*[iter(rows.split(rows.shape[-1] // heads // 3, -1))] * 3, strict=True)
-            ])  # fmt: skip
-            other = reference.hunyuan3d_dit(model.state_dict(), x, 0.3, cond, HEADS)
-    else:
-        model = plain()
-        right = hunyuan_dit_plain(model.state_dict(), x, 0.3, cond, HEADS)
-        if wrong == "views":
-            monkeypatch.setattr(reference, "interleaved", lambda parts, heads: list(
-                map(list, zip(*[part.split(part.shape[-1] // heads, -1) for part in parts], strict=True))))  # fmt: skip
-        if wrong == "renormalised":
-            real = torch.softmax
 
-            def renormal(row: Tensor, dim: int) -> Tensor:
-                p = real(row, dim=dim)
-                return p / p.topk(2).values.sum() if row.dim() == 1 else p
+def split_by_head(parts: list[Tensor], heads: int) -> list[list[Tensor]]:
+    """A mistake: every projection split into heads on its own."""
+    return [list(one) for one in zip(*[part.split(part.shape[-1] // heads, -1) for part in parts], strict=True)]
 
-            monkeypatch.setattr(reference.torch, "softmax", renormal)
-        other = reference.hunyuan_dit_plain(model.state_dict(), x, 300.0 if wrong == "t times 1000" else 0.3, cond, HEADS)
-    assert error(other, right) > 1e-4
+
+def renormalised(row: Tensor, dim: int) -> Tensor:
+    """A mistake: the two best experts' probabilities add up to 1."""
+    p = torch.exp(row - row.max(dim, keepdim=True).values)
+    p = p / p.sum(dim, keepdim=True)
+    return p / p.topk(2).values.sum() if row.dim() == 1 else p
+
+
+def period_10000(value: float) -> float:
+    """A mistake: the usual longest period in place of 1000."""
+    return math.log(10_000 if value == 1000 else value)
+
+
+@pytest.mark.parametrize("wrong", ["max_period", "views", "plain views", "renormalised", "t times 1000"])
+def test_each_known_mistake_would_be_seen(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons above fail on every one of the known mistakes: the reference, with one made, is far off."""
+    model = dit() if wrong in ("max_period", "views") else plain()
+    function = hunyuan3d_dit if wrong in ("max_period", "views") else hunyuan_dit_plain
+    state, x, cond = model.state_dict(), made(9, 64), made(5, CONTEXT, seed=1)
+    right = function(state, x, 0.3, cond, HEADS)
+    mistakes: dict[str, tuple[str, Any]] = {
+        "max_period": ("math", types.SimpleNamespace(**{**vars(math), "log": period_10000})),
+        "views": ("qkv_heads", heads_side_by_side),
+        "plain views": ("interleaved", split_by_head),
+        "renormalised": ("torch", types.SimpleNamespace(**{**vars(torch), "softmax": renormalised})),
+    }
+    if wrong in mistakes:
+        monkeypatch.setattr(reference, *mistakes[wrong])
+    assert error(function(state, x, 300.0 if wrong == "t times 1000" else 0.3, cond, HEADS), right) > 1e-3
 
 
 def test_latents_are_a_set() -> None:
@@ -261,8 +271,9 @@ def test_sampler_equals_plain_guidance(make: Any, scale: float) -> None:
     got = sample(model, cond, noise, flow_sigmas(4), scale)
     model.merge_constant = False
     off = dict(skip_empty_steps=False, reuse_condition=False)
-    assert error(sample(model, cond, noise, flow_sigmas(4), scale, **off), by_hand(model, cond, noise, flow_sigmas(4), scale)) < 1e-12  # fmt: skip
-    assert error(got, by_hand(model, cond, noise, flow_sigmas(4), scale)) < 1e-12
+    expected = by_hand(model, cond, noise, flow_sigmas(4), scale)
+    assert error(got, expected) < 1e-12
+    assert error(sample(model, cond, noise, flow_sigmas(4), scale, **off), expected) < 1e-12
 
 
 def test_model_calls_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
