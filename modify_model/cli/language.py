@@ -18,6 +18,7 @@ from torch import LongTensor, Tensor, nn
 
 from spas_attn.metrics import cosine_similarity
 
+from ..load_llama import read
 from . import tiny
 from .arguments import as_dtype, one_line, unreadable, usable_device
 from .compare import Comparison
@@ -133,31 +134,17 @@ def load_model(name: str | Path, *, device: Any = None, dtype: Any = "auto") -> 
     Raises:
         ValueError: when there is no such model, or it cannot be read; the message says why.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     device = usable_device(device)
     kind = as_dtype(dtype, device, usual="auto")
     path = Path(name)
     if str(name) == tiny.PREFIX + tiny.LLAMA:
         return tiny.llama().to(device, None if kind == "auto" else kind), tiny.tokenizer()
-    source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(name), {})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        options |= _unpacked() if options else {}
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
+        model, tokenizer = read(name, dtype=kind)
     except unreadable() as error:
         where = "cannot load the model in" if path.exists() else "no folder and no model on the hub named"
         raise ValueError(f"{where} {str(name)!r}: {one_line(error)}") from error
     return (model if getattr(model, "is_quantized", False) else model.to(device)).eval(), tokenizer
-
-
-def _unpacked() -> dict[str, Any]:
-    """Unpack the weights of a .gguf file; some versions of transformers keep them packed, which is slow."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # a version that always unpacks them
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def encode(tokenizer: Any, text: str, device: str | torch.device = "cpu") -> LongTensor:
