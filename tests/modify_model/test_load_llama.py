@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ByT5Tokenizer, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import ByT5Tokenizer, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from autotune.module import sparse_modules
 from modify_model import restore
@@ -69,7 +71,8 @@ def test_any_causal_model(tmp_path: Path) -> None:
         num_key_value_heads=2,
     )  # fmt: skip
     GraniteForCausalLM(small).save_pretrained(tmp_path)
-    ByT5Tokenizer().save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
     model, _ = load_model(tmp_path, SparseConfig(threshold=0.5), device="cpu")
     assert selectors(model) == [XAttention(0.5, 16, **BLOCKS)] * 2
 
