@@ -184,11 +184,13 @@ def _tuned(path: str, module: SparseAttention, entry: dict[str, Any], info: Info
         "simthreshd1": (-1.0, 1.0, False),
         "pvthreshd": (0.0, math.inf, True),
     }
-    values = {FILE_KEYS[key]: _numbers(f"layer {path!r}: {key}", entry[key], heads, *ranges[key]) for key in FILE_KEYS}
+    values: dict[str, Any] = {
+        FILE_KEYS[key]: _numbers(f"layer {path!r}: {key}", entry[key], heads, *ranges[key]) for key in FILE_KEYS
+    }
     flags = values["is_sparse"]
     if not bool(((flags == 0) | (flags == 1)).all()):
         raise ValueError(f"layer {path!r}: is_sparse must be true or false (1 or 0), got {flags.tolist()}")
-    facts = {"lengths": info.lengths, "bounds": info.checked, "calibrated": info.calibrated}
+    facts: dict[str, Any] = {"lengths": info.lengths, "bounds": info.checked, "calibrated": info.calibrated}
     tuned = Tuned(**values, expected_density=info.layer_density.get(path), **facts)
     try:
         tuned.serve(selector, torch.device("cpu"))

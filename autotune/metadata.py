@@ -35,9 +35,6 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
     lengths = [length for t in tuned.values() for length in t.lengths or ()]
     head_dims = {module.head_dim for module in modules.values()}
     checked = next(iter(tuned.values())).bounds or (module.l1, module.pv_l1, module.tail)
-    # Their values are the tensors; but where a field may be None, it has to say that it was a number (MInference).
-    names, kind = (module.selector.tuned, "sim_threshold"), type(module.selector)
-    replaced = [name for name in names if getattr(kind, name, None) is not None]
     return {
         "format": FORMAT,
         "model_class": _model_class(model),
@@ -60,7 +57,10 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
 
 def _without_thresholds(selector: Selector) -> dict[str, Any]:
     """A selector's record without the fields whose values are a file's tensors."""
-    return {key: value for key, value in selector.to_dict().items() if key not in (selector.tuned, "sim_threshold")}
+    # Where a field may be None, the record has to say that it was a number (MInference).
+    names, kind = (selector.tuned, "sim_threshold"), type(selector)
+    replaced = [name for name in names if getattr(kind, name, None) is not None]
+    return {key: value for key, value in selector.to_dict().items() if key not in replaced}
 
 
 def _layer_selectors(modules: dict[str, SparseAttention]) -> dict[str, dict[str, Any]] | None:

@@ -133,13 +133,14 @@ def attend(
         is_causal=True, scale=_scale(query, kwargs), attn_mask=prepared.key_mask, window=prepared.window
     )
     if sinks is not None:
-        sinks = options["sinks"] = sinks.detach().float()
+        options["sinks"] = sinks.detach().float()
 
     def dense() -> Tensor:
         if documents is not None and prepared.documents is None and inner.mode != "dense":
             # The mask does not keep these documents apart: what transformers computes is wrong.
-            pack = dict(cu_seqlens_q=documents, cu_seqlens_k=documents)
-            return sparse_attention(q, k, v, Dense(), **options, **pack)
+            ends: dict[str, Any] = dict(cu_seqlens_q=documents, cu_seqlens_k=documents)
+            out: Tensor = sparse_attention(q, k, v, Dense(), **options, **ends)
+            return out
         return run()[0].transpose(1, 2)
 
     out = inner(q, k, v, dense=dense, cu_seqlens=documents, **options)
@@ -229,9 +230,8 @@ def _renamed(module: nn.Module, original: str) -> Any:
     return _View(module, config=_View(module.config, _attn_implementation=original))
 
 
-@functools.cache
 def forward_on_interface(kind: type[nn.Module]) -> types.FunctionType | None:
-    """The forward, of a layer's class or one that it derives from, that goes through AttentionInterface, or None."""
+    """The forward of a class of modules, or of one that it derives from, that goes through AttentionInterface."""
     for cls in kind.__mro__:
         forward = inspect.unwrap(vars(cls)["forward"]) if "forward" in vars(cls) else None
         if isinstance(forward, types.FunctionType) and INTERFACE in forward.__code__.co_names:
@@ -247,14 +247,15 @@ def eager_function(kind: type[nn.Module]) -> Callable[..., Any]:
     names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
     if len(names) != 1:
         raise ValueError(f"{kind.__name__}.forward must name one eager attention function, it names {names}")
-    return forward.__globals__[names[0]]  # type: ignore[no-any-return]
+    function: Callable[..., Any] = forward.__globals__[names[0]]
+    return function
 
 
 @constant_when_traced
 def default_implementation(kind: type) -> str:
     """What a model whose config has this class runs when nobody names an implementation: "sdpa" or "eager"."""
     file = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
-    classes = [cls for cls in vars(file).values() if isinstance(cls, type)] if file else []
+    classes: list[Any] = [cls for cls in vars(file).values() if isinstance(cls, type)] if file else []
     support = [cls._supports_sdpa for cls in classes if getattr(cls, "config_class", None) is kind]
     return "sdpa" if support and all(support) else "eager"
 

@@ -71,7 +71,7 @@ class PreparedMask(NamedTuple):
         if tuple(position_ids.shape) != (1, self.k_len) or torch.compiler.is_compiling():
             return None
         if not self.found:
-            self.found.append(_documents((position_ids[0, 1:] == 0)))
+            self.found.append(_documents(position_ids[0, 1:] == 0))
         return self.found[0]
 
     @property
@@ -186,7 +186,7 @@ def _pattern(arguments: dict[str, Any], tokens: int, whole: bool) -> _Pattern:
         parts = _joined(inside) or {inside.__qualname__: inside}
     if packed is not None:
         sequences = _captured(packed, "packed_sequence_mask")
-        # 4.56 to 4.57 give this to single sequences too; later versions do the same check before (without a cache only).
+        # 4.56 to 4.57 give this to single sequences too; later versions check for that before.
         if not whole and bool((sequences[:, -1] != 0).any()):
             return _Pattern(dense_reason="a batch of rows with packed sequences, which is no padding-free row")
         documents = _documents(sequences[0, 1:] != sequences[0, :-1]) if whole else None

@@ -19,15 +19,8 @@ from torch import nn
 from autotune import SparseAttention
 from spas_attn.selectors import MeanSimilarity
 
-from .families import Family, Layer, register
-from .interface import (
-    SparseLayer,
-    changed,
-    forward_on_interface,
-    is_ours,
-    original_implementation,
-    sparse_class,
-)
+from .families import ANY_TRANSFORMERS, Family, Layer, register
+from .interface import changed, forward_on_interface, is_ours, original_implementation, sparse_class
 from .interface import register as register_implementation
 
 BATCHING = "init_continuous_batching"  # what generate_batch() calls before anything else
@@ -41,7 +34,7 @@ class TransformersFamily(Family):
         return [Layer(path, module) for path, module in model.named_modules() if is_attention(module)]
 
     def label(self, model: nn.Module) -> str:
-        layers = self.layers(model)
+        layers: list[Any] = self.layers(model)
         return str(layers[0].attention.config.model_type) if layers else self.name
 
     def heads(self, attention: Any) -> tuple[int, int]:
@@ -92,18 +85,18 @@ class TransformersFamily(Family):
 
     def missing(self, model: nn.Module) -> str:
         return (
-            "sparse attention needs causal attention layers that go through transformers' AttentionInterface (files that "
-            "use ALL_ATTENTION_FUNCTIONS), and none of its layers does"
+            "sparse attention needs causal attention layers that go through transformers' AttentionInterface (in files "
+            "that use ALL_ATTENTION_FUNCTIONS), and none of its layers does"
         )
 
     def _configs(self, model: nn.Module) -> Iterator[Any]:
         """The config objects that decide how the attention layers of a model attend, and what masks they get."""
-        layers = self.layers(model)
+        layers: list[Any] = self.layers(model)
         kinds = {type(layer.attention.config) for layer in layers}
         found = {id(layer.attention.config): layer.attention.config for layer in layers}
         for path, module in model.named_modules():
             above = any(layer.path.startswith(f"{path}." if path else "") for layer in layers)
-            config = getattr(module, "config", None)
+            config: Any = getattr(module, "config", None)
             if not above or not hasattr(config, "get_text_config"):
                 continue
             # generate() prepares masks by the text's config as the outermost config holds it, which may be a copy.
@@ -138,6 +131,4 @@ def _become(attention: Any, kind: type[nn.Module]) -> None:
         attention._old_forward = types.MethodType(kind.forward, attention)
 
 
-# Every model of transformers derives from this class; families of their own are looked for first.
-GENERAL = register(TransformersFamily("transformers", ("PreTrainedModel",)))
-__all__ = ["GENERAL", "SparseLayer", "TransformersFamily", "is_attention", "refuse_batching"]
+register(TransformersFamily("transformers", (ANY_TRANSFORMERS,)))
