@@ -265,7 +265,8 @@ def _sparse_refuses(problem: Problem, selector: Selector | None) -> str | None:
 def _sparse_adds(problem: Problem, chunk: int) -> int:
     batch, heads, q_len, k_len = problem.sizes
     grid = batch * heads * -(-q_len // 64) * -(-k_len // 64)
-    return _output(problem) + 16 * grid + 4 * (problem.q.numel() + problem.k.numel())
+    copies = 2 * problem.q.numel() + problem.k.numel() + problem.v.numel()  # float32 on a CPU, 8 bits on a GPU
+    return _output(problem) + 16 * grid + 4 * copies
 
 
 def _run_sparse(problem: Problem, chunk: int, selector: Selector | None) -> Tensor:
