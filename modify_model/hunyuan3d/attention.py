@@ -70,7 +70,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, engine: Engine = "sdpa", repeats: in
 
         return sageattention.sageattn(q, k.clone(), v, tensor_layout="HND", is_causal=False)  # 1.x writes into k
     if engine == "int8":
-        return sparse_attention(q, k, v, Dense(), precision="int8_bf16")
+        # By name: of its own accord the library takes exact attention where that is faster.
+        return sparse_attention(q, k, v, Dense(), precision="int8_bf16", backend="triton" if q.is_cuda else "auto")
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -165,13 +165,25 @@ def similar_together(x: Tensor, block: int) -> Tensor:
         groups = x.float().gather(-2, order[..., :whole, None].expand(*order.shape[:-1], whole, x.shape[-1]))
         groups = groups.unflatten(-2, (-1, size))
         centred = groups - groups.mean(-2, keepdim=True)
-        direction = torch.linalg.eigh(centred.mT @ centred).eigenvectors[..., -1:]
+        direction = _main_direction(centred.mT @ centred)
         places = (centred @ direction)[..., 0].argsort(-1)
         order = torch.cat([taken.gather(-1, places).flatten(-2), order[..., whole:]], dim=-1)
         if size // 2 < block:
             break
         size //= 2
     return order
+
+
+def _main_direction(covariance: Tensor) -> Tensor:
+    """``[..., D, 1]``, about the eigenvector of the largest eigenvalue of ``[..., D, D]``: by squaring the matrix, as
+    ``eigh`` takes a second on a GPU for what is to be a few milliseconds.
+    """
+    power = covariance
+    for _ in range(5):
+        power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=1e-30)
+        power = power @ power
+    largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
+    return power.gather(-1, largest[..., None, None].expand(*power.shape[:-1], 1))
 
 
 def _spans(count: int, parts: int) -> list[tuple[int, int]]:

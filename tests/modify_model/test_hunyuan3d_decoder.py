@@ -231,15 +231,29 @@ def state_of(name: str) -> dict[str, Tensor]:
     return {f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()}
 
 
-PREFIXED = {
-    "as published": lambda s: s,
-    "ComfyUI": lambda s: {k.replace("model.", "model.diffusion_model.", 1) if k[0] == "m" else k: v for k, v in s.items()},
-    "training": lambda s: {"state_dict": {f"_forward_module.{k}": v for k, v in s.items()}},
-    "nested": lambda s: {
-        part: {k.removeprefix(f"{part}."): v for k, v in s.items() if k.startswith(f"{part}.")} for part in ("model", "vae")
-    },
-    "with an encoder": lambda s: s | {"vae.encoder.x.weight": torch.zeros(1), "vae.pre_kl.weight": torch.zeros(1)},
-}  # fmt: skip
+def nested(state: dict[str, Tensor]) -> dict[str, Any]:
+    """As checkpoints hold it: a dictionary for each module."""
+    parts: dict[str, Any] = {"model": {}, "vae": {}}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        parts[part][rest] = value
+    return parts
+
+
+def comfys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With ComfyUI's prefix of the denoiser."""
+    return {f"model.diffusion_{key}" if key.startswith("model.") else key: value for key, value in state.items()}
+
+
+PREFIXED: dict[str, Any] = {
+    "as published": lambda state: state,
+    "ComfyUI": comfys,
+    "training": lambda state: {"state_dict": {f"_forward_module.{key}": value for key, value in state.items()}},
+    "nested": nested,
+    "with an encoder": lambda state: (
+        state | {"vae.encoder.x.weight": torch.zeros(1), "vae.pre_kl.bias": torch.zeros(1)}
+    ),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
