@@ -115,7 +115,7 @@ def _separable(call: Call, selector: Selector) -> bool:
     Under causality a query block at the end of its keys is a lower-right aligned call, but only whole key blocks keep
     their means. Without it, the padding among the queries would be forgotten, and so would its place in the text.
     """
-    if call.text:
+    if call.text or not selector.separable:
         return False
     if not call.is_causal:
         return call.query_mask() is None

@@ -33,6 +33,8 @@ class Selector:
         packs: the levels of a block depend on its own sequence alone in a call of packed sequences that stand in one
             row (``Call.document_start``), and are those of the sequence alone. A rule that speaks of positions or of
             the end of the sequence has False: packed sequences are then selected for one by one.
+        separable: a query block as a call of its own (under causality with the keys up to its end) has the levels that
+            it has in the whole sequence. A rule that speaks of positions or looks at the end or at all of it has False.
     """
 
     block_q: int = field(default=128, kw_only=True)
@@ -43,6 +45,7 @@ class Selector:
     tuned: ClassVar[str] = ""
     candidates: ClassVar[tuple[float, ...]] = (0.0,)
     packs: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -248,6 +251,7 @@ class Union(Selector):
             setattr(self, name, a)
         judged = self._judged
         self.tuned, self.candidates = judged.tuned, judged.candidates  # type: ignore[misc]
+        self.separable = self.first.separable and self.second.separable  # type: ignore[misc]
 
     @property
     def fits_packing(self) -> bool:

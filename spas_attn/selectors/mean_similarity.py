@@ -37,6 +37,7 @@ class MeanSimilarity(Selector):
     pool: int = 16
     local: int = dataclasses.field(default=128, kw_only=True)
     packs: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
     tuned: ClassVar[str] = "cdf_threshold"
     candidates: ClassVar[tuple[float, ...]] = (
         0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95, 0.96,

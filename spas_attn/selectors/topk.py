@@ -28,6 +28,7 @@ class TopK(Selector):
     pool: int = 16
     local: int = dataclasses.field(default=128, kw_only=True)
     packs: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
     tuned: ClassVar[str] = "keep"
     candidates: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in (3, 5, 8, *range(10, 100, 5)))
 

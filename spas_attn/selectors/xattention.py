@@ -38,6 +38,7 @@ class XAttention(Selector):
     threshold: PerHead = 0.9
     stride: int = 16
     packs: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
     tuned: ClassVar[str] = "threshold"
     candidates: ClassVar[tuple[float, ...]] = (
         0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95, 0.96,

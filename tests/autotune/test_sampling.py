@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from every_selector import every
 from fake_model import GRID, HEADS, activations, tuned
 
 from autotune import SparseAttention
 from autotune.accumulate import PromptTally, add_pv_curves
 from autotune.sampling import Reservoir, parts
 from spas_attn.call import Call
-from spas_attn.selectors import MeanSimilarity
+from spas_attn.selectors import MeanSimilarity, Selector
 
 
 def test_the_reservoir_is_a_uniform_sample_within_its_budget() -> None:
@@ -62,3 +63,17 @@ def test_parts_of_a_call_are_treated_as_the_whole(
     assert torch.equal(whole.kept, split.kept) and torch.equal(whole.possible, split.possible)
     torch.testing.assert_close(whole.sums, split.sums, rtol=1e-5, atol=1e-5)
     assert torch.equal(whole.histogram.sum(-1), split.histogram.sum(-1))
+
+
+@every
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_parts_are_selected_for_as_in_the_whole(selector: Selector, is_causal: bool) -> None:
+    """A rule that looks at the end of the sequence, or at all of it, gets the whole call."""
+    call = Call.make(*activations(5, 512, 512), is_causal=is_causal)
+    levels = selector.final_levels(call)
+    blocks = [1, 3]
+    for number, (part, inside) in enumerate(parts(call, selector, blocks)):
+        for i in inside:
+            row = selector.final_levels(part)[:, :, i]
+            expected = levels[:, :, blocks[number] if inside == [0] else i, : row.shape[-1]]
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
