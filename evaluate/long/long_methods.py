@@ -15,11 +15,8 @@ from torch import Tensor, nn
 
 import autotune
 from autotune import Grid
-from autotune.module import sparse_modules
-from autotune.tuned import PV_OFF, Tuned
 from modify_model import patch, restore
 from modify_model.cli.arguments import sparse_backend
-from spas_attn.checks import per_head
 from spas_attn.selectors import (
     FlashPrefill,
     FlexPrefill,
@@ -77,14 +74,8 @@ METHODS: dict[str, Method] = {
 
 def install(model: nn.Module, selector: Selector, backend: str | None = None) -> None:
     """Run the model with a selector as it is; by default on the sparse kernels whatever the length."""
-    restore(model)
-    patch(model, selector=selector, backend=backend or sparse_backend(next(model.parameters()).device))
-    for module in sparse_modules(model).values():
-        heads = module.heads
-        threshold = 0.0 if selector.threshold is None else selector.threshold
-        level = per_head(threshold, heads, selector.tuned, torch.device("cpu"))
-        one = torch.ones(heads)
-        module.set_thresholds(Tuned(one.bool(), level, -one, PV_OFF * one))
+    backend = backend or sparse_backend(next(model.parameters()).device)
+    patch(restore(model), selector=selector, calibrated=False, backend=backend)
 
 
 @torch.inference_mode()
