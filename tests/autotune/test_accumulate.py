@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "128 x 64": dict(q_len=512, is_causal=True, block_q=128),
     "64 x 128": dict(q_len=500, is_causal=True, block_k=128),
     "sampled": dict(q_len=640, is_causal=True, blocks=[0, 3, 9]),
+    "attention sinks, left padding": dict(q_len=450, is_causal=True, left=100, sinks=(-2.0, 0.0, 3.0, 6.0)),
     "text first": dict(q_len=600, text=((0, 70),)),
     "text last, padded": dict(q_len=600, right=60, text=((480, 600),)),
     "text, 128 x 64": dict(q_len=900, block_q=128, text=((300, 310),), blocks=[0, 2, 4]),
@@ -55,6 +56,7 @@ def make(
     block_k: int = 64,
     blocks: list[int] | None = None,
     text: tuple[tuple[int, int], ...] = (),
+    sinks: tuple[float, ...] | None = None,
 ) -> tuple[Call, SparseAttention, list[int]]:
     k_len = k_len or q_len
     q, k, v = activations(q_len, q_len, k_len, noise=0.2, k_heads=k_heads, batch=2)
@@ -63,7 +65,8 @@ def make(
         mask = torch.ones(2, k_len, dtype=torch.bool)
         mask[0, :left] = False
         mask[0, k_len - right :] = False
-    call = Call.make(q, k, v, is_causal=is_causal, window=window, attn_mask=mask, text=text)
+    logits = None if sinks is None else torch.tensor(sinks)
+    call = Call.make(q, k, v, is_causal=is_causal, window=window, attn_mask=mask, text=text, sinks=logits)
     module = SparseAttention(selector=MeanSimilarity(pool=16, block_q=block_q, block_k=block_k))
     module.set_thresholds(tuned(threshold=0.98))
     return call, module, blocks or list(range(-(-q_len // block_q)))
@@ -204,6 +207,14 @@ def test_partials_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     add_curves(split, module, call, GRID, blocks)
     torch.testing.assert_close(split.sums, whole.sums, rtol=1e-6, atol=1e-9)
     assert torch.equal(split.kept, whole.kept)
+
+
+def test_the_check_has_the_sinks_in_both() -> None:
+    call, module, _ = make(q_len=450, is_causal=True, left=100, sinks=(-2.0, 0.0, 3.0, 6.0))
+    mask = module.serving(call)[0].mask_of(call)
+    tally = PromptTally(4, 2)
+    assert add_check(tally, module, call) == "cpu"
+    check(tally.close(0), 1, exact(call.replace(mask=mask)), call, counted(call, 64, list(range(8))))
 
 
 def test_binning() -> None:

@@ -218,6 +218,35 @@ def test_key_padding_is_honoured() -> None:
     torch.testing.assert_close(got[:, :, 100:], other[:, :, 100:])
 
 
+def test_packed_sequences_and_sinks_are_served() -> None:
+    module = tuned_model().inner[0]
+    q, k, v = activations(1, 400, 400)
+    cu, sinks = torch.tensor([0, 200, 201, 400]).int(), torch.tensor([-1.0, 0.0, 2.0, 4.0])
+    options: Any = dict(is_causal=True, scale=DIM**-0.5, sinks=sinks)
+    got = module(q, k, v, dense=lambda: pytest.fail("ran dense"), cu_seqlens=cu, **options)
+    for a, b in ((0, 200), (200, 201), (201, 400)):
+        part = Call.make(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], **options)
+        expected = exact(part.replace(mask=module.serving(part)[0].mask_of(part)))
+        torch.testing.assert_close(got[:, :, a:b], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_sequences_are_watched_one_by_one() -> None:
+    module = SparseAttention(selector=MeanSimilarity(pool=16, block_q=64, block_k=64))
+    q, k, v = activations(1, 400, 400)
+    out, seen = torch.zeros_like(q), []
+    module.mode, module.observer = "tune", seen.append
+    cu, sinks = torch.tensor([0, 200, 201, 400]).int(), torch.zeros(HEADS)
+    got = module(q, k, v, dense=lambda: out, is_causal=True, scale=1.0, cu_seqlens=cu, sinks=sinks)
+    assert got is out
+    assert [call if isinstance(call, str) else call.q_len for call in seen] == [
+        200,
+        "it has fewer queries than a block",
+        199,
+    ]
+    assert all(call.sinks is not None and call.cu_seqlens_q is None for call in seen if isinstance(call, Call))
+    assert torch.equal(seen[2].k, k[:, :, 201:])
+
+
 def test_lengths_far_from_the_calibrated_ones_warn_once_in_each_direction() -> None:
     module = SparseAttention(selector=MeanSimilarity(pool=16, block_q=64, block_k=64))
 
