@@ -1,34 +1,55 @@
 """Select the blocks of a call: by fused kernels on a GPU where they serve the selector, else by its levels.
 
-The kernels serve MeanSimilarity, TopK, and either of them joined with Tokens; their result is that of the torch code,
-up to ties between probabilities.
+The kernels serve MeanSimilarity, TopK, XAttention, FlexPrefill, FlashPrefill, MInference without block-sparse heads,
+and any of them joined with Tokens; their result is that of the torch code, up to ties between scores.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .block_mask import BlockMask, cdiv
 from .call import Call
-from .checks import PerHead
 from .kernels.config import capability
-from .selectors import MeanSimilarity, Selector, Tokens, TopK, Union
+from .selectors import (
+    FlashPrefill,
+    FlexPrefill,
+    MeanSimilarity,
+    MInference,
+    Selector,
+    Tokens,
+    TopK,
+    Union,
+    XAttention,
+)
+from .selectors.minference import PATTERNS
 
 if TYPE_CHECKING:
-    from .kernels.select import Rule
+    from .fused import Parts
 
 MAX_BLOCKS = 4096  # key blocks that the kernels serve
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)  # matrix products in bf16
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _touched: dict[tuple[object, ...], Tensor] = {}  # see _touched_blocks
+
+# The selectors that rank blocks in kernels: their thresholds, and their whole numbers.
+_RANKING: tuple[tuple[type[Selector], tuple[str, ...], tuple[str, ...]], ...] = (
+    (MeanSimilarity, ("cdf_threshold", "sim_threshold"), ("pool",)),
+    (TopK, ("keep",), ("pool",)),
+    (XAttention, ("threshold",), ("stride",)),
+    (FlashPrefill, ("alpha",), ("sink_blocks", "last_blocks")),
+    (FlexPrefill, ("gamma", "tau"), ("min_budget", "max_budget")),
+    (MInference, ("vertical_size", "slash_size", "adaptive_budget"), ()),
+)
+_ABSENT = -1  # a whole number that is None
 
 
 @dataclass(frozen=True)
@@ -49,8 +70,8 @@ def select(selector: Selector, call: Call, *, quantise: bool = False) -> Selecti
     """
     if not fused_serves(selector, call):
         return Selection(selector.mask_of(call))
-    rule = rule_of(selector, call)
-    mask, keys = (_fused_traced if torch.compiler.is_compiling() else run_fused)(rule, call, quantise)
+    parts = parts_of(selector, call)
+    mask, keys = (_fused_traced if torch.compiler.is_compiling() else _fused_now)(parts, call, quantise)
     return Selection(mask, keys if quantise else None)
 
 
@@ -58,24 +79,37 @@ def fused_serves(selector: Selector, call: Call) -> bool:
     """Whether the fused kernels select for this call."""
     return (
         call.q.is_cuda
+        and call.document_start is None
         and _INSTALLED
         and call.q.dtype in _DTYPES
         and cdiv(call.k_len, selector.block_k) <= MAX_BLOCKS
         and capability(call.q.device) >= _MIN_CAPABILITY
-        and _parts(selector) is not None
+        and _known(selector) is not None
     )
 
 
-def _parts(selector: Selector) -> tuple[MeanSimilarity | TopK, list[Tokens]] | None:
+def _known(selector: Selector) -> tuple[Selector, list[Tokens]] | None:
     """The ranking selector and the Tokens joined with it, or None if the kernels do not know such a selector.
 
     Subclasses may rank otherwise, so that only the very classes count.
     """
     leaves = _leaves(selector)
-    ranking = [leaf for leaf in leaves if type(leaf) is MeanSimilarity or type(leaf) is TopK]
+    ranking = [leaf for leaf in leaves if _number_of(leaf) is not None]
     tokens = [leaf for leaf in leaves if type(leaf) is Tokens]
-    known = len(ranking) == 1 and len(leaves) == 1 + len(tokens) and all(leaf.dense_heads is None for leaf in leaves)
+    known = len(ranking) == 1 and len(leaves) == 1 + len(tokens)
     return (ranking[0], tokens) if known else None
+
+
+def _number_of(selector: Selector) -> int | None:
+    """Which row of ``_RANKING`` the selector is; None for none."""
+    if type(selector) is MInference:
+        named = (selector.pattern,) if isinstance(selector.pattern, str) else selector.pattern
+        if "block_sparse" in named:
+            return None
+    for number, (kind, _, _) in enumerate(_RANKING):
+        if type(selector) is kind:
+            return number
+    return None
 
 
 def _leaves(selector: Selector) -> list[Selector]:
@@ -84,28 +118,21 @@ def _leaves(selector: Selector) -> list[Selector]:
     return [selector]
 
 
-def rule_of(selector: Selector, call: Call) -> Rule:
+def parts_of(selector: Selector, call: Call) -> Parts:
     """What the kernels need to know of a selector; a ValueError for one that they do not serve."""
-    from .kernels.select import Rule
+    from .fused import Parts
 
-    known = _parts(selector)
+    known = _known(selector)
     if known is None:
         raise ValueError(
-            "the fused kernels serve MeanSimilarity, TopK and either of them joined with Tokens, not "
-            f"{type(selector).__name__}"
+            "the fused kernels serve MeanSimilarity, TopK, XAttention, FlexPrefill, FlashPrefill, MInference without "
+            f"block-sparse heads, and one of them joined with Tokens, not {type(selector).__name__}"
         )
     ranking, tokens = known
-    heads, device = call.q.shape[1], call.q.device
-    sim = ranking.sim_threshold if isinstance(ranking, MeanSimilarity) and ranking.filters else None
-    return Rule(
-        level=_checked(ranking.threshold, heads, ranking.tuned),
-        sim_threshold=None if sim is None else _checked(sim, heads, "sim_threshold"),
-        by_rank=isinstance(ranking, TopK),
-        pool=ranking.pool,
-        block_q=selector.block_q,
-        block_k=selector.block_k,
-        sink=ranking.sink,
-        local=ranking.local,
+    device = call.q.device
+    return Parts(
+        ranking=ranking,
+        dense=_dense_heads(_leaves(selector), call),
         tokens=len(tokens) > 0,  # bool() of a list breaks graphs in torch 2.11
         tokens_sink=any(part.sink for part in tokens),
         tokens_local=max([0, *(part.local for part in tokens)]),
@@ -114,68 +141,88 @@ def rule_of(selector: Selector, call: Call) -> Rule:
     )
 
 
-def run_fused(rule: Rule, call: Call, quantise: bool) -> tuple[BlockMask, tuple[Tensor, ...]]:
-    """The blocks, and with ``quantise`` K in 8 bits with one scale per key block, from one pass over Q and one over K.
-
-    K is read twice only when a similarity filter needs its exact mean (not under causality).
-    """
-    from .kernels import prepare as kernels
-    from .kernels.select import select_blocks
-
-    q, k, causal = call.q, call.k, call.is_causal
-    filters, dim = rule.sim_threshold is not None, kernels.padded_dim(q.shape[-1])
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        valid = kernels.as_bytes(call.key_mask)
-        sums = kernels.key_sums(k, dim, valid, exact=filters and not causal) if quantise or not causal else None
-        side_q = kernels.prepare(q, dim, pool=rule.pool, block=rule.block_q, similarity=filters)
-        # Under causality means and similarities stay unsmoothed: the smoothing vector would carry later tokens into
-        # them.
-        side_k = kernels.prepare(
-            k, dim, pool=rule.pool, block=rule.block_k, similarity=filters, tile=rule.block_k if quantise else None,
-            sums=sums, smooth_pooled=not causal, valid=valid,
-        )  # fmt: skip
-        mask = select_blocks(
-            side_q, side_k, rule, call.q_len, call.k_len, is_causal=causal, scale=call.scale, window=call.window
-        )
-    if not quantise:
-        return mask, ()
-    assert side_k.int8 is not None and side_k.scale is not None and sums is not None
-    return mask, (side_k.int8, side_k.scale, *sums)
+def _dense_heads(leaves: list[Selector], call: Call) -> Tensor | None:
+    """uint8 ``[Hq]``: 1 for heads that some part keeps whole; None where no part names any."""
+    heads, dense = call.q.shape[1], None
+    for leaf in leaves:
+        if leaf.dense_heads is None:
+            continue
+        if leaf.dense_heads.shape[0] != heads:
+            shape = tuple(leaf.dense_heads.shape)
+            raise ValueError(f"dense_heads must be a boolean tensor [{heads}], got shape {shape}")
+        named = leaf.dense_heads.to(call.q.device)
+        dense = named if dense is None else dense | named
+    return None if dense is None else dense.to(torch.uint8)
 
 
-def _fused_traced(rule: Rule, call: Call, quantise: bool) -> tuple[BlockMask, tuple[Tensor, ...]]:
+def _fused_now(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, tuple[Tensor, ...]]:
+    from .fused import run_fused
+
+    return run_fused(parts, call, quantise)
+
+
+def _fused_traced(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, tuple[Tensor, ...]]:
     """Through a custom op, which torch.compile does not look into."""
-    level, sim = rule.level, rule.sim_threshold
-    numbers = [0.0 if isinstance(x, Tensor) or x is None else float(x) for x in (level, sim)]
+    ranking = parts.ranking
+    number = _number_of(ranking)
+    assert number is not None
+    _, per_head, whole = _RANKING[number]
+    values = [getattr(ranking, name) for name in per_head]
+    numbers = [0.0 if isinstance(x, Tensor) or x is None else float(x) for x in values]
+    counts = [getattr(ranking, name) for name in whole]
     flags = [
-        sim is not None, rule.by_rank, rule.pool, rule.block_q, rule.block_k, rule.sink, rule.local, rule.tokens,
-        rule.tokens_sink, rule.tokens_local,
+        number, ranking.block_q, ranking.block_k, int(ranking.sink), ranking.local, int(parts.tokens),
+        int(parts.tokens_sink), parts.tokens_local, *[_ABSENT if x is None else x for x in counts],
+        *[int(x is None) for x in values],
     ]  # fmt: skip
-    counts, indices, *keys = _fused_op(
-        call.q, call.k, call.key_mask, level if isinstance(level, Tensor) else None,
-        sim if isinstance(sim, Tensor) else None, rule.touched_q, rule.touched_k, numbers, [int(x) for x in flags],
+    if isinstance(ranking, MInference):
+        flags += [PATTERNS.index(name) for name in ranking.patterns(call.q.shape[1])]
+    tensors = [x if isinstance(x, Tensor) else None for x in values]
+    kept, indices, *keys = _fused_op(
+        call.q, call.k, call.key_mask, [*tensors, parts.touched_q, parts.touched_k, parts.dense], numbers, flags,
         call.is_causal, call.scale, call.window, quantise,
     )  # fmt: skip
-    return BlockMask(counts, indices, rule.block_q, rule.block_k, call.q_len, call.k_len, trusted=True), tuple(keys)
+    mask = BlockMask(kept, indices, ranking.block_q, ranking.block_k, call.q_len, call.k_len, trusted=True)
+    return mask, tuple(keys)
+
+
+def _parts_again(tensors: list[Tensor | None], numbers: list[float], flags: list[int]) -> Parts:
+    """What ``_fused_traced`` took apart."""
+    from .fused import Parts
+
+    kind, per_head, whole = _RANKING[flags[0]]
+    rest = flags[8:]
+    counts, absent, patterns = rest[: len(whole)], rest[len(whole) :][: len(per_head)], rest[len(whole + per_head) :]
+    values: dict[str, Any] = dict(zip(("block_q", "block_k"), flags[1:3], strict=True))
+    values |= {"sink": bool(flags[3]), "local": flags[4]}
+    values |= {name: None if x == _ABSENT else x for name, x in zip(whole, counts, strict=True)}
+    for place, name in enumerate(per_head):
+        tensor = tensors[place]
+        values[name] = None if absent[place] else numbers[place] if tensor is None else tensor
+    if patterns:
+        values["pattern"] = tuple(PATTERNS[number] for number in patterns)
+    ranking = _unchecked(kind, values)
+    touched_q, touched_k, dense = tensors[-3:]
+    return Parts(ranking, dense, bool(flags[5]), bool(flags[6]), flags[7], touched_q, touched_k)
+
+
+def _unchecked(kind: type[Selector], values: dict[str, Any]) -> Selector:
+    """A selector with these fields; its constructor would read tensors to check them."""
+    ranking = copy.copy(kind())
+    vars(ranking).update(values)
+    if kind is MInference and values["adaptive_budget"] is not None:
+        vars(ranking).pop("tuned", None)
+    return ranking
 
 
 @torch.library.custom_op("spas_attn::select_blocks", mutates_args=())
 def _fused_op(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, level: Tensor | None, sim: Tensor | None, touched_q: Tensor | None,
-    touched_k: Tensor | None, numbers: list[float], flags: list[int], is_causal: bool, scale: float,
-    window: int | None, quantise: bool,
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tensors: list[Tensor | None], numbers: list[float],
+    flags: list[int], is_causal: bool, scale: float, window: int | None, quantise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Counts and indices of the kept blocks, and the fields of ``Keys`` (empty without ``quantise``)."""
-    from .kernels.select import Rule
-
-    filters, by_rank, pool, block_q, block_k, sink, local, tokens, tokens_sink, tokens_local = flags
-    rule = Rule(
-        numbers[0] if level is None else level, (numbers[1] if sim is None else sim) if filters else None,
-        bool(by_rank), pool, block_q, block_k, bool(sink), local, bool(tokens), bool(tokens_sink), tokens_local,
-        touched_q, touched_k,
-    )  # fmt: skip
     call = Call(q, k, k, is_causal, scale, key_mask, window)
-    mask, keys = run_fused(rule, call, quantise)
+    mask, keys = _fused_now(_parts_again(tensors, numbers, flags), call, quantise)
     none = [q.new_empty(0) for _ in range(4)]
     k_int8, k_scale, k_total, k_count = keys or none
     return mask.counts, mask.indices, k_int8, k_scale, k_total, k_count
@@ -183,12 +230,11 @@ def _fused_op(
 
 @_fused_op.register_fake
 def _fused_shapes(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, level: Tensor | None, sim: Tensor | None, touched_q: Tensor | None,
-    touched_k: Tensor | None, numbers: list[float], flags: list[int], is_causal: bool, scale: float,
-    window: int | None, quantise: bool,
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tensors: list[Tensor | None], numbers: list[float],
+    flags: list[int], is_causal: bool, scale: float, window: int | None, quantise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, heads, q_len, dim), (_, k_heads, k_len, _) = q.shape, k.shape
-    nq, nk = cdiv(q_len, flags[3]), cdiv(k_len, flags[4])
+    nq, nk = cdiv(q_len, flags[1]), cdiv(k_len, flags[2])
     counts = q.new_empty(batch, heads, nq, dtype=torch.int32)
     indices = q.new_empty(batch, heads, nq, nk, dtype=torch.int32)
     if not quantise:
@@ -203,12 +249,6 @@ def _fused_shapes(
         q.new_empty(batch * k_heads, 1, padded, dtype=torch.float32),
         q.new_empty(batch * k_heads, 1, dtype=torch.float32),
     )
-
-
-def _checked(value: PerHead, heads: int, name: str) -> PerHead:
-    if isinstance(value, Tensor) and (value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, heads))):
-        raise ValueError(f"{name} must be a float or a tensor [{heads}], got shape {tuple(value.shape)}")
-    return value
 
 
 def _touched_blocks(tokens: list[Tokens], length: int, block: int, device: torch.device) -> Tensor | None:

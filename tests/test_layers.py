@@ -19,7 +19,8 @@ INSIDE = {
     "call": GROUND,
     "kernels": GROUND | {"kernels"},
     "selectors": {"call", "checks", "block_mask", "selectors"},
-    "select": GROUND | {"call", "selectors", "kernels"},
+    "fused": GROUND | {"call", "selectors", "kernels"},
+    "select": GROUND | {"call", "selectors", "kernels", "fused"},
     "backends": GROUND | {"call", "kernels", "backends"},
     "cost_model": GROUND | {"call"},
     "plan": GROUND | {"call", "selectors", "select", "backends", "cost_model"},
@@ -28,7 +29,9 @@ INSIDE = {
     "efficient_attention": GROUND | {"selectors", "efficient"},
     "prefill": GROUND | {"call", "selectors", "attention"},
     "published": {"selectors"},
-    "choose": {"cost_model", "call"},
+    "features": GROUND,
+    "candidates": GROUND | {"features"},
+    "choose": {"attention", "candidates", "features", "cost_model", "selectors"},
     "measure": GROUND | {"call", "selectors", "select", "backends", "cost_model", "plan", "attention"},
 }
 FILES = {
@@ -107,7 +110,8 @@ def test_names_are_resolved() -> None:
         "spas_attn.backends.cpu"
     ]
     assert "spas_attn.kernels.launch" in GRAPH["spas_attn.backends.triton"], "imported inside a function"
-    assert {"spas_attn.kernels.select", "spas_attn.selectors.topk"} <= GRAPH["spas_attn.select"]
+    assert {"spas_attn.fused", "spas_attn.selectors.topk"} <= GRAPH["spas_attn.select"]
+    assert {"spas_attn.kernels.select", "spas_attn.selectors.topk"} <= GRAPH["spas_attn.fused"]
     assert "spas_attn.selectors.dense" in GRAPH["spas_attn.plan"]
     assert "spas_attn.backends.flash" in GRAPH["spas_attn.plan"], "a whole package"
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]

@@ -6,11 +6,16 @@ the probabilities, which it sums per key block and averages over the rows of a q
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..block_mask import cdiv
 from .arithmetic import dot
-from .operands import of_head
+from .config import capability, shared_memory_limit
+from .operands import PerHead, of_head
+from .prepare import LOG2E, Side
 from .similarity import mixed
 
 
@@ -152,3 +157,49 @@ def probabilities_kernel(
         first = start // PER_K
         inside = (block_row < nq)[:, None] & (first + tl.arange(0, N // PER_K) < nk)[None, :]
         tl.store(p_probs + first, p.to(tl.int32, bitcast=True), mask=inside)
+
+
+def _tiles(programs: int, dim: int, per_q: int, per_k: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Rows, columns, warps, stages; ``programs``: rows of sub-block scores in all, ``per_q``, ``per_k``: of a block."""
+    most = 64 if capability(device) >= (9, 0) else 32  # before Hopper the products' operands lie in registers
+    m = max(per_q, min(most, 64 if programs >= 64 * 256 else 32 if programs >= 32 * 256 else 16))
+    n = max(per_k, 32 if dim > 128 else 64 if dim > 64 else 128)
+    stages = 2 if (m + 2 * n) * 4 * dim <= shared_memory_limit(device) - 2048 else 1
+    return m, n, 8 if m * n > 64 * 128 else 4, stages
+
+
+def pooled_probabilities(
+    q: Side,
+    k: Side,
+    probs: Tensor,
+    q_len: int,
+    k_len: int,
+    *,
+    pool: int,
+    block_q: int,
+    block_k: int,
+    is_causal: bool,
+    scale: float,
+    window: int | None = None,
+    sim_threshold: float | Tensor | None = None,
+) -> None:
+    """Write the bits of float32 probabilities into ``probs``, int32 ``[B, Hq, nq, nk]``.
+
+    Args:
+        q: means of the queries; k: of the keys, with ``filled`` where the call has key padding, and with a
+            ``sim_threshold`` with similarities.
+        pool: tokens of a mean.
+        others: as in ``Selector.select``.
+    """
+    means_q, means_k = q.means, k.means
+    if means_q is None or means_k is None:
+        raise ValueError("pooled_probabilities needs the means of both sides: prepare(..., pool=...)")
+    (batch, heads, fine_q, _, dim), device = means_q.shape, means_q.device
+    m, n, warps, stages = _tiles(batch * heads * fine_q, dim, block_q // pool, block_k // pool, device)
+    probabilities_kernel[(cdiv(fine_q, m) * batch * heads,)](
+        means_q, means_k, k.filled, None if sim_threshold is None else k.similarity,
+        PerHead.of(0.0 if sim_threshold is None else sim_threshold, device), probs, heads, heads // means_k.shape[1],
+        q_len, k_len, window if is_causal else None, scale * LOG2E,
+        DPAD=dim, M=m, N=n, POOL=pool, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip

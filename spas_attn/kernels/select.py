@@ -1,8 +1,8 @@
-"""From the means of sub-blocks to a list of kept key blocks, without sorting.
+"""From the scores of a query block to its list of kept key blocks, without sorting.
 
-Two kernels. The first writes probabilities into the memory of the lists (``probabilities.py``). The second takes one
-query block's row into registers, finds the probability from which on blocks are kept by bisection of its bits, and
-writes the ascending list over the row. The result is that of the torch selectors, up to ties.
+The scores, of ``probabilities.py``, ``strided.py`` or ``row_scores.py``, lie in the memory of the lists. A program
+takes one query block's row into registers, finds the score from which on blocks are kept, where it must by bisection of
+its bits, and writes the ascending list over the row. The result is that of the torch selectors, up to ties.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..block_mask import BlockMask, cdiv
-from .config import capability, shared_memory_limit
+from ..block_mask import BlockMask
 from .operands import PerHead, of_head
-from .prepare import LOG2E, Side
-from .probabilities import last_within, probabilities_kernel
+from .probabilities import last_within
 from .similarity import mixed
 
 
@@ -27,13 +25,11 @@ def _near(
     block, i, first, q_len, k_len, local,
     SINK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Key blocks that a selector keeps whatever the scores say: sink, diagonal and local keys of query block ``i``."""
-    near = block < 0
+    """Key blocks that a selector keeps whatever the scores say: SINK first ones, diagonal and local keys of ``i``."""
+    near = (block >= first) & (block < first + SINK)
     if CAUSAL:
         start_q = i * BLOCK_Q + k_len - q_len
         near |= (block * BLOCK_K < start_q + BLOCK_Q) & (block * BLOCK_K + BLOCK_K > start_q - local)
-    if SINK:
-        near |= block == first
     return near
 
 
@@ -81,11 +77,54 @@ def _visible(
 
 
 @triton.jit
+def _line_levels(
+    columns, diagonals, head, i, block, nk, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Levels [NK] of the blocks of a row: the lower of what their column has and of the lowest diagonal across them."""
+    STEP: tl.constexpr = min(BLOCK_Q, BLOCK_K)
+    level = tl.load(columns + head * nk + block, mask=block < nk, other=float("inf"))
+    place = (i * BLOCK_Q + (nk - 1 - block) * BLOCK_K) // STEP
+    return tl.minimum(level, tl.load(diagonals + head * sizes + place, mask=block < nk, other=float("inf")))
+
+
+@triton.jit
+def _within_rule(
+    bits, p, visible, forced, block, limit, line, is_aware, cut, least, most, RULE: tl.constexpr, NK: tl.constexpr,
+):  # fmt: skip
+    """The candidates of a row that the rule keeps; see ``_keep_kernel``."""
+    candidate = visible & ~forced
+    one = tl.full([NK], 1.0, tl.float32)
+    if RULE == "mass":
+        kept = _threshold(bits, p, tl.sum(tl.where(forced, p, 0.0), 0), limit)
+    elif RULE == "rank":
+        # Places of the ranking whose share of the visible blocks lies below the level.
+        possible = tl.maximum(tl.sum(visible.to(tl.float32), 0), 1.0)
+        share = tl.div_rn(block.to(tl.float32), one * possible)
+        places = tl.sum((share < limit).to(tl.float32), 0)
+        kept = _threshold(bits, one, tl.sum(forced.to(tl.float32), 0), places)
+    elif RULE == "share":
+        kept = 1.0 - p < limit
+    else:
+        kept = line < limit
+        if cut is not None:
+            kept = tl.where(is_aware, bits >= cut, kept)
+        if most is not None:
+            kept &= _threshold(bits, one, tl.sum(forced.to(tl.float32), 0), most.to(tl.float32))
+        if least is not None:
+            kept |= _threshold(bits, one, tl.sum(forced.to(tl.float32), 0), least.to(tl.float32))
+    kept &= candidate
+    if RULE != "rank":
+        kept = tl.where(limit >= 1.0, visible, kept)
+    return kept
+
+
+@triton.jit
 def _keep_kernel(
-    counts, indices, block_filled, level, q_similarity, k_similarity, sim_threshold, touched_q, touched_k,
+    counts, indices, block_filled, level, q_similarity, k_similarity, sim_threshold, columns, diagonals, sizes, aware,
+    cuts, least, most, dense, last_row, touched_q, touched_k,
     heads, group, q_len, k_len, window, local, touched_local,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, BY_RANK: tl.constexpr, SINK: tl.constexpr,
-    CAUSAL: tl.constexpr, TOUCHED_SINK: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, RULE: tl.constexpr, SINK: tl.constexpr,
+    CAUSAL: tl.constexpr, LAST: tl.constexpr, TOUCHED_SINK: tl.constexpr,
 ):  # fmt: skip
     """One query block: from the probabilities in its row to the list of kept blocks in the same place.
 
@@ -94,8 +133,16 @@ def _keep_kernel(
     Args:
         counts: int32 [B, Hq, nq], to be written; indices: int32 [B, Hq, nq, nk], both.
         block_filled: uint8 [B, nk], 0 for blocks of padding; or None.
-        level: PerHead, cdf threshold or with BY_RANK the share of blocks to keep.
+        level: PerHead, what the levels of kept blocks lie below.
+        RULE: what the level of a block is: "mass", the probability that stands before it; "rank", the share of blocks
+            before it; "share", 1 less its score over the row's largest, where the row holds log2 of the scores;
+            "lines", the lower of that of its column and of the diagonals that cross it.
         q_similarity, k_similarity: float32 [B, Hq, nq] and [B, Hkv, nk]; sim_threshold: PerHead; or None.
+        columns, diagonals: levels float32 [B, Hq, nk] and [B, Hq, sizes], see ``_line_levels``; or None.
+        aware: uint8 [B, Hq], 1 for heads that keep by probability from ``cuts`` on, int32 [B, Hq]; or None.
+        least, most: blocks of a row, in order of the level; or None.
+        dense: uint8 [Hq], 1 for heads that keep everything; or None.
+        LAST: query blocks that keep everything, up to that of the query ``last_row``, int32 [B], None for the last.
         touched_q, touched_k: uint8 [nq] and [nk], 1 for blocks that a second selector keeps; or None.
         window, local, touched_local: tokens; None without a window or a second selector.
     """
@@ -119,18 +166,27 @@ def _keep_kernel(
 
     p_row = indices + (head * nq + i) * nk
     p = tl.load(p_row + block, mask=visible, other=0).to(tl.float32, bitcast=True)
-    value, limit = p, of_head(level, h)
-    if BY_RANK:
-        value = tl.full([NK], 1.0, tl.float32)
-        # Places of the ranking whose share of the visible blocks lies below the level.
-        possible = tl.maximum(tl.sum(visible.to(tl.float32), 0), 1.0)
-        share = tl.div_rn(block.to(tl.float32), tl.full([NK], 1.0, tl.float32) * possible)
-        limit = tl.sum((share < limit).to(tl.float32), 0)
-    candidate = visible & ~forced
-    bits = tl.where(candidate, p.to(tl.int32, bitcast=True), -1)
-    kept = _threshold(bits, value, tl.sum(tl.where(forced, value, 0.0), 0), limit) & candidate
-    if not BY_RANK:
-        kept = tl.where(limit >= 1.0, visible, kept)
+    if RULE == "share":
+        top = tl.max(tl.where(visible, p, float("-inf")), 0)
+        p = tl.where(visible & (p > float("-inf")), tl.exp2(p - top), 0.0)
+    limit, line, is_aware, cut = of_head(level, h), None, None, None
+    if RULE == "lines":
+        line = _line_levels(columns, diagonals, head, i, block, nk, sizes, BLOCK_Q, BLOCK_K)
+        rank = tl.where(visible, tl.maximum(1.0 - tl.maximum(line, 0.0), 0.0), 0.0)
+        if aware is None:
+            p = rank
+        else:
+            is_aware, cut = tl.load(aware + head) != 0, tl.load(cuts + head)
+            p = tl.where(is_aware, p, rank)
+    bits = tl.where(visible & ~forced, p.to(tl.int32, bitcast=True), -1)
+    kept = _within_rule(bits, p, visible, forced, block, limit, line, is_aware, cut, least, most, RULE, NK)
+    if dense is not None:
+        kept = tl.where(tl.load(dense + h) != 0, visible, kept)
+    if LAST > 0:
+        last = q_len - 1
+        if last_row is not None:
+            last = tl.load(last_row + b)
+        kept = tl.where(i > last // BLOCK_Q - LAST, visible, kept)
     if q_similarity is not None:
         kept = tl.where(mixed(q_similarity + head * nq + i, True, threshold), visible, kept)
     kept = (kept | forced) & visible
@@ -154,26 +210,32 @@ def _keep_kernel(
 
 @dataclass(frozen=True)
 class Rule:
-    """What the kernels need to know of a selector.
+    """Which blocks of a row are kept.
 
     Attributes:
-        level: cdf threshold, or with ``by_rank`` the share of blocks to keep; a float or float32 ``[Hq]`` (or ``[1]``).
-        sim_threshold: the same for the similarity filter; None = off.
-        by_rank: TopK.
-        pool, block_q, block_k, sink, local: as in the selector.
+        kind: "mass", "rank", "share" or "lines", see ``_keep_kernel``.
+        level: what the levels of kept blocks lie below, a float or float32 ``[Hq]`` (or ``[1]``).
+        block_q, block_k, local: as in the selector; sink: how many first blocks are forced.
+        sim_threshold: of the similarity filter, like ``level``; None = off.
+        last_blocks: query blocks at the end that keep everything.
+        least, most: blocks of a row, of "lines"; None for no such bound.
+        dense: uint8 ``[Hq]``, 1 for heads that keep everything; None for none.
         tokens: a second selector keeps its own sink and local keys, and every block of ``touched_q``, ``touched_k``
             (uint8 ``[nq]``, ``[nk]`` or None).
         tokens_sink, tokens_local: of the second selector.
     """
 
+    kind: str
     level: float | Tensor
-    sim_threshold: float | Tensor | None
-    by_rank: bool
-    pool: int
     block_q: int
     block_k: int
-    sink: bool
+    sink: int
     local: int
+    sim_threshold: float | Tensor | None = None
+    last_blocks: int = 0
+    least: int | None = None
+    most: int | None = None
+    dense: Tensor | None = None
     tokens: bool = False
     tokens_sink: bool = False
     tokens_local: int = 0
@@ -181,60 +243,58 @@ class Rule:
     touched_k: Tensor | None = None
 
 
-def _tiles(programs: int, dim: int, rule: Rule, device: torch.device) -> tuple[int, int, int, int]:
-    """Rows, columns, warps and stages of the scores kernel; ``programs``: rows of sub-block scores in all."""
-    most = 64 if capability(device) >= (9, 0) else 32  # before Hopper the products' operands lie in registers
-    m = max(rule.block_q // rule.pool, min(most, 64 if programs >= 64 * 256 else 32 if programs >= 32 * 256 else 16))
-    n = max(rule.block_k // rule.pool, 32 if dim > 128 else 64 if dim > 64 else 128)
-    stages = 2 if (m + 2 * n) * 4 * dim <= shared_memory_limit(device) - 2048 else 1
-    return m, n, 8 if m * n > 64 * 128 else 4, stages
+@dataclass(frozen=True)
+class Facts:
+    """What the rule looks at beside the scores; None for what it does not need.
+
+    Attributes:
+        block_filled: uint8 ``[B, nk]``, 0 for blocks of padding.
+        q_similarity, k_similarity: float32 ``[B, Hq, nq]`` and ``[B, Hkv, nk]``.
+        columns, diagonals: levels float32 ``[B, Hq, nk]`` and ``[B, Hq, places]``, see ``_line_levels``.
+        aware, cuts: uint8 and int32 ``[B, Hq]``, see ``_keep_kernel``.
+        last_row: int32 ``[B]``, index of the last query that is no padding.
+    """
+
+    block_filled: Tensor | None = None
+    q_similarity: Tensor | None = None
+    k_similarity: Tensor | None = None
+    columns: Tensor | None = None
+    diagonals: Tensor | None = None
+    aware: Tensor | None = None
+    cuts: Tensor | None = None
+    last_row: Tensor | None = None
 
 
-def select_blocks(
-    q: Side,
-    k: Side,
+def keep_blocks(
+    indices: Tensor,
     rule: Rule,
+    facts: Facts,
     q_len: int,
     k_len: int,
+    k_heads: int,
     *,
     is_causal: bool,
-    scale: float,
     window: int | None = None,
 ) -> BlockMask:
-    """Select blocks from prepared means.
+    """The kept blocks of every row.
 
     Args:
-        q: means (and with a similarity filter similarities) of the queries; k: of the keys, with ``filled`` where the
-            call has key padding.
-        rule: what to keep.
-        q_len, k_len: lengths in tokens.
-        is_causal, scale, window: as in ``Selector.select``.
+        indices: int32 ``[B, Hq, nq, nk]``, the bits of float32 scores; becomes the lists of the mask.
+        rule, facts: what is kept, and what that depends on beside the scores.
+        q_len, k_len, k_heads: lengths in tokens, KV heads.
+        is_causal, window: as in ``Selector.select``.
     """
-    means_q, means_k = q.means, k.means
-    if means_q is None or means_k is None:
-        raise ValueError("select_blocks needs the means of both sides: prepare(..., pool=...)")
-    (batch, heads, fine_q, _, dim), device = means_q.shape, means_q.device
-    group = heads // means_k.shape[1]
-    nq, nk = cdiv(q_len, rule.block_q), cdiv(k_len, rule.block_k)
+    (batch, heads, nq, nk), device = indices.shape, indices.device
     counts = torch.empty(batch, heads, nq, dtype=torch.int32, device=device)
-    indices = torch.empty(batch, heads, nq, nk, dtype=torch.int32, device=device)
-    sim = rule.sim_threshold
-    q_similarity, k_similarity = (None, None) if sim is None else (q.similarity, k.similarity)
-    sim_threshold = PerHead.of(0.0 if sim is None else sim, device)
-    window = window if is_causal else None
-    m, n, warps, stages = _tiles(batch * heads * fine_q, dim, rule, device)
-    probabilities_kernel[(cdiv(fine_q, m) * batch * heads,)](
-        means_q, means_k, k.filled, k_similarity, sim_threshold, indices, heads, group, q_len, k_len, window,
-        scale * LOG2E,
-        DPAD=dim, M=m, N=n, POOL=rule.pool, BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, CAUSAL=is_causal,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
     width = max(32, triton.next_power_of_2(nk))
+    sim = PerHead.of(0.0 if rule.sim_threshold is None else rule.sim_threshold, device)
     _keep_kernel[(nq * batch * heads,)](
-        counts, indices, k.block_filled, PerHead.of(rule.level, device), q_similarity, k_similarity, sim_threshold,
-        rule.touched_q, rule.touched_k,
-        heads, group, q_len, k_len, window, rule.local, rule.tokens_local if rule.tokens else None,
-        BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, NK=width, BY_RANK=rule.by_rank, SINK=rule.sink, CAUSAL=is_causal,
-        TOUCHED_SINK=rule.tokens_sink, num_warps=1 if width <= 512 else width // 512,
+        counts, indices, facts.block_filled, PerHead.of(rule.level, device), facts.q_similarity, facts.k_similarity,
+        sim, facts.columns, facts.diagonals, 0 if facts.diagonals is None else facts.diagonals.shape[-1], facts.aware,
+        facts.cuts, rule.least, rule.most, rule.dense, facts.last_row, rule.touched_q, rule.touched_k,
+        heads, heads // k_heads, q_len, k_len, window if is_causal else None, rule.local,
+        rule.tokens_local if rule.tokens else None,
+        BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, NK=width, RULE=rule.kind, SINK=int(rule.sink), CAUSAL=is_causal,
+        LAST=rule.last_blocks, TOUCHED_SINK=int(rule.tokens_sink), num_warps=1 if width <= 512 else width // 512,
     )  # fmt: skip
     return BlockMask(counts, indices, rule.block_q, rule.block_k, q_len, k_len, trusted=True)

@@ -20,9 +20,10 @@ from cases import BF16, F32, HALF, Case
 
 from spas_attn import Call
 from spas_attn.backends import reference, triton
+from spas_attn.fused import run_fused
 from spas_attn.kernels import config
 from spas_attn.metrics import relative_l1
-from spas_attn.select import rule_of, run_fused
+from spas_attn.select import parts_of
 from spas_attn.selectors import MeanSimilarity, Selector, Tokens, TopK
 
 # Lengths end inside a block and inside a tile. Of the head dims, 36 and 72 cannot be loaded by the copy engine.
@@ -61,7 +62,7 @@ def wrong_lse(call: Call) -> str | None:
 def wrong_selection(case: Case, selector: Selector) -> str | None:
     """Blocks that differ from the torch code's, but for one tie, or a wrong result from them and the int8 keys."""
     call, here = case.call(device="cuda", mask=None), case.call(mask=None)
-    mask, keys = run_fused(rule_of(selector, call), call, quantise=True)
+    mask, keys = run_fused(parts_of(selector, call), call, quantise=True)
     differ = int((mask.to("cpu").to_dense() != selector.kept(here)).sum())
     return f"{differ} blocks" if differ > 1 else wrong(call.replace(mask=mask, keys=keys, precision="int8_bf16"))
 

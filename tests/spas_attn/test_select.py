@@ -12,8 +12,21 @@ from torch import Tensor
 
 from spas_attn import BlockMask, Call
 from spas_attn.checks import per_head
-from spas_attn.select import MAX_BLOCKS, Selection, fused_serves, rule_of, run_fused, select
-from spas_attn.selectors import FlashPrefill, MeanSimilarity, PeakMass, Selector, Streaming, Tokens, TopK, Union
+from spas_attn.fused import run_fused
+from spas_attn.select import MAX_BLOCKS, Selection, fused_serves, parts_of, select
+from spas_attn.selectors import (
+    FlashPrefill,
+    FlexPrefill,
+    MeanSimilarity,
+    MInference,
+    PeakMass,
+    Selector,
+    Streaming,
+    Tokens,
+    TopK,
+    Union,
+    XAttention,
+)
 from spas_attn.selectors.pooled import mean_row, pooled_rows, probabilities
 
 pytest.importorskip("triton")
@@ -52,7 +65,7 @@ def on_device(call: Call) -> Call:
 def fused(selector: Selector, call: Call, quantise: bool = False) -> Selection:
     """The kernels' selection, whatever device serves; ``call`` is on the CPU."""
     moved = on_device(call)
-    return Selection(*run_fused(rule_of(selector, moved), moved, quantise))
+    return Selection(*run_fused(parts_of(selector, moved), moved, quantise))
 
 
 def assert_same_selection(selector: Selector, call: Call, got: BlockMask | None = None) -> Tensor:
@@ -69,7 +82,10 @@ def assert_same_selection(selector: Selector, call: Call, got: BlockMask | None 
     if not differs.any():
         return kept
     ranking = next(leaf for leaf in leaves(selector) if not isinstance(leaf, Tokens))
-    if isinstance(ranking, TopK):
+    if isinstance(ranking, (XAttention, FlexPrefill, FlashPrefill, MInference)):
+        gap = (ranking.final_levels(call) - ranking._per_head(call)).abs()
+        assert (gap[differs] <= TIE).all()
+    elif isinstance(ranking, TopK):
         probs = mean_row(probabilities(pooled_rows(ranking, call, ranking.pool)))
         highest = probs.masked_fill(~differs, 0.0).amax(-1)
         lowest = probs.masked_fill(~differs, 1.0).amin(-1)
@@ -118,6 +134,48 @@ def test_random_calls(seed: int) -> None:
     assert_same_selection(selector, inputs_of(case, seed))
 
 
+def prefill_selector(kind: str, chance: random.Random, heads: int, **size: Any) -> Selector:
+    """One of the selectors for long prompts, with thresholds of all kinds."""
+    many = torch.rand(heads, generator=torch.Generator().manual_seed(chance.randrange(99)))
+    if kind == "XAttention":
+        return XAttention(chance.choice([0.0, 1.0, many, *(chance.uniform(0.1, 0.95) for _ in range(4))]),
+                          chance.choice([4, 8, 16, 64]), **size)  # fmt: skip
+    if kind == "FlashPrefill":
+        return FlashPrefill(chance.choice([0.0, many, *(chance.uniform(0.01, 0.9) for _ in range(4))]),
+                            sink_blocks=chance.choice([0, 2]), last_blocks=chance.choice([0, 1]), **size)  # fmt: skip
+    if kind == "FlexPrefill":
+        return FlexPrefill(chance.choice([1.0, many, *(chance.uniform(0.1, 0.95) for _ in range(4))]),
+                           chance.choice([0.0, 0.1, 0.25, 5.0, many]), min_budget=chance.choice([0, 0, 100, 300]),
+                           max_budget=chance.choice([None, None, 300, 400]), **size)  # fmt: skip
+    pattern = chance.choice(["vertical_slash", "a_shape", tuple(["a_shape", "vertical_slash"] * (heads // 2))])
+    return MInference(pattern, chance.choice([30, 60, 100 * many]), chance.choice([60, 150, 300 * many]),
+                      chance.choice([None, 0.3, 1.0, many]), **size)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ["XAttention", "FlashPrefill", "FlexPrefill", "MInference"])
+def test_prefill_selectors(kind: str, seed: int) -> None:
+    chance = random.Random(f"{kind} {seed}")
+    is_causal = seed % 3 != 2
+    k_len = chance.randint(200, 500)
+    block_q, block_k = chance.choice([(128, 128), (64, 64), (64, 64), (64, 128), (128, 64)])
+    case = Case(
+        chance.randint(60, k_len if is_causal else 300), k_len, dim=16, heads=4, k_heads=chance.choice([1, 2]),
+        batch=chance.choice([1, 2]), is_causal=is_causal,
+        window=chance.choice([None, None, chance.randint(1, 400)]) if is_causal else None,
+        padding=chance.choice([None, None, "left", "right", "holes", "one row empty"]),
+        scale=chance.choice([0.05, 0.25, 1.0]), density=None, layout=chance.choice(["HND", "NHD", "strided"]),
+    )  # fmt: skip
+    dense = chance.choice([None, None, torch.tensor([False, True, False, False])])
+    size: dict[str, Any] = {"block_q": block_q, "block_k": block_k}
+    selector = prefill_selector(
+        kind, chance, 4, sink=chance.random() < 0.5, local=chance.choice([0, 0, 100]), dense_heads=dense, **size
+    )
+    if chance.random() < 0.3:
+        selector = selector | Tokens(((3, 5), (-70, -2)), queries=chance.random() < 0.5, **size)
+    assert_same_selection(selector, inputs_of(case, seed))
+
+
 CALLS = [
     (Case(1, 1, density=None), MeanSimilarity(0.5)),
     (Case(1, 300, density=None), TopK(0.4)),
@@ -128,6 +186,12 @@ CALLS = [
     (Case(256, 256, density=None), MeanSimilarity(0.7, pool=1, block_q=64, block_k=64)),
     (Case(64, 64 * 280, dim=16, heads=1, k_heads=1, density=None), MeanSimilarity(0.9, pool=64, block_k=64)),
     (Case(64, 64 * 150, dim=16, heads=1, k_heads=1, density=None), TopK(0.3, pool=64, block_k=64)),
+    (Case(300, 700, dim=96, dtype=BF16, is_causal=True, density=None), XAttention(0.6, 8, block_k=64)),
+    (Case(512, 512, dim=64, dtype=HALF, is_causal=True, density=None), XAttention(0.5, block_q=64, block_k=64)),
+    (Case(300, 700, dim=80, dtype=HALF, is_causal=True, density=None), FlashPrefill(0.7, 1, 0, local=0)),
+    (Case(300, 700, dim=80, dtype=BF16, is_causal=True, density=None), FlexPrefill(0.5, 0.0, 0, block_k=64)),
+    (Case(300, 700, dim=64, dtype=BF16, is_causal=True, density=None), FlexPrefill(0.5, 9.0, 0, block_k=64)),
+    (Case(200, 1000, dim=64, dtype=HALF, is_causal=True, density=None), MInference("vertical_slash", 30, 60)),
 ]
 
 
@@ -203,22 +267,23 @@ def test_with_int8_and_twice_the_same() -> None:
 def test_which_selectors_are_known() -> None:
     call = inputs_of(Case(64, 64, density=None))
     mean, top, tokens = MeanSimilarity(0.5), TopK(0.5), Tokens(((0, 1),))
-    for selector in (mean, top, mean | tokens, tokens | top, tokens | (mean | tokens)):
-        rule = rule_of(selector, call)
-        assert rule.by_rank == (top in leaves(selector))
-        assert rule.tokens == (tokens in leaves(selector))
+    prefill = (XAttention(), FlexPrefill(), FlashPrefill(), MInference(), MInference(("a_shape", "vertical_slash")))
+    for selector in (mean, top, mean | tokens, tokens | top, tokens | (mean | tokens), *prefill, prefill[0] | tokens):
+        parts = parts_of(selector, call)
+        assert parts.ranking in (mean, top, *prefill)
+        assert parts.ranking in leaves(selector)
+        assert parts.tokens == (tokens in leaves(selector))
 
     class Own(TopK):
         """May rank otherwise."""
 
     blocks = {"block_q": 64, "block_k": 64}
-    heads = torch.tensor([True, False])
     for other in (
-        tokens, mean | top, PeakMass(), FlashPrefill(), Streaming(), Streaming() | mean,
-        PeakMass() | Tokens((), **blocks), Own(), tokens | Tokens((), dense_heads=heads) | mean,
+        tokens, mean | top, FlashPrefill() | mean, PeakMass(), Streaming(), Streaming() | mean, Own(),
+        PeakMass() | Tokens((), **blocks), MInference("block_sparse"), MInference(("a_shape", "block_sparse")),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"not {type(other).__name__}"):
-            rule_of(other, call)
+            parts_of(other, call)
         assert not fused_serves(other, on_device(call))
 
 
@@ -240,7 +305,7 @@ def test_route_on_a_gpu() -> None:
     call = on_device(inputs_of(Case(300, 300, density=None)))
     for selector in (MeanSimilarity(0.5), TopK(0.5) | Tokens(((0, 1),))):
         assert fused_serves(selector, call)
-        got, keys = run_fused(rule_of(selector, call), call, True)
+        got, keys = run_fused(parts_of(selector, call), call, True)
         chosen = select(selector, call, quantise=True)
         assert torch.equal(chosen.mask.indices, got.indices)
         assert chosen.keys is not None

@@ -1,0 +1,245 @@
+"""Selection by fused kernels: what each selector that they serve makes of Q and K before its blocks are kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .block_mask import BlockMask, blockwise, cdiv
+from .call import Call
+from .checks import PerHead, per_head
+from .kernels import prepare as kernels
+from .kernels.head_cut import head_cuts
+from .kernels.last_queries import last_masses
+from .kernels.probabilities import pooled_probabilities
+from .kernels.row_scores import row_scores
+from .kernels.select import Facts, Rule, keep_blocks
+from .kernels.strided import strided_probabilities
+from .selectors import FlashPrefill, FlexPrefill, MeanSimilarity, MInference, Selector, TopK, XAttention
+from .selectors.last_queries import LastQueries, first_distance, last_query, last_rows, lowest_across
+from .selectors.minference import LAST_QUERIES
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A selector as the kernels take it: one that ranks blocks, and what is kept beside.
+
+    Attributes:
+        ranking: the selector that scores blocks.
+        dense: uint8 ``[Hq]``, 1 for heads that keep everything; None for none.
+        tokens: the selector is joined with Tokens, which keep their own sink and local keys, and every block of
+            ``touched_q``, ``touched_k`` (uint8 ``[nq]``, ``[nk]`` or None).
+        tokens_sink, tokens_local: of the Tokens.
+    """
+
+    ranking: Selector
+    dense: Tensor | None = None
+    tokens: bool = False
+    tokens_sink: bool = False
+    tokens_local: int = 0
+    touched_q: Tensor | None = None
+    touched_k: Tensor | None = None
+
+
+Keys = tuple[Tensor, ...]  # K in 8 bits: the fields of ``kernels.launch.Keys``, or nothing
+
+
+def run_fused(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+    """The blocks, and with ``quantise`` K in 8 bits with one scale per key block, from one pass over K if possible."""
+    with torch.cuda.device(call.q.device) if call.q.is_cuda else contextlib.nullcontext():
+        return _SELECT[type(parts.ranking)](parts, call, quantise)
+
+
+def _by_means(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+    """MeanSimilarity, TopK. K is read twice only if a similarity filter needs its exact mean (not under causality)."""
+    ranking, causal = parts.ranking, call.is_causal
+    assert isinstance(ranking, (MeanSimilarity, TopK))
+    sim = None
+    if isinstance(ranking, MeanSimilarity) and ranking.filters:
+        sim = _checked(ranking.sim_threshold, call, "sim_threshold")
+    filters = sim is not None
+    side_q = kernels.prepare(call.q, _dim(call), pool=ranking.pool, block=ranking.block_q, similarity=filters)
+    # Under causality means and similarities stay unsmoothed: the smoothing vector would carry later tokens into them.
+    side_k, keys = _prepare_keys(parts, call, quantise, ranking.pool, similarity=filters, smooth=not causal)
+    scores = _scores(parts, call)
+    _pooled(ranking, call, side_q, side_k, scores, ranking.pool, sim)
+    facts = Facts(side_k.block_filled, side_q.similarity, side_k.similarity)
+    kind = "rank" if isinstance(ranking, TopK) else "mass"
+    return _keep(parts, call, scores, kind, facts, sim_threshold=sim), keys
+
+
+def _by_strides(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+    """XAttention."""
+    ranking = parts.ranking
+    assert isinstance(ranking, XAttention)
+    _, keys = _prepare_keys(parts, call, quantise, None)
+    scores = _scores(parts, call)
+    filled = block_filled = None
+    if call.key_mask is not None:
+        filled = blockwise(call.key_mask, ranking.stride).any(-1).view(torch.uint8)
+        block_filled = blockwise(call.key_mask, ranking.block_k).any(-1).view(torch.uint8)
+    strided_probabilities(
+        call.q, call.k, scores, stride=ranking.stride, block_q=ranking.block_q, block_k=ranking.block_k,
+        is_causal=call.is_causal, scale=call.scale, window=call.window, valid=kernels.as_bytes(call.key_mask),
+        filled=filled,
+    )  # fmt: skip
+    return _keep(parts, call, scores, "mass", Facts(block_filled)), keys
+
+
+def _by_rows(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+    """FlashPrefill. Its means stay unsmoothed: sums of exponentials over queries know no common factor."""
+    ranking = parts.ranking
+    assert isinstance(ranking, FlashPrefill)
+    side_k, keys = _prepare_keys(parts, call, quantise, ranking.block_k)
+    assert side_k.means is not None
+    scores = _scores(parts, call)
+    row_scores(
+        call.q, side_k.means, scores, block_q=ranking.block_q, block_k=ranking.block_k, k_len=call.k_len,
+        is_causal=call.is_causal, scale=call.scale, window=call.window, block_filled=side_k.block_filled,
+    )  # fmt: skip
+    last_row = None if call.query_mask() is None else last_query(call).to(torch.int32)
+    facts = Facts(side_k.block_filled, last_row=last_row)
+    sink = max(1, ranking.sink_blocks) if ranking.sink else 0
+    return _keep(parts, call, scores, "share", facts, sink=sink, last_blocks=ranking.last_blocks), keys
+
+
+def _by_heads(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+    """FlexPrefill."""
+    ranking = parts.ranking
+    assert isinstance(ranking, FlexPrefill)
+    pool = min(ranking.block_q, ranking.block_k)
+    side_q = kernels.prepare(call.q, _dim(call), pool=pool, block=ranking.block_q)
+    side_k, keys = _prepare_keys(parts, call, quantise, pool, smooth=not call.is_causal)
+    scores = _scores(parts, call)
+    _pooled(ranking, call, side_q, side_k, scores, pool, None)
+    blocks = side_k
+    if pool != ranking.block_k:
+        blocks, _ = _prepare_keys(parts, call, False, ranking.block_k)
+    assert blocks.means is not None
+    means = blocks.means.float().sum(3)[..., : call.q.shape[-1]]
+    filled = None if blocks.block_filled is None else blocks.block_filled.view(torch.bool)
+    last = fused_last_queries(call, ranking.block_q)
+    tau = per_head(ranking.tau, call.q.shape[1], "tau", call.q.device)
+    aware = (ranking.distances(call, last, means, filled) < tau).view(torch.uint8)
+    columns, by_distance = ranking.lines(call, last)
+    cuts = head_cuts(
+        scores, _checked(ranking.gamma, call, "gamma"), aware, q_len=call.q_len, k_len=call.k_len,
+        block_q=ranking.block_q, block_k=ranking.block_k, is_causal=call.is_causal, window=call.window,
+        sink=int(ranking.sink), local=ranking.local, block_filled=blocks.block_filled,
+    )  # fmt: skip
+    diagonals = lowest_across(ranking, call, by_distance).contiguous()
+    facts = Facts(blocks.block_filled, columns=columns.contiguous(), diagonals=diagonals, aware=aware, cuts=cuts)
+    least, most = ranking.budgets
+    return _keep(parts, call, scores, "lines", facts, least=least or None, most=most), keys
+
+
+def _by_lines(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+    """MInference without block-sparse heads."""
+    ranking, heads = parts.ranking, call.q.shape[1]
+    assert isinstance(ranking, MInference)
+    _, keys = _prepare_keys(parts, call, quantise, None)
+    patterns = ranking.patterns(heads)
+    last = None if set(patterns) == {"a_shape"} else fused_last_queries(call, LAST_QUERIES)
+    columns, by_distance = ranking.lines(call, patterns, last)
+    batch, nk = call.q.shape[0], cdiv(call.k_len, ranking.block_k)
+    columns = columns.expand(batch, heads, nk).contiguous()
+    diagonals = lowest_across(ranking, call, by_distance.expand(batch, heads, -1)).contiguous()
+    block_filled = None
+    if call.key_mask is not None:
+        block_filled = blockwise(call.key_mask, ranking.block_k).any(-1).view(torch.uint8)
+    facts = Facts(block_filled, columns=columns, diagonals=diagonals)
+    return _keep(parts, call, _scores(parts, call), "lines", facts), keys
+
+
+_SELECT: dict[type[Selector], Callable[[Parts, Call, bool], tuple[BlockMask, Keys]]] = {
+    MeanSimilarity: _by_means, TopK: _by_means, XAttention: _by_strides, FlashPrefill: _by_rows, FlexPrefill: _by_heads,
+    MInference: _by_lines,
+}  # fmt: skip
+
+
+def fused_last_queries(call: Call, count: int) -> LastQueries:
+    """:func:`spas_attn.selectors.last_queries.last_queries` by kernels."""
+    _, weight, queries = last_rows(call, count)
+    count = queries.shape[2]
+    last = last_query(call)
+    columns, descending = last_masses(
+        call.q, call.k, count, is_causal=call.is_causal, scale=call.scale, window=call.window,
+        valid=kernels.as_bytes(call.key_mask), weight=weight,
+        last_row=None if call.query_mask() is None else last.to(torch.int32),
+    )  # fmt: skip
+    # Place x of `descending` holds the distance `ahead - x`.
+    distances, size = call.q_len + call.offset - first_distance(call), descending.shape[-1]
+    if call.query_mask() is None:
+        highest = call.q_len - count + call.offset + 128 - first_distance(call)
+        padded = torch.nn.functional.pad(descending, (0, max(0, highest + 1 - size)))
+        diagonals = padded[..., highest + 1 - distances : highest + 1].flip(-1)
+    else:
+        distance = first_distance(call) + torch.arange(distances, device=call.q.device)
+        place = (last - count + 1 + call.offset + 128)[:, None] - distance
+        inside = ((place >= 0) & (place < size))[:, None]
+        place = place.clamp(0, size - 1)[:, None].expand(*descending.shape[:2], -1)
+        diagonals = descending.gather(-1, place).masked_fill_(~inside, 0.0)
+    mean = (queries * weight[:, None, :, None]).sum(2)
+    return LastQueries(columns, diagonals, mean, last + call.offset)
+
+
+def _dim(call: Call) -> int:
+    return kernels.padded_dim(call.q.shape[-1])
+
+
+def _scores(parts: Parts, call: Call) -> Tensor:
+    """Memory of the scores, which becomes that of the lists, int32 ``[B, Hq, nq, nk]``."""
+    nq, nk = cdiv(call.q_len, parts.ranking.block_q), cdiv(call.k_len, parts.ranking.block_k)
+    return torch.empty(*call.q.shape[:2], nq, nk, dtype=torch.int32, device=call.q.device)
+
+
+def _prepare_keys(
+    parts: Parts, call: Call, quantise: bool, pool: int | None, *, similarity: bool = False, smooth: bool = False
+) -> tuple[kernels.Side, Keys]:
+    """Means of ``pool`` keys (None for none) and what else is made of K in one pass, and K in 8 bits if wanted."""
+    if pool is None and not quantise:
+        return kernels.Side(), ()
+    k, valid, block = call.k, kernels.as_bytes(call.key_mask), parts.ranking.block_k
+    sums = kernels.key_sums(k, _dim(call), valid, exact=similarity and smooth) if quantise or smooth else None
+    side = kernels.prepare(
+        k, _dim(call), pool=pool, block=block, similarity=similarity, tile=block if quantise else None, sums=sums,
+        smooth_pooled=smooth, valid=valid,
+    )  # fmt: skip
+    if not quantise:
+        return side, ()
+    assert side.int8 is not None and side.scale is not None and sums is not None
+    return side, (side.int8, side.scale, *sums)
+
+
+def _pooled(
+    ranking: Selector, call: Call, q: kernels.Side, k: kernels.Side, scores: Tensor, pool: int, sim: PerHead | None
+) -> None:
+    pooled_probabilities(
+        q, k, scores, call.q_len, call.k_len, pool=pool, block_q=ranking.block_q, block_k=ranking.block_k,
+        is_causal=call.is_causal, scale=call.scale, window=call.window, sim_threshold=sim,
+    )  # fmt: skip
+
+
+def _keep(parts: Parts, call: Call, scores: Tensor, kind: str, facts: Facts, **more: Any) -> BlockMask:
+    ranking = parts.ranking
+    rule = Rule(
+        kind, _checked(ranking.threshold, call, ranking.tuned), ranking.block_q, ranking.block_k,
+        more.pop("sink", int(ranking.sink)), ranking.local, dense=parts.dense, tokens=parts.tokens,
+        tokens_sink=parts.tokens_sink, tokens_local=parts.tokens_local, touched_q=parts.touched_q,
+        touched_k=parts.touched_k, **more,
+    )  # fmt: skip
+    return keep_blocks(
+        scores, rule, facts, call.q_len, call.k_len, call.k.shape[1], is_causal=call.is_causal, window=call.window
+    )
+
+
+def _checked(value: PerHead, call: Call, name: str) -> PerHead:
+    heads = call.q.shape[1]
+    if isinstance(value, Tensor) and (value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, heads))):
+        raise ValueError(f"{name} must be a float or a tensor [{heads}], got shape {tuple(value.shape)}")
+    return value
