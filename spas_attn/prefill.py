@@ -169,7 +169,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, selector: Selector, causal: bool, opti
 
 def _flex(block_size: int, sparsity_ratio: float | None, gamma: PerHead | None, **rule: Any) -> Selector:
     """FlexPrefill by its own rule, or its ranking with a share dropped per row."""
-    blocks = {"block_q": block_size, "block_k": block_size}
+    blocks: dict[str, Any] = {"block_q": block_size, "block_k": block_size}
     if gamma is not None:
         return FlexPrefill(gamma, **rule, **blocks)
     assert sparsity_ratio is not None
@@ -261,7 +261,7 @@ class SparseConfig:
         return self._selector(self.metric)
 
     def _selector(self, metric: str) -> Selector:
-        blocks = {"block_q": self.block_size, "block_k": self.block_size}
+        blocks: dict[str, Any] = {"block_q": self.block_size, "block_k": self.block_size}
         if metric == "xattn":
             threshold = torch.tensor(self.threshold) if isinstance(self.threshold, tuple) else self.threshold
             return XAttention(threshold, self.stride, **blocks)
