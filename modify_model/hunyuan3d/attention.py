@@ -135,11 +135,6 @@ class Checked(nn.Module):
         return run(self.engine)
 
 
-def heads_of(x: Tensor, heads: int) -> Tensor:
-    """``[B, L, H * D]`` to ``[B, H, L, D]``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 def joined(x: Tensor) -> Tensor:
     """``[B, H, L, D]`` to ``[B, L, H * D]``."""
     return x.transpose(1, 2).flatten(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +17,29 @@ class Group:
     """Samples of a batch whose condition is alike in kind.
 
     Attributes:
-        rows: their places in the batch, int64 ``[b]``, or None for the whole batch.
+        count: how many there are.
         repeats: how many equal tokens each token of the condition stands for; above 1 it is one token.
         prepared: what the model computed of the condition.
     """
 
-    rows: Tensor | None
+    count: int
     repeats: int
     prepared: Any
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition as a model has prepared it; valid for that model as long as its weights stay as they are."""
+    """A condition as a model has prepared it; valid for that model as long as its weights stay as they are.
+
+    Attributes:
+        batch: number of samples.
+        groups: their groups, one after the other.
+        order: places in the batch of the groups' samples, int64 ``[batch]``, or None where they stand in order.
+    """
 
     batch: int
     groups: tuple[Group, ...]
+    order: Tensor | None
 
 
 class Denoiser(Checked):
@@ -65,48 +72,49 @@ class Denoiser(Checked):
         constant = [False] * batch
         if self.merge_constant and length > 1:
             constant = (tokens == tokens[:, :1]).flatten(1).all(-1).tolist()
+        places: list[int] = []
         groups = []
         for kind in sorted({*constant}):
             rows = [index for index, value in enumerate(constant) if value is kind]
-            where = None if len(rows) == batch else torch.tensor(rows, device=tokens.device)
-            part = tokens if where is None else tokens[where]
+            part = tokens if len(rows) == batch else tokens[rows]
             part, repeats = (part[:, :1], length) if kind else (part, 1)
-            groups.append(Group(where, repeats, self.prepare_tokens(part, repeats)))
-        return Condition(batch, tuple(groups))
+            groups.append(Group(len(rows), repeats, self.prepare_tokens(part, repeats)))
+            places += rows
+        order = None if places == sorted(places) else torch.tensor(places, device=tokens.device)
+        return Condition(batch, tuple(groups), order)
 
     def prepare_tokens(self, tokens: Tensor, repeats: int) -> Any:
         """What depends on the condition alone; ``tokens`` are ``[b, Lc, context_dim]``, each ``repeats`` times."""
         raise NotImplementedError
 
-    def denoise(self, x: Tensor, t: Tensor, group: Group, guidance: Tensor | None, engine: Engine) -> Tensor:
-        """Velocity of the samples of one group; ``x`` and the result are ``[b, L, in_channels]``."""
+    def denoise(self, x: Tensor, t: Tensor, groups: Sequence[Group], guidance: Tensor | None, engine: Engine) -> Tensor:
+        """Velocity of samples that stand in the order of their groups.
+
+        ``x`` and the result are ``[B, L, in_channels]``; ``t`` and ``guidance`` are ``[B]``, or ``[1]`` for all.
+        """
         raise NotImplementedError
 
     def grouped(
         self, x: Tensor, t: Tensor, contexts: Mapping[str, Tensor] | Condition, guidance: Tensor | None, channels: int
     ) -> Tensor:
-        """Velocity of a batch, each group of samples on its own."""
+        """Velocity of a batch, its samples put in the order of their groups meanwhile."""
         if x.dim() != 3 or x.shape[-1] != channels:
             raise ValueError(f"x must be [B, L, {channels}], got {list(x.shape)}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must be [{x.shape[0]}], one time for each sample of x, got {list(t.shape)}")
-        if guidance is not None and guidance.shape != x.shape[:1]:
-            raise ValueError(f"guidance must be [{x.shape[0]}], one for each sample of x, got {list(guidance.shape)}")
+        for name, value in (("t", t), ("guidance", guidance)):
+            if value is not None and value.shape not in (x.shape[:1], (1,)):
+                raise ValueError(f"{name} must be [{x.shape[0]}], as x has samples, or [1], got {list(value.shape)}")
         condition = contexts if isinstance(contexts, Condition) else self.prepare(contexts)
         if condition.batch != x.shape[0]:
             raise ValueError(f"contexts must be for the {x.shape[0]} samples of x, got {condition.batch}")
+        order = condition.order
+        if order is None:
+            return self.checked(lambda engine: self.denoise(x, t, condition.groups, guidance, engine))
 
         def run(engine: Engine) -> Tensor:
-            first = condition.groups[0]
-            if first.rows is None:
-                return self.denoise(x, t, first, guidance, engine)
-            out = torch.empty_like(x)
-            for group in condition.groups:
-                rows = group.rows
-                assert rows is not None
-                some = None if guidance is None else guidance[rows]
-                out[rows] = self.denoise(x[rows], t[rows], group, some, engine).to(out.dtype)
-            return out
+            times, scales = (value if value is None or len(value) == 1 else value[order] for value in (t, guidance))
+            assert times is not None
+            found = self.denoise(x[order], times, condition.groups, scales, engine)
+            return torch.empty_like(found).index_copy_(0, order, found)
 
         return self.checked(run)
 

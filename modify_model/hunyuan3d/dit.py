@@ -8,13 +8,13 @@ of the published weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Engine, attend, chosen_engine, heads_of, joined, report_ignored
+from .attention import Engine, attend, chosen_engine, joined, report_ignored
 from .condition import Condition, Denoiser, Group
 from .embeddings import TimeMLP
 from .inner import joint_attention
@@ -42,10 +42,10 @@ class QKNorm(nn.Module):
         super().__init__()
         self.query_norm, self.key_norm = HeadNorm(dim), HeadNorm(dim)
 
-    def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, L, 3 * H * D]``, all queries first, then all keys and all values, to three of ``[B, H, L, D]``."""
-        q, k, v = (heads_of(part, heads) for part in qkv.chunk(3, dim=-1))
-        return self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype), v
+    def forward(self, qkv: Tensor, heads: int) -> list[Tensor]:
+        """``[V, R, 3 * H * D]``, all queries first, then all keys and all values, to three of ``[V * R, H, D]``."""
+        q, k, v = qkv.flatten(0, 1).unflatten(-1, (3, heads, -1)).unbind(1)
+        return [self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype), v]
 
 
 class Modulation(nn.Module):
@@ -75,6 +75,29 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
 
+class Part(NamedTuple):
+    """Samples whose tokens stand together among the rows of a batch.
+
+    Rows of all parts follow each other: of the condition ``samples * length``, of the latents ``samples * latents``.
+    """
+
+    samples: int
+    length: int
+    latents: int
+    repeats: int
+
+
+def attend_part(layer: nn.Module, rows: Sequence[Tensor], part: Part, engine: Engine) -> Tensor:
+    """Attention of one part; q, k, v ``[samples, length + latents, H, D]`` to ``[samples, length + latents, H * D]``."""
+    q, k, v = (x.transpose(1, 2) for x in rows)
+    return joined(joint_attention(layer, attend, q, k, v, engine, part.repeats))
+
+
+def together(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of all parts."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
+
+
 class DoubleStreamBlock(nn.Module):
     """Joint attention of condition and latents, each with projections, modulation and MLP of its own."""
 
@@ -88,26 +111,39 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{name}_mlp", nn.Sequential(*layers))
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, engine: Engine = "sdpa", repeats: int = 1
+        self, img: Tensor, txt: Tensor, vec: Tensor, parts: Sequence[Part], engine: Engine = "sdpa"
     ) -> tuple[Tensor, Tensor]:
-        """Latents ``[B, L, hidden_size]`` and condition ``[B, Lc, hidden_size]``."""
-        parts: dict[str, Any] = dict(self.named_children())
-        mods = {name: parts[f"{name}_mod"](vec) for name in ("txt", "img")}
-        made = []
+        """Latents and condition, each ``[V, rows, hidden_size]`` for the V rows of ``vec``, ``[V, hidden_size]``."""
+        own: dict[str, Any] = dict(self.named_children())
+        mods = {name: own[f"{name}_mod"](vec) for name in ("txt", "img")}
+        made = {}
         for name, x in (("txt", txt), ("img", img)):
-            stream = parts[f"{name}_attn"]
-            made.append(stream.norm(stream.qkv(modulated(x, *mods[name][:2])), self.num_heads))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*made, strict=True))
-        out = joined(joint_attention(self, attend, q, k, v, engine, repeats))
+            stream = own[f"{name}_attn"]
+            made[name] = stream.norm(stream.qkv(modulated(x, *mods[name][:2])), self.num_heads)
+        attended = self._attend(made["txt"], made["img"], parts, engine)
         streams = []
-        for name, x, attended in (
-            ("img", img, out[:, txt.shape[1] :]),
-            ("txt", txt, out[:, : txt.shape[1]]),
-        ):
+        for name, x in (("img", img), ("txt", txt)):
             _, _, gate, shift, scale, last_gate = mods[name]
-            x = x + gate * parts[f"{name}_attn"].proj(attended)
-            streams.append(x + last_gate * parts[f"{name}_mlp"](modulated(x, shift, scale)))
+            x = x + gate * own[f"{name}_attn"].proj(attended[name].view(x.shape))
+            streams.append(x + last_gate * own[f"{name}_mlp"](modulated(x, shift, scale)))
         return streams[0], streams[1]
+
+    def _attend(
+        self, txt: Sequence[Tensor], img: Sequence[Tensor], parts: Sequence[Part], engine: Engine
+    ) -> dict[str, Tensor]:
+        """Rows of q, k and v ``[rows, H, D]`` of each stream to its rows ``[rows, H * D]``; the condition is first."""
+        conditions = [x.split([part.samples * part.length for part in parts]) for x in txt]
+        latents = [x.split([part.samples * part.latents for part in parts]) for x in img]
+        found: dict[str, list[Tensor]] = {"txt": [], "img": []}
+        for index, part in enumerate(parts):
+            rows = [
+                torch.cat([c[index].unflatten(0, (part.samples, -1)), x[index].unflatten(0, (part.samples, -1))], dim=1)
+                for c, x in zip(conditions, latents, strict=True)
+            ]
+            out = attend_part(self, rows, part, engine)
+            found["txt"].append(out[:, : part.length].flatten(0, 1))
+            found["img"].append(out[:, part.length :].flatten(0, 1))
+        return {name: together(rows) for name, rows in found.items()}
 
 
 class SingleStreamBlock(nn.Module):
@@ -122,12 +158,18 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulation(hidden_size, 1)
 
-    def forward(self, x: Tensor, vec: Tensor, engine: Engine = "sdpa", repeats: int = 1) -> Tensor:
-        """``[B, Lc + L, hidden_size]``."""
+    def forward(self, x: Tensor, vec: Tensor, parts: Sequence[Part], engine: Engine = "sdpa") -> Tensor:
+        """``[V, rows, hidden_size]``; the rows of a sample are its condition and its latents."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulated(x, shift, scale)).tensor_split([3 * self.hidden_size], dim=-1)
-        q, k, v = self.norm(qkv, self.num_heads)
-        attended = joined(joint_attention(self, attend, q, k, v, engine, repeats))
+        sizes = [part.samples * (part.length + part.latents) for part in parts]
+        by_part = zip(*(rows.split(sizes) for rows in self.norm(qkv, self.num_heads)), strict=True)
+        attended = together(
+            [
+                attend_part(self, [x.unflatten(0, (part.samples, -1)) for x in rows], part, engine).flatten(0, 1)
+                for rows, part in zip(by_part, parts, strict=True)
+            ]
+        ).view(*x.shape[:2], -1)
         return x + gate * self.linear2(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))
 
 
@@ -220,9 +262,10 @@ class Hunyuan3DDiT(Denoiser):
 
         Args:
             x: latents ``[B, L, in_channels]``, an unordered set: the result is equivariant under their permutation.
-            t: ``[B]``, 0 = noise, 1 = data.
+            t: ``[B]``, 0 = noise, 1 = data; or ``[1]`` for all samples, which lets those with a constant condition run
+                beside the others instead of after them.
             contexts: ``{"main": [B, Lc, context_in_dim]}``, or what :meth:`prepare` made of it.
-            guidance: ``[B]``, the guidance scale, for models with ``guidance_embed`` (else it is not read).
+            guidance: ``[B]`` or ``[1]``, the guidance scale, for models with ``guidance_embed`` (else it is not read).
             unused: further arguments of pipelines, which the network does not read.
 
         Returns:
@@ -238,14 +281,38 @@ class Hunyuan3DDiT(Denoiser):
     def prepare_tokens(self, tokens: Tensor, repeats: int) -> Tensor:
         return self.cond_in(tokens.to(self.cond_in.weight.dtype))
 
-    def denoise(self, x: Tensor, t: Tensor, group: Group, guidance: Tensor | None, engine: Engine) -> Tensor:
-        cond, repeats = group.prepared, group.repeats
-        latents, vec = self.latent_in(x), self.time_in(t)
+    def denoise(self, x: Tensor, t: Tensor, groups: Sequence[Group], guidance: Tensor | None, engine: Engine) -> Tensor:
+        shared = len(t) == 1 and (guidance is None or len(guidance) == 1)
+        if len(groups) > 1 and not shared:  # rows of one modulation must be of one length: each group on its own
+            counts = [group.count for group in groups]
+            times, scales = (y if y is None else y.expand(len(x)).split(counts) for y in (t, guidance))
+            assert times is not None
+            some = scales or [None] * len(groups)
+            pieces = zip(x.split(counts), times, groups, some, strict=True)
+            return torch.cat([self.denoise(one, time, [group], s, engine) for one, time, group, s in pieces])
+        vec = self.time_in(t)
         if guidance is not None:
             vec = vec + self.guidance_in(guidance)
+        samples = len(vec)  # V: 1 where all share one time, and all rows are one sample's
+        parts = [Part(group.count, group.prepared.shape[1], x.shape[1], group.repeats) for group in groups]
+        latents = self.latent_in(x).reshape(samples, -1, self.hidden_size)
+        cond = together([group.prepared.flatten(0, 1) for group in groups]).view(samples, -1, self.hidden_size)
         for block in self.double_blocks:
-            latents, cond = block(latents, cond, vec, engine, repeats)
-        joint, length = torch.cat([cond, latents], dim=1), cond.shape[1]
+            latents, cond = block(latents, cond, vec, parts, engine)
+        joint = _interleave(cond.flatten(0, 1), latents.flatten(0, 1), parts).view(samples, -1, self.hidden_size)
         for block in self.single_blocks:
-            joint = block(joint, vec, engine, repeats)
-        return self.final_layer(joint[:, length:], vec)
+            joint = block(joint, vec, parts, engine)
+        rows = joint.flatten(0, 1).split([part.samples * (part.length + part.latents) for part in parts])
+        last = [y.unflatten(0, (part.samples, -1))[:, part.length :] for y, part in zip(rows, parts, strict=True)]
+        return self.final_layer(together(last), vec)
+
+
+def _interleave(cond: Tensor, latents: Tensor, parts: Sequence[Part]) -> Tensor:
+    """Rows of condition and latents to rows of samples, each with its condition first."""
+    conditions = cond.split([part.samples * part.length for part in parts])
+    others = latents.split([part.samples * part.latents for part in parts])
+    rows = [
+        torch.cat([c.unflatten(0, (part.samples, -1)), x.unflatten(0, (part.samples, -1))], dim=1).flatten(0, 1)
+        for c, x, part in zip(conditions, others, parts, strict=True)
+    ]
+    return together(rows)

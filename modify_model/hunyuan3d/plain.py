@@ -6,7 +6,7 @@ names of parameters are those of the published weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class CrossAttention(Attention):
         return (self.k_norm(k), v) if repeats == 1 else self.out_proj(joined(v))
 
     def forward(self, x: Tensor, prepared: tuple[Tensor, Tensor] | Tensor, engine: Engine = "sdpa") -> Tensor:
-        if isinstance(prepared, Tensor):
+        if isinstance(prepared, Tensor):  # nothing depends on the query
             return prepared
         q = self.to_q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return self.out_proj(joined(attend(self.q_norm(q), *prepared, engine)))
@@ -105,13 +105,17 @@ class Block(nn.Module):
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.skip_norm = nn.LayerNorm(dim, eps=EPS) if skip else None
 
-    def forward(self, x: Tensor, prepared: Any, earlier: Tensor | None, engine: Engine) -> Tensor:
-        """``[B, L, dim]``; ``earlier`` is the result of the block at the other side of the U."""
+    def forward(self, x: Tensor, prepared: Sequence[tuple[int, Any]], earlier: Tensor | None, engine: Engine) -> Tensor:
+        """``[B, L, dim]``; ``prepared`` is, for groups of samples, their number and what :meth:`CrossAttention.prepare`
+        made; ``earlier`` is the result of the block at the other side of the U.
+        """
         if self.skip_linear is not None and self.skip_norm is not None:
             assert earlier is not None
             x = self.skip_norm(self.skip_linear(torch.cat([earlier, x], dim=-1)))
         x = x + self.attn1(self.norm1(x), engine)
-        x = x + self.attn2(self.norm2(x), prepared, engine)
+        parts = x.split([count for count, _ in prepared])
+        crossed = [p + self.attn2(self.norm2(p), made, engine) for p, (_, made) in zip(parts, prepared, strict=True)]
+        x = crossed[0] if len(crossed) == 1 else torch.cat(crossed)
         feed: Any = self.moe if self.mlp is None else self.mlp
         return x + feed(self.norm3(x))
 
@@ -196,12 +200,12 @@ class HunYuanDiTPlain(Denoiser):
         blocks: Any = self.blocks
         return [block.attn2.prepare(tokens.to(self.x_embedder.weight.dtype), repeats) for block in blocks]
 
-    def denoise(self, x: Tensor, t: Tensor, group: Group, guidance: Tensor | None, engine: Engine) -> Tensor:
-        x = torch.cat([self.t_embedder(t), self.x_embedder(x)], dim=1)
+    def denoise(self, x: Tensor, t: Tensor, groups: Sequence[Group], guidance: Tensor | None, engine: Engine) -> Tensor:
+        x = torch.cat([self.t_embedder(t).expand(len(x), -1, -1), self.x_embedder(x)], dim=1)
         kept: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             earlier = kept.pop() if index > self.depth // 2 else None
-            x = block(x, group.prepared[index], earlier, engine)
+            x = block(x, [(group.count, group.prepared[index]) for group in groups], earlier, engine)
             if index < self.depth // 2:
                 kept.append(x)
         return self.final_layer(x)

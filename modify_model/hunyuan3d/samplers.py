@@ -89,7 +89,7 @@ def sample(
     steps = [(a, b) for a, b in zip(sigmas[:-1], sigmas[1:], strict=True) if a != b or not skip_empty_steps]
     for sigma, following in _bar(steps, progress):
         inputs = torch.cat([x, x]) if guided else x
-        t = torch.full((len(inputs),), sigma, dtype=x.dtype, device=x.device)
+        t = torch.full((1,), sigma, dtype=x.dtype, device=x.device)
         options = {"guidance": torch.full_like(t, scale)} if embedded else {}
         v = model(inputs.to(dtype), t, contexts, **options).to(x.dtype)
         if guided:

@@ -380,3 +380,16 @@ def test_sage_switch(sage: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatc
     sage.calls = 0
     assert error(model(x, t, {"main": cond}), expected) < 1e-13
     assert sage.calls == 0, "exact from then on"
+
+
+@pytest.mark.parametrize("make", [dit, plain])
+def test_one_time_for_all_samples(make: Any) -> None:
+    """With ``t`` of one number, samples of both kinds, in any order, run side by side: the same results."""
+    model = make()
+    x, cond = made(4, 11, 64), made(4, 7, CONTEXT, seed=1)
+    cond[0] = cond[2] = 0
+    alone = [model(x[i : i + 1], torch.full((1,), 0.4), {"main": cond[i : i + 1]}) for i in range(4)]
+    for times in (torch.full((1,), 0.4), torch.full((4,), 0.4)):
+        assert error(model(x, times, {"main": cond}), torch.cat(alone)) < 1e-12
+    with pytest.raises(ValueError, match=r"t must be \[4\]"):
+        model(x, torch.zeros(2), {"main": cond})
