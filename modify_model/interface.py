@@ -15,19 +15,16 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autotune import SparseAttention
-from spas_attn import sparse_attention
-from spas_attn.selectors import Dense
 from spas_attn.traced import constant_when_traced
 
 from .families import count_dense_call
-from .masks import COMPILED_PATTERN, SHORTEST, PreparedMask, prepare_mask
+from .masks import COMPILED_PATTERN, SHORTEST, PreparedMask, chunks_of, prepare_mask
 
 NAME = "spas_attn"
 PREFIX = "spas_attn_"
@@ -112,9 +109,21 @@ def attend(
     prepared = attention_mask if isinstance(attention_mask, PreparedMask) else None
     name = original or default_implementation(type(module.config))
 
+    documents = None
+    if prepared is not None and isinstance(module, SparseLayer):
+        documents = prepared.documents_at(kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids"))
+
     def run() -> tuple[Tensor, Tensor | None]:
         mask = attention_mask if prepared is None else prepared.original
         return _run(name, module, query, key, value, mask, kwargs)
+
+    def dense() -> Tensor:
+        if prepared is None or documents is None or prepared.documents is not None or name not in ("sdpa", "eager"):
+            return run()[0].transpose(1, 2)
+        if inner.mode == "dense":  # untuned, the model is what it was
+            return run()[0].transpose(1, 2)
+        # The mask does not keep these documents apart: what transformers computes is wrong.
+        return _run(name, module, query, key, value, prepared.kept_apart(documents), kwargs)[0].transpose(1, 2)
 
     if not isinstance(module, SparseLayer):  # outside layer_range
         return run()
@@ -125,25 +134,15 @@ def attend(
     if reason is not None:
         if inner.mode != "dense":
             count_dense_call(reason)
-        return run()[0], None
+        return dense().transpose(1, 2), None
     assert prepared is not None  # else there was a reason
+    options: dict[str, Any] = dict(attn_mask=prepared.key_mask, window=prepared.window, cu_seqlens=documents)
+    if prepared.chunk is not None:
+        options["cu_seqlens"] = chunks_of(documents, prepared.chunk, prepared.k_end, query.device)
+    if kwargs.get("s_aux") is not None:
+        options["sinks"] = kwargs["s_aux"].detach().float()
     q, k, v = _of_one_head_dim(query, key[:, :, : prepared.k_end], value[:, :, : prepared.k_end])
-    documents, sinks = _documents(prepared, kwargs), kwargs.get("s_aux")
-    options: dict[str, Any] = dict(
-        is_causal=True, scale=_scale(query, kwargs), attn_mask=prepared.key_mask, window=prepared.window
-    )
-    if sinks is not None:
-        options["sinks"] = sinks.detach().float()
-
-    def dense() -> Tensor:
-        if documents is not None and prepared.documents is None and inner.mode != "dense":
-            # The mask does not keep these documents apart: what transformers computes is wrong.
-            ends: dict[str, Any] = dict(cu_seqlens_q=documents, cu_seqlens_k=documents)
-            out: Tensor = sparse_attention(q, k, v, Dense(), **options, **ends)
-            return out
-        return run()[0].transpose(1, 2)
-
-    out = inner(q, k, v, dense=dense, cu_seqlens=documents, **options)
+    out = inner(q, k, v, dense=dense, is_causal=True, scale=_scale(query, kwargs), **options)
     return out.transpose(1, 2)[..., : value.shape[-1]], None
 
 
@@ -174,19 +173,9 @@ def dense_reason(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) ->
 
 
 def _packed(mask: PreparedMask, kwargs: dict[str, Any]) -> bool:
-    """Whether the caller says where the documents of a row begin; not beside padding, which transformers prefers."""
+    """Whether the caller says where the documents of a row begin."""
     given = kwargs.get("cu_seq_lens_q")
     return isinstance(given, Tensor) and mask.found is not None
-
-
-def _documents(mask: PreparedMask, kwargs: dict[str, Any]) -> Tensor | None:
-    """Documents of a row that do not see each other, int32 ``[n + 1]``, or None.
-
-    A mask that keeps documents apart says the same as cu_seq_lens_q, or, in chunked attention, more.
-    """
-    if _packed(mask, kwargs) and mask.documents is None:
-        return kwargs["cu_seq_lens_q"].to(torch.int32)
-    return mask.documents_at(kwargs.get("position_ids"))
 
 
 def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, packed_sequence_mask_function
 
 from spas_attn.block_mask import BLOCK_SIZES
 
@@ -42,10 +42,10 @@ class PreparedMask(NamedTuple):
         k_end: number of keys in use; queries are aligned to the last of them.
         window: sliding window in tokens, or None.
         dense_reason: why the pattern is not causal + window + key padding + separate documents, or None.
-        documents: int32 ``[n + 1]``, where documents that do not see each other begin, and the number of tokens; packed
-            sequences, or the chunks of chunked attention. None for one document.
-        found: where position_ids may show documents that the mask does not (see :meth:`documents_at`), what they
-            showed, once they were looked at; None where they cannot.
+        documents: int32 ``[n + 1]``, where the packed sequences that the mask keeps apart begin, and the number of
+            tokens; None for one sequence.
+        chunk: of chunked attention, tokens of a chunk, counted from the beginning of a document; or None.
+        found: what :meth:`documents_at` found, once it did; None where there may be no documents (a batch, padding).
     """
 
     make: Callable[..., Any] | None
@@ -57,22 +57,49 @@ class PreparedMask(NamedTuple):
     window: int | None
     dense_reason: str | None
     documents: Tensor | None = None
+    chunk: int | None = None
     found: list[Tensor | None] | None = None
 
-    def documents_at(self, position_ids: Any) -> Tensor | None:
-        """The documents of this forward, also those that only its position_ids ``[1, L]`` show.
+    def documents_at(self, cu_seqlens: Any, position_ids: Any) -> Tensor | None:
+        """The documents of this forward, also those that the caller alone knows of: int32 ``[n + 1]`` or None.
 
-        With a fresh cache, transformers does not look for packed sequences, and lets them see each other. Looking for
-        positions that start again reads one tensor, once per forward; a caller that gives ``cu_seq_lens_q``, or an
-        attention_mask, saves it.
+        With a fresh cache, transformers does not look for packed sequences, and lets them see each other.
+
+        Args:
+            cu_seqlens: the caller's ``cu_seq_lens_q``, None if not given; nothing of it is read on the host.
+            position_ids: ``[1, L]``, which start again at 0 where a sequence begins; read once per forward, and only
+                where neither cu_seq_lens_q nor an attention_mask is given. None if the model has none.
         """
-        if self.documents is not None or self.found is None or not isinstance(position_ids, Tensor):
+        if self.found is None:
             return self.documents
-        if tuple(position_ids.shape) != (1, self.k_len) or torch.compiler.is_compiling():
-            return None
         if not self.found:
-            self.found.append(_documents(position_ids[0, 1:] == 0))
+            documents = self.documents
+            if documents is None and isinstance(cu_seqlens, Tensor):
+                documents = cu_seqlens.to(torch.int32)
+            elif documents is None and self._may_show_documents(position_ids):
+                documents = _documents(position_ids[0, 1:] == 0)
+            self.found.append(documents)
         return self.found[0]
+
+    def _may_show_documents(self, position_ids: Any) -> bool:
+        """Whether positions are looked at; beside an attention_mask transformers takes a row for one sequence."""
+        is_row = isinstance(position_ids, Tensor) and tuple(position_ids.shape) == (1, self.k_len)
+        return is_row and self.arguments.get("attention_mask") is None and not torch.compiler.is_compiling()
+
+    def kept_apart(self, documents: Tensor) -> Any:
+        """The mask that the original attention would receive if it knew these documents."""
+        index = torch.zeros(1, self.k_len + 1, dtype=torch.long, device=documents.device)
+        index = index.index_fill(1, documents.long(), 1)[:, : self.k_len].cumsum(1)
+        start = documents.long()[index[0] - 1]
+        position = torch.arange(self.k_len, device=documents.device) - start
+        function = self.arguments.get("mask_function", causal_mask_function)
+        apart = packed_sequence_mask_function(index)
+
+        def joined(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return apart(batch, head, query, key) & function(batch, head, position[query], position[key])
+
+        changes = {"mask_function": joined, "allow_is_causal_skip": False}
+        return None if self.make is None else self.make(**(self.arguments | changes))
 
     @property
     def original(self) -> Any:
@@ -118,8 +145,10 @@ def prepare_mask(original: str, **arguments: Any) -> Any:
     reason = pattern.dense_reason
     if k_end is None:
         k_end, reason = k_len, reason or "a static cache inside torch.compile hides how many keys are in use"
-    found: list[Tensor | None] | None = [] if whole and padding is None else None
-    return PreparedMask(make, later, [], key_mask, k_len, k_end, pattern.window, reason, pattern.documents, found)
+    found: list[Tensor | None] | None = [] if whole else None
+    return PreparedMask(
+        make, later, [], key_mask, k_len, k_end, pattern.window, reason, pattern.documents, pattern.chunk, found
+    )
 
 
 def _key_mask(padding: Tensor | None, k_offset: int, k_end: int) -> Tensor | None:
@@ -163,6 +192,7 @@ class _Pattern(NamedTuple):
     window: int | None = None
     documents: Tensor | None = None
     dense_reason: str | None = None
+    chunk: int | None = None
 
 
 def _pattern(arguments: dict[str, Any], tokens: int, whole: bool) -> _Pattern:
@@ -195,8 +225,8 @@ def _pattern(arguments: dict[str, Any], tokens: int, whole: bool) -> _Pattern:
         return _Pattern(documents=documents)
     if "causal_mask_function" in parts and names == {_inner("sliding_window_overlay")}:
         return _Pattern(arguments["local_size"], documents)
-    if "causal_mask_function" in parts and names == {_inner("chunked_overlay")} and documents is None:
-        return _chunks(arguments, tokens, whole)
+    if "causal_mask_function" in parts and names == {_inner("chunked_overlay")}:
+        return _chunks(arguments, tokens, whole)._replace(documents=documents)
     return _Pattern(dense_reason="a mask pattern that is not causal + window + key padding + separate documents")
 
 
@@ -214,16 +244,13 @@ def _hidden_pattern(arguments: dict[str, Any], tokens: int, whole: bool) -> _Pat
 
 
 def _chunks(arguments: dict[str, Any], tokens: int, whole: bool) -> _Pattern:
-    """Chunked attention (Llama 4): each chunk of a sequence is a document."""
+    """Chunked attention (Llama 4): the chunks of a sequence do not see each other."""
     size = arguments["local_size"]
     if tokens <= size:
         return _Pattern()
     if not whole:
         return _Pattern(dense_reason="chunked attention of padded, batched or cached tokens")
-    padding = arguments.get("attention_mask")
-    device = arguments.get("device") or (padding if padding is not None else arguments["cache_position"]).device
-    starts = [*range(0, tokens, size), tokens]
-    return _Pattern(documents=torch.tensor(starts, dtype=torch.int32, device=device))
+    return _Pattern(chunk=size)
 
 
 def _documents(begins: Tensor) -> Tensor | None:
@@ -236,6 +263,13 @@ def _documents(begins: Tensor) -> Tensor | None:
     if not len(starts):
         return None
     return nn.functional.pad(nn.functional.pad(starts, (1, 0)), (0, 1), value=len(begins) + 1).to(torch.int32)
+
+
+def chunks_of(documents: Tensor | None, chunk: int, tokens: int, device: torch.device) -> Tensor:
+    """The chunks of documents, as int32 ``[n + 1]`` like these; how many a document has is read on the host."""
+    ends = [0, tokens] if documents is None else documents.tolist()
+    starts = [x for start, stop in zip(ends[:-1], ends[1:], strict=True) for x in range(start, stop, chunk)]
+    return torch.tensor([*starts, tokens], dtype=torch.int32, device=device)
 
 
 def _inner(maker: str) -> str:

@@ -50,7 +50,7 @@ class Tiny:
         layers: attention layers that are made sparse.
         dense: why all its calls run dense; "" for a model that runs sparse.
         dense_when: why some layers run dense, by case ("left padding", ...).
-        caches: kinds of generation that the model or transformers does not have.
+        without: cases that transformers does not have for this model.
     """
 
     config: str
@@ -104,13 +104,14 @@ MODELS = {
         "Llama4TextConfig",
         "Llama4ForCausalLM",
         LLAMA_4,
-        dense_when={"left padding": CHUNKED, "chunked prefill": CHUNKED, "static": CHUNKED, "beams": CHUNKED},
+        dense_when={"left padding": CHUNKED, "chunked prefill": CHUNKED, "beams": CHUNKED},
     ),
     "Qwen3-Next": Tiny(
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",
         HYBRID | MOE,
         layers=1,
+        without=("prompt lookup",),
     ),
     "Qwen2.5-VL": Tiny("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
 }
