@@ -35,13 +35,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autotune import Tuned, record_density
 from autotune.module import sparse_modules
-from autotune.tuned import PV_OFF
 from modify_model import patch
 from modify_model.cli.arguments import sparse_backend, whole
 from modify_model.cli.parallel import guarded
 from spas_attn import backends, fallback_counts
 from spas_attn.call import Call
-from spas_attn.checks import per_head
 from spas_attn.select import select
 from spas_attn.selectors import (
     FlashPrefill,
@@ -203,8 +201,8 @@ class Benchmark:
         """Ways to run the model dense: a name, and what to be within meanwhile."""
         for layer in sparse_modules(model).values():
             layer.mode = "dense"
+        yield "SDPA", contextlib.nullcontext()  # the kernel that PyTorch picks
         if self.args.tiny:
-            yield "SDPA", contextlib.nullcontext()
             return
         yield from ((name, sdpa_kernel([kernel])) for name, kernel in KERNELS.items())
         if backends.get("flash").missing() is None:
@@ -285,11 +283,8 @@ def at_density(name: str, call: Call, target: float) -> Selector:
 def run_sparse(model: nn.Module, selector: Selector, density: float, backend: str) -> None:
     """Run every layer with a selector as it is."""
     for layer in sparse_modules(model).values():
-        one = torch.ones(layer.heads or 0)
-        known = selector.threshold if selector.tuned else 0.0
-        level = per_head(known, len(one), selector.tuned, torch.device("cpu"))
         layer.selector, layer.backend = selector, backend
-        layer.set_thresholds(Tuned(one.bool(), level, -one, PV_OFF * one, expected_density=density))
+        layer.set_thresholds(dataclasses.replace(Tuned.own(selector, layer.heads or 0), expected_density=density))
 
 
 def table(rows: Sequence[Row]) -> str:
