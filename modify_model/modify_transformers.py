@@ -50,8 +50,9 @@ class TransformersFamily(Family):
         forward = forward_on_interface(type(attention))
         source = inspect.getsource(forward) if forward is not None else ""
         name = type(attention).__name__
-        # Sparse attention of the model's own, say: it reads the finished mask, or decides by the implementation's name.
-        if re.search(r"\battention_mask(\.|\[)", source) or source.count("._attn_implementation") > 1:
+        # Sparse attention of the model's own, say: it reads the finished mask, or decides by the implementation's name
+        # (other than FlashAttention's, for which some pad their values).
+        if re.search(r'\battention_mask(\.|\[)|_attn_implementation (==|in|not in) (?!"flash)', source):
             return f"{name}.forward works on the attention mask itself, or looks at the implementation's name"
         return None
 
