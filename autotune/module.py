@@ -281,7 +281,10 @@ def transformers_of(model: Any) -> list[tuple[str, nn.Module]]:
         found = [(prefix, part) for prefix, part in parts if isinstance(part, nn.Module)]
         if found:
             return found
-    raise ValueError(f"model must be a module or a pipeline with .transformer or .model, got {type(model).__name__}")
+    raise ValueError(
+        f"model must be a module, a shape pipeline with .model, "
+        f"or a pipeline with .transformer, got {type(model).__name__}"
+    )
 
 
 def sparse_modules(model: Any) -> dict[str, SparseAttention]:

@@ -88,7 +88,7 @@ class Part(NamedTuple):
 
 
 def attend_part(layer: nn.Module, rows: Sequence[Tensor], part: Part, engine: Engine) -> Tensor:
-    """Attention of one part; q, k, v ``[samples, length + latents, H, D]`` to ``[samples, length + latents, H * D]``."""
+    """Attention of one part; q, k, v are ``[samples, tokens, H, D]``, the result ``[samples, tokens, H * D]``."""
     q, k, v = (x.transpose(1, 2) for x in rows)
     return joined(joint_attention(layer, attend, q, k, v, engine, part.repeats))
 

@@ -15,6 +15,7 @@ import autotune
 from autotune import Grid, SparseAttention
 from modify_model import families, patch, restore, verify
 from modify_model.cli.tiny import TINY
+from modify_model.hunyuan3d import Hunyuan3DDiT
 from modify_model.modify_cogvideo import set_spas_sage_attn_cogvideox
 from modify_model.modify_diffusers import diffusers_family
 from modify_model.modify_flux import set_spas_sage_attn_flux
@@ -278,6 +279,7 @@ def test_functions_of_the_families(name, capsys):
 
 
 def test_the_registry_names_every_model_class():
+    families.find_family(Hunyuan3DDiT(hidden_size=32, num_heads=1, depth=1, depth_single_blocks=1))
     for case in CASES.values():
         families.find_family(case.model())
     known = {name for family in families._families.values() for name in family.model_classes}
