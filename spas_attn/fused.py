@@ -63,12 +63,15 @@ def _by_means(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys
     if isinstance(ranking, MeanSimilarity) and ranking.filters:
         sim = _checked(ranking.sim_threshold, call, "sim_threshold")
     filters = sim is not None
-    side_q = kernels.prepare(call.q, _dim(call), pool=ranking.pool, block=ranking.block_q, similarity=filters)
+    side_q = kernels.prepare(
+        call.q, _dim(call), pool=ranking.pool, block=ranking.block_q, similarity=filters,
+        valid=None if call.document_start is None else kernels.as_bytes(call.key_mask),
+    )  # fmt: skip
     # Under causality means and similarities stay unsmoothed: the smoothing vector would carry later tokens into them.
     side_k, keys = _prepare_keys(parts, call, quantise, ranking.pool, similarity=filters, smooth=not causal)
     scores = _scores(parts, call)
     _pooled(ranking, call, side_q, side_k, scores, ranking.pool, sim)
-    facts = Facts(side_k.block_filled, side_q.similarity, side_k.similarity)
+    facts = Facts(side_k.block_filled, side_q.similarity, side_k.similarity, documents=call.document_start)
     kind = "rank" if isinstance(ranking, TopK) else "mass"
     return _keep(parts, call, scores, kind, facts, sim_threshold=sim), keys
 
@@ -222,6 +225,7 @@ def _pooled(
     pooled_probabilities(
         q, k, scores, call.q_len, call.k_len, pool=pool, block_q=ranking.block_q, block_k=ranking.block_k,
         is_causal=call.is_causal, scale=call.scale, window=call.window, sim_threshold=sim,
+        documents=call.document_start,
     )  # fmt: skip
 
 

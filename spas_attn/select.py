@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .fused import Parts
 
 MAX_BLOCKS = 4096  # key blocks that the kernels serve
+_PACKS = (MeanSimilarity, TopK)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)  # matrix products in bf16
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -79,13 +80,18 @@ def fused_serves(selector: Selector, call: Call) -> bool:
     """Whether the fused kernels select for this call."""
     return (
         call.q.is_cuda
-        and call.document_start is None
         and _INSTALLED
         and call.q.dtype in _DTYPES
         and cdiv(call.k_len, selector.block_k) <= MAX_BLOCKS
         and capability(call.q.device) >= _MIN_CAPABILITY
-        and _known(selector) is not None
+        and _serves(selector, call)
     )
+
+
+def _serves(selector: Selector, call: Call) -> bool:
+    """Whether there are kernels for the rule; for packed sequences in one call those of pooled scores know them."""
+    known = _known(selector)
+    return known is not None and (call.document_start is None or type(known[0]) in _PACKS)
 
 
 def _known(selector: Selector) -> tuple[Selector, list[Tokens]] | None:
@@ -179,8 +185,8 @@ def _fused_traced(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, 
         flags += [PATTERNS.index(name) for name in ranking.patterns(call.q.shape[1])]
     tensors = [x if isinstance(x, Tensor) else None for x in values]
     kept, indices, *keys = _fused_op(
-        call.q, call.k, call.key_mask, [*tensors, parts.touched_q, parts.touched_k, parts.dense], numbers, flags,
-        call.is_causal, call.scale, call.window, quantise,
+        call.q, call.k, call.key_mask, [*tensors, parts.touched_q, parts.touched_k, parts.dense], call.document_start,
+        numbers, flags, call.is_causal, call.scale, call.window, quantise,
     )  # fmt: skip
     mask = BlockMask(kept, indices, ranking.block_q, ranking.block_k, call.q_len, call.k_len, trusted=True)
     return mask, tuple(keys)
@@ -217,11 +223,11 @@ def _unchecked(kind: type[Selector], values: dict[str, Any]) -> Selector:
 
 @torch.library.custom_op("spas_attn::select_blocks", mutates_args=())
 def _fused_op(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, tensors: list[Tensor | None], numbers: list[float],
-    flags: list[int], is_causal: bool, scale: float, window: int | None, quantise: bool,
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tensors: list[Tensor | None], document_start: Tensor | None,
+    numbers: list[float], flags: list[int], is_causal: bool, scale: float, window: int | None, quantise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Counts and indices of the kept blocks, and the fields of ``Keys`` (empty without ``quantise``)."""
-    call = Call(q, k, k, is_causal, scale, key_mask, window)
+    call = Call(q, k, k, is_causal, scale, key_mask, window, document_start=document_start)
     mask, keys = _fused_now(_parts_again(tensors, numbers, flags), call, quantise)
     none = [q.new_empty(0) for _ in range(4)]
     k_int8, k_scale, k_total, k_count = keys or none
@@ -230,8 +236,8 @@ def _fused_op(
 
 @_fused_op.register_fake
 def _fused_shapes(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, tensors: list[Tensor | None], numbers: list[float],
-    flags: list[int], is_causal: bool, scale: float, window: int | None, quantise: bool,
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tensors: list[Tensor | None], document_start: Tensor | None,
+    numbers: list[float], flags: list[int], is_causal: bool, scale: float, window: int | None, quantise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, heads, q_len, dim), (_, k_heads, k_len, _) = q.shape, k.shape
     nq, nk = cdiv(q_len, flags[1]), cdiv(k_len, flags[2])

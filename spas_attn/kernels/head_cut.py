@@ -68,7 +68,7 @@ def cut_kernel(
             mass = tl.zeros([NK], tl.float32)
             for i in range(part, nq, parts):
                 visible, first = _visible(
-                    block, i, b, block_filled, q_len, k_len, nk, window, BLOCK_Q, BLOCK_K, NK, CAUSAL
+                    block, i, b, block_filled, None, q_len, k_len, nk, window, BLOCK_Q, BLOCK_K, NK, CAUSAL
                 )
                 forced = visible & _near(block, i, first, q_len, k_len, local, SINK, CAUSAL, BLOCK_Q, BLOCK_K)
                 bits = tl.load(probs + (head * nq + i) * nk + block, mask=visible, other=0)

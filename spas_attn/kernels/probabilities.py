@@ -28,7 +28,7 @@ def last_within(limit, length, SIZE: tl.constexpr):
 
 @triton.jit
 def _bounds(
-    rows, q_len, k_len, window,
+    rows, q_len, k_len, window, documents, p_filled,
     POOL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """First and last key sub-block that each query sub-block sees, last key block whose similarity it judges; [M]."""
@@ -45,18 +45,23 @@ def _bounds(
         judged = last_within(end, k_len, BLOCK_K)
         if window is not None:
             low = tl.maximum(starts + offset - window + 1, 0) // POOL
-    high = tl.where(rows < tl.cdiv(q_len, POOL), high, -1)
+    inside = rows < tl.cdiv(q_len, POOL)
+    high = tl.where(inside, high, -1)
+    if documents is not None:  # queries are the keys' own tokens there
+        low = tl.maximum(low, tl.load(documents + rows * POOL // 128, mask=inside, other=0) // POOL)
+        high = tl.where(tl.load(p_filled + rows, mask=inside, other=0) != 0, high, -1)
     return low, high, judged
 
 
 @triton.jit
 def _scores(
-    q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, window, scale, fine_k,
+    q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, lower, scale, fine_k,
     DPAD: tl.constexpr, N: tl.constexpr, PER_K: tl.constexpr,
 ):  # fmt: skip
     """Scores [M, N] in base 2 of a tile of query rows with N key sub-blocks; -inf where a row does not see one.
 
-    Row r sees the sub-blocks ``low[r]`` to ``high[r]``, and judges the similarity of key blocks up to ``judged[r]``.
+    Row r sees the sub-blocks ``low[r]`` (0 where ``lower`` is None) to ``high[r]``, and judges the similarity of key
+    blocks up to ``judged[r]``.
     """
     cols = start + tl.arange(0, N)
     p_means = p_k + cols[None, :] * (2 * DPAD) + tl.arange(0, DPAD)[:, None]  # [DPAD, N]
@@ -67,7 +72,7 @@ def _scores(
     scores = dot(q_high, k_low, scores)
     scores = dot(q_low, k_high, scores)
     seen = cols[None, :] <= high[:, None]
-    if window is not None:
+    if lower is not None:
         seen &= cols[None, :] >= low[:, None]
     if p_filled is not None:
         seen &= (tl.load(p_filled + cols, mask=cols < fine_k, other=0) != 0)[None, :]
@@ -80,7 +85,7 @@ def _scores(
 
 @triton.jit
 def probabilities_kernel(
-    q_means, k_means, filled, k_similarity, sim_threshold, probs, heads, group, q_len, k_len, window, scale,
+    q_means, k_means, filled, k_similarity, sim_threshold, probs, heads, group, q_len, k_len, window, documents, scale,
     DPAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, POOL: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -92,6 +97,7 @@ def probabilities_kernel(
         k_similarity: float32 [B, Hkv, nk], or None; sim_threshold: PerHead, or None.
         probs: [B, Hq, nq, nk]: to be written, the bits of float32 probabilities.
         window: keys that a query sees under causality, or None.
+        documents: int32, first row of the packed sequence of every 128 rows; or None.
         scale: factor on q·k, log2(e) included.
         M, N: query and key sub-blocks of a tile, whole blocks.
     """
@@ -119,17 +125,19 @@ def probabilities_kernel(
     if k_similarity is not None:
         p_similarity, threshold = k_similarity + k_head * nk, of_head(sim_threshold, h)
 
-    low, high, judged = _bounds(rows, q_len, k_len, window, POOL, BLOCK_Q, BLOCK_K, CAUSAL)
+    low, high, judged = _bounds(rows, q_len, k_len, window, documents, p_filled, POOL, BLOCK_Q, BLOCK_K, CAUSAL)
     stop = tl.max(high, 0) + 1
-    begin = 0
-    if window is not None:
+    begin, lower = 0, window
+    if documents is not None:
+        lower = documents
+    if lower is not None:
         begin = tl.min(low, 0) // N * N
 
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     for start in range(begin, stop, N):
         scores = _scores(
-            q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, window, scale, fine_k,
+            q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, lower, scale, fine_k,
             DPAD, N, PER_K,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -149,7 +157,7 @@ def probabilities_kernel(
         stop = tl.minimum(tl.maximum(last_row + k_len - q_len, -1) // BLOCK_K + 1, nk) * PER_K
     for start in range(begin, stop, N):
         scores = _scores(
-            q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, window, scale, fine_k,
+            q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, lower, scale, fine_k,
             DPAD, N, PER_K,
         )  # fmt: skip
         p = tl.reshape(tl.exp2(scores - log_sum[:, None]), [M // PER_Q, PER_Q, N // PER_K, PER_K])
@@ -182,6 +190,7 @@ def pooled_probabilities(
     scale: float,
     window: int | None = None,
     sim_threshold: float | Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> None:
     """Write the bits of float32 probabilities into ``probs``, int32 ``[B, Hq, nq, nk]``.
 
@@ -189,6 +198,7 @@ def pooled_probabilities(
         q: means of the queries; k: of the keys, with ``filled`` where the call has key padding, and with a
             ``sim_threshold`` with similarities.
         pool: tokens of a mean.
+        documents: ``Call.document_start``; needs ``filled``, which serves both sides.
         others: as in ``Selector.select``.
     """
     means_q, means_k = q.means, k.means
@@ -199,7 +209,7 @@ def pooled_probabilities(
     probabilities_kernel[(cdiv(fine_q, m) * batch * heads,)](
         means_q, means_k, k.filled, None if sim_threshold is None else k.similarity,
         PerHead.of(0.0 if sim_threshold is None else sim_threshold, device), probs, heads, heads // means_k.shape[1],
-        q_len, k_len, window if is_causal else None, scale * LOG2E,
+        q_len, k_len, window if is_causal else None, documents, scale * LOG2E,
         DPAD=dim, M=m, N=n, POOL=pool, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

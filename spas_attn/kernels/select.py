@@ -58,7 +58,7 @@ def _threshold(bits, value, base, limit):
 
 @triton.jit
 def _visible(
-    block, i, b, block_filled, q_len, k_len, nk, window,
+    block, i, b, block_filled, documents, q_len, k_len, nk, window,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Which blocks some query of block ``i`` sees, bool [NK], and the first that holds more than padding."""
@@ -73,6 +73,10 @@ def _visible(
         if window is not None:
             last_key = tl.minimum((block + 1) * BLOCK_K, k_len) - 1
             visible &= last_key > i * BLOCK_Q + offset - window
+    if documents is not None:
+        start = tl.load(documents + i * BLOCK_Q // 128)
+        visible &= block * BLOCK_K >= start
+        first = start // BLOCK_K
     return visible, first
 
 
@@ -121,7 +125,7 @@ def _within_rule(
 @triton.jit
 def _keep_kernel(
     counts, indices, block_filled, level, q_similarity, k_similarity, sim_threshold, columns, diagonals, sizes, aware,
-    cuts, least, most, dense, last_row, touched_q, touched_k,
+    cuts, least, most, dense, last_row, documents, touched_q, touched_k,
     heads, group, q_len, k_len, window, local, touched_local,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, RULE: tl.constexpr, SINK: tl.constexpr,
     CAUSAL: tl.constexpr, LAST: tl.constexpr, TOUCHED_SINK: tl.constexpr,
@@ -143,6 +147,7 @@ def _keep_kernel(
         least, most: blocks of a row, in order of the level; or None.
         dense: uint8 [Hq], 1 for heads that keep everything; or None.
         LAST: query blocks that keep everything, up to that of the query ``last_row``, int32 [B], None for the last.
+        documents: int32, first row of the packed sequence of every 128 rows (``Call.document_start``); or None.
         touched_q, touched_k: uint8 [nq] and [nk], 1 for blocks that a second selector keeps; or None.
         window, local, touched_local: tokens; None without a window or a second selector.
     """
@@ -152,7 +157,9 @@ def _keep_kernel(
     head = tl.cast(pid // nq, tl.int64)
     b, h = head // heads, head % heads
     block = tl.arange(0, NK)
-    visible, first = _visible(block, i, b, block_filled, q_len, k_len, nk, window, BLOCK_Q, BLOCK_K, NK, CAUSAL)
+    visible, first = _visible(
+        block, i, b, block_filled, documents, q_len, k_len, nk, window, BLOCK_Q, BLOCK_K, NK, CAUSAL
+    )
     forced = _near(block, i, first, q_len, k_len, local, SINK, CAUSAL, BLOCK_Q, BLOCK_K)
     if k_similarity is not None:
         threshold = of_head(sim_threshold, h)
@@ -253,6 +260,7 @@ class Facts:
         columns, diagonals: levels float32 ``[B, Hq, nk]`` and ``[B, Hq, places]``, see ``_line_levels``.
         aware, cuts: uint8 and int32 ``[B, Hq]``, see ``_keep_kernel``.
         last_row: int32 ``[B]``, index of the last query that is no padding.
+        documents: int32, ``Call.document_start``.
     """
 
     block_filled: Tensor | None = None
@@ -263,6 +271,7 @@ class Facts:
     aware: Tensor | None = None
     cuts: Tensor | None = None
     last_row: Tensor | None = None
+    documents: Tensor | None = None
 
 
 def keep_blocks(
@@ -291,7 +300,8 @@ def keep_blocks(
     _keep_kernel[(nq * batch * heads,)](
         counts, indices, facts.block_filled, PerHead.of(rule.level, device), facts.q_similarity, facts.k_similarity,
         sim, facts.columns, facts.diagonals, 0 if facts.diagonals is None else facts.diagonals.shape[-1], facts.aware,
-        facts.cuts, rule.least, rule.most, rule.dense, facts.last_row, rule.touched_q, rule.touched_k,
+        facts.cuts, rule.least, rule.most, rule.dense, facts.last_row, facts.documents,
+        rule.touched_q, rule.touched_k,
         heads, heads // k_heads, q_len, k_len, window if is_causal else None, rule.local,
         rule.tokens_local if rule.tokens else None,
         BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, NK=width, RULE=rule.kind, SINK=int(rule.sink), CAUSAL=is_causal,

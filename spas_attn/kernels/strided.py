@@ -104,7 +104,9 @@ def strided_kernel(
         if valid is not None:
             p_valid, stride_valid = valid.data + b * valid.stride_b, valid.stride_n
         row = tile * M
-        low, high, _ = _bounds(row + tl.arange(0, M), q_len, k_len, window, STRIDE, BLOCK_Q, BLOCK_K, CAUSAL)
+        low, high, _ = _bounds(
+            row + tl.arange(0, M), q_len, k_len, window, None, None, STRIDE, BLOCK_Q, BLOCK_K, CAUSAL
+        )
         stop = tl.max(high, 0) + 1
         begin = 0
         if window is not None:
@@ -190,7 +192,7 @@ def strided_probabilities(
     valid: Tensor | None = None,
     filled: Tensor | None = None,
     tiles: tuple[int, int, int, int, int] | None = None,
-    descriptors: bool = True,
+    descriptors: bool = False,  # wrong on an H100 with Triton 3.6, and no faster
     per_processor: int = 1,
 ) -> None:
     """Write the bits of the probabilities float32 into ``probs``, int32 ``[B, Hq, nq, nk]``.

@@ -125,6 +125,27 @@ def test_neighbours_change_nothing(selector: Selector, poison: float) -> None:
     assert not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    "selector",
+    [SELECTORS["MeanSimilarity"], SELECTORS["TopK"], TopK(0.3, local=0, block_q=64, block_k=128), SPARSE],
+    ids=["MeanSimilarity", "TopK, 128 x 64", "TopK, 64 x 128", "TopK, 64 x 64"],
+)
+def test_kernels_select_the_same(selector: Selector, window: int | None) -> None:
+    pytest.importorskip("triton")
+    if backends.get("triton").missing():
+        pytest.skip("no interpreter")
+    from spas_attn.fused import run_fused
+    from spas_attn.select import parts_of
+
+    cu = bounds(130, 1, 128, 70)
+    q, k, v = qkv(329)
+    q[:, :, 131:259] = k[:, :, 131:259] = 1e20  # another sequence
+    call = Call.make(q, k, v, is_causal=True, window=window, cu_seqlens_q=cu, cu_seqlens_k=cu).aligned()[0]
+    mask, _ = run_fused(parts_of(selector, call), call, False)
+    assert torch.equal(mask.to_dense(), selector.mask_of(call).to_dense())
+
+
 def test_gradients_run_dense() -> None:
     q, k, v = (x.double().float().requires_grad_() for x in qkv())
     with pytest.warns(RuntimeWarning, match="gradients are asked for"):
