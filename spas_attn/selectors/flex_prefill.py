@@ -70,7 +70,10 @@ class FlexPrefill(Selector):
         aware = self.distances(call, last, *block_means(call.k, self.block_k, call.key_mask)) < tau
         by_column, by_distance = self.lines(call, last)
         crossed = torch.minimum(by_column[:, :, None], over_diagonals(self, call, by_distance))
-        return self._within_budgets(torch.where(aware[..., None, None], query_aware, crossed), forced, visible)
+        aware = aware[..., None, None]
+        # Masses before the last blocks of a large map round to 1; probabilities still tell them apart.
+        order = torch.where(aware, probs, 1.0 - crossed)
+        return self._within_budgets(torch.where(aware, query_aware, crossed), order, forced, visible)
 
     def distances(self, call: Call, last: LastQueries, means: Tensor, filled: Tensor | None) -> Tensor:
         """Jensen-Shannon distances (natural logarithm) of the true and the pooled attention of the last queries, by key
@@ -116,12 +119,12 @@ class FlexPrefill(Selector):
         most = None if self.max_budget is None else max(1, self.max_budget // self.block_k)
         return -(-self.min_budget // self.block_k), most
 
-    def _within_budgets(self, levels: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
-        """Levels below every threshold for the first ``min_budget`` of a row, and 1 at least beyond ``max_budget``."""
+    def _within_budgets(self, levels: Tensor, order: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """Levels below every threshold for the first ``min_budget`` of a row by ``order``, 1 or more past the last."""
         least, most = self.budgets
         if not least and most is None:
             return levels
-        place = places(1.0 - levels, forced, visible)
+        place = places(order, forced, visible)
         if most is not None:
             levels = torch.where(place < most, levels, levels.clamp(min=1.0))
         return levels.masked_fill(place < least, -torch.inf)
