@@ -98,8 +98,8 @@ def row_scores(
     scale: float,
     window: int | None = None,
     block_filled: Tensor | None = None,
-    columns: int | None = None,
-    warps: int | None = None,
+    columns: int = 32,
+    warps: int = 4,
     stages: int = 2,
 ) -> None:
     """Write the bits of the scores, base 2, into ``scores``, int32 ``[B, Hq, nq, nk]``.
@@ -114,6 +114,6 @@ def row_scores(
     row_scores_kernel[(cdiv(q_len, block_q) * batch * heads,)](
         Rows.of(q), k_means, block_filled, scores, heads, heads // k_means.shape[1], q_len, k_len,
         window if is_causal else None, scale * LOG2E,
-        D=d, DPAD=dim, N=columns or (64 if dim <= 128 else 32), BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,
-        EXACT=q.dtype == torch.bfloat16, num_warps=warps or 4, num_stages=stages,
+        D=d, DPAD=dim, N=columns, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,
+        EXACT=q.dtype == torch.bfloat16, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -12,11 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..block_mask import cdiv
 from .arithmetic import dot
-from .config import capability, shared_memory_limit
+from .config import shared_memory_limit
 from .operands import Rows, Valid
 from .prepare import LOG2E, padded_dim
 from .probabilities import _bounds
@@ -26,12 +25,10 @@ _CHUNK = 16  # key blocks that are normalised at a time
 
 @triton.jit
 def _piece(
-    x, x_desc, p_x, b, head, first, groups, which, step, length, p_valid, stride_valid,
+    x, p_x, first, groups, which, step, length, p_valid, stride_valid,
     D: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Token ``which`` of TILE groups from ``first`` on, dimensions from ``step`` on; [TILE, STEP], 0 outside."""
-    if x_desc is not None:
-        return x_desc.load([b.to(tl.int32), head.to(tl.int32), first, which, step]).reshape(TILE, STEP)
     # Groups past the end are read as the last one; nobody sees what comes out.
     group = tl.minimum(first + tl.arange(0, TILE), groups - 1)
     token = tl.cast(group, tl.int64) * STRIDE + which
@@ -47,7 +44,7 @@ def _piece(
 
 @triton.jit
 def _strided_scores(
-    q, k, q_desc, k_desc, p_q, p_k, p_valid, stride_valid, b, h, kh, row, start, q_len, k_len,
+    q, k, p_q, p_k, p_valid, stride_valid, row, start, q_len, k_len,
     D: tl.constexpr, DPAD: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -57,26 +54,22 @@ def _strided_scores(
     acc = tl.zeros([M, N], tl.float32)
     for part in range(STRIDE * PARTS):
         r, step = part // PARTS, part % PARTS * STEP
-        b_q = _piece(
-            q, q_desc, p_q, b, h, row, groups_q, STRIDE - 1 - r, step, q_len, None, 0, D, STRIDE, M, STEP, WHOLE
-        )
-        b_k = _piece(
-            k, k_desc, p_k, b, kh, start, groups_k, r, step, k_len, p_valid, stride_valid, D, STRIDE, N, STEP, WHOLE
-        )
+        b_q = _piece(q, p_q, row, groups_q, STRIDE - 1 - r, step, q_len, None, 0, D, STRIDE, M, STEP, WHOLE)
+        b_k = _piece(k, p_k, start, groups_k, r, step, k_len, p_valid, stride_valid, D, STRIDE, N, STEP, WHOLE)
         acc = dot(b_q, tl.trans(b_k), acc)
     return acc
 
 
 @triton.jit
 def strided_kernel(
-    q, k, q_desc, k_desc, valid, filled, probs, scratch, batch, heads, group, q_len, k_len, window, scale, pitch,
+    q, k, valid, filled, probs, scratch, batch, heads, group, q_len, k_len, window, scale, pitch,
     D: tl.constexpr, DPAD: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of the query blocks of tile after tile of M groups; the programs share the tiles evenly.
 
     Args:
-        q, k: Rows [B, Hq, Lq, D] and [B, Hkv, Lk, D]; q_desc, k_desc: the same as [B, H, groups, STRIDE, D], or None.
+        q, k: Rows [B, Hq, Lq, D] and [B, Hkv, Lk, D].
         valid: Valid, key padding, or None; filled: uint8 [B, groups of keys], 0 for padding; or None.
         probs: [B, Hq, nq, nk]: to be written, the bits of float32 probabilities.
         scratch: float32 [programs, M, pitch].
@@ -97,9 +90,8 @@ def strided_kernel(
             tile = tiles - 1 - tile  # the longest first
         head = tl.cast(task % (batch * heads), tl.int64)
         b, h = head // heads, head % heads
-        kh = h // group
         p_q = q.data + b * q.stride_b + h * q.stride_h
-        p_k = k.data + b * k.stride_b + kh * k.stride_h
+        p_k = k.data + b * k.stride_b + h // group * k.stride_h
         p_valid, stride_valid = None, 0
         if valid is not None:
             p_valid, stride_valid = valid.data + b * valid.stride_b, valid.stride_n
@@ -116,7 +108,7 @@ def strided_kernel(
         total = tl.zeros([M], tl.float32)
         for start in range(begin, stop, N):
             scores = _strided_scores(
-                q, k, q_desc, k_desc, p_q, p_k, p_valid, stride_valid, b, h, kh, row, start, q_len, k_len,
+                q, k, p_q, p_k, p_valid, stride_valid, row, start, q_len, k_len,
                 D, DPAD, STRIDE, M, N, STEP, WHOLE,
             )  # fmt: skip
             cols = start + tl.arange(0, N)
@@ -160,17 +152,6 @@ def strided_kernel(
         tl.debug_barrier()  # the next tile writes where this one was read
 
 
-def _descriptor(x: Tensor, stride: int, tile: int, step: int) -> TensorDescriptor | None:
-    """``x`` as [B, H, groups, stride, D] for the copy engine; None where it cannot load that."""
-    (batch, heads, length, dim), size = x.shape, x.element_size()
-    strides = [x.stride(0) if batch > 1 else x.stride(1) * heads, x.stride(1), x.stride(2) * stride, x.stride(2), 1]
-    if x.device.type != "cuda" or capability(x.device) < (9, 0) or length % stride or x.stride(3) != 1:
-        return None
-    if x.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:4]):
-        return None
-    return TensorDescriptor(x, [batch, heads, length // stride, stride, dim], strides, [1, 1, tile, 1, step])
-
-
 def _programs(device: torch.device, tasks: int) -> int:
     """How many programs share the tiles: one for each multiprocessor."""
     if device.type != "cuda":
@@ -192,8 +173,6 @@ def strided_probabilities(
     valid: Tensor | None = None,
     filled: Tensor | None = None,
     tiles: tuple[int, int, int, int, int] | None = None,
-    descriptors: bool = False,  # wrong on an H100 with Triton 3.6, and no faster
-    per_processor: int = 1,
 ) -> None:
     """Write the bits of the probabilities float32 into ``probs``, int32 ``[B, Hq, nq, nk]``.
 
@@ -208,14 +187,11 @@ def strided_probabilities(
     m, n, step, warps, stages = tiles or _tiles(q, k, stride, dim)
     groups_q, nk = cdiv(q_len, stride), cdiv(k_len, block_k)
     pitch = cdiv(nk * (block_k // stride), n) * (n // (block_k // stride))
-    programs = per_processor * _programs(device, cdiv(groups_q, m) * batch * heads)
+    programs = _programs(device, cdiv(groups_q, m) * batch * heads)
     scratch = torch.empty(programs, m, pitch, dtype=torch.float32, device=device)
     whole = d == dim and q_len % stride == 0 and k_len % stride == 0 and valid is None
-    descriptors = descriptors and whole
-    q_desc = _descriptor(q, stride, m, step) if descriptors else None
-    k_desc = _descriptor(k, stride, n, step) if descriptors else None
     strided_kernel[(programs,)](
-        Rows.of(q), Rows.of(k), q_desc, k_desc, Valid.of(valid), filled, probs, scratch, batch, heads,
+        Rows.of(q), Rows.of(k), Valid.of(valid), filled, probs, scratch, batch, heads,
         heads // k.shape[1], q_len, k_len, window if is_causal else None, scale * LOG2E / stride, pitch,
         D=d, DPAD=dim, STRIDE=stride, M=m, N=n, STEP=min(step, dim), BLOCK_Q=block_q, BLOCK_K=block_k,
         CAUSAL=is_causal, WHOLE=whole, CHUNK=min(_CHUNK, triton.next_power_of_2(nk)),
