@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .block_mask import BlockMask, cdiv
 from .call import Call
-from .kernels.config import capability
+from .kernels.config import capability, shared_memory_limit
 from .selectors import (
     FlashPrefill,
     FlexPrefill,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_BLOCKS = 4096  # key blocks that the kernels serve
 _PACKS = (MeanSimilarity, TopK)
+_WIDE, _WIDE_MEMORY = (FlexPrefill, MInference), 135_168  # bytes of tiles of exact scores in fp32 or of wide heads
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)  # matrix products in bf16
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -91,7 +92,10 @@ def fused_serves(selector: Selector, call: Call) -> bool:
 def _serves(selector: Selector, call: Call) -> bool:
     """Whether there are kernels for the rule; for packed sequences in one call those of pooled scores know them."""
     known = _known(selector)
-    return known is not None and (call.document_start is None or type(known[0]) in _PACKS)
+    if known is None or (call.document_start is not None and type(known[0]) not in _PACKS):
+        return False
+    wide = call.q.dtype == torch.float32 or call.q.shape[-1] > 128
+    return not (wide and isinstance(known[0], _WIDE) and shared_memory_limit(call.q.device) < _WIDE_MEMORY)
 
 
 def _known(selector: Selector) -> tuple[Selector, list[Tokens]] | None:
