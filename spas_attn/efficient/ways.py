@@ -21,6 +21,8 @@ from ..selectors import Selector
 from .problem import Problem, to_dtype
 from .tiled import tiled_attention
 
+_STAGED = 384 << 20  # bytes; what PyTorch's sum over broadcast dimensions held at most beside the sum (measured, H100)
+_ALIGNED = 8  # elements; masks with other strides are copied by the memory-efficient kernel's caller
 _MATH = 0  # torch.nn.attention.SDPBackend.MATH, without importing that module
 
 
@@ -52,9 +54,18 @@ def dense_bytes(problem: Problem) -> int:
 def _output(problem: Problem) -> int:
     """Output and log-sum-exp; with a backward pass also the gradients of q, k, v and of the output."""
     q, item = problem.q, problem.q.dtype.itemsize
-    bias = sum(b.numel() * (b.dtype.itemsize) for b in problem.biases if b.requires_grad)
-    grads = (2 * q.numel() + problem.k.numel() + problem.v.numel()) * item + bias if problem.grad else 0
+    grads = (2 * q.numel() + problem.k.numel() + problem.v.numel()) * item if problem.grad else 0
     return q.numel() * item + q.numel() // q.shape[-1] * 4 + grads
+
+
+def _learned(problem: Problem) -> int:
+    """The gradients of the biases."""
+    return sum(b.numel() * b.dtype.itemsize for b in problem.biases if b.requires_grad) if problem.grad else 0
+
+
+def _restricted(problem: Problem) -> bool:
+    """Whether a mask or a bias is given."""
+    return problem.mask is not None or bool(problem.biases)
 
 
 def _never(problem: Problem, selector: Selector | None) -> str | None:
@@ -68,7 +79,8 @@ def _merged(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
     """Mask and biases as SDPA takes them, one tensor, and the rows that see nothing, bool ``[..., Lq or 1, 1]``.
 
     Those rows are let see everything and set to 0 afterwards: what SDPA gives for them differs from kernel to kernel,
-    and some kernels give them NaN as gradients. One of the two alone keeps its broadcast dimensions.
+    and some kernels give them NaN as gradients. One of the two alone keeps its broadcast dimensions; on a GPU not that
+    of the keys, because the memory-efficient kernel refuses a stride of 0 there.
     """
     if not problem.biases:
         if problem.mask is None:
@@ -81,7 +93,11 @@ def _merged(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
     if problem.mask is not None:
         total = torch.where(problem.mask, total, -torch.inf)
     empty = (total.detach() == -torch.inf).all(-1, keepdim=True)
-    return torch.where(empty, 0.0, total), empty
+    total = torch.where(empty, 0.0, total)
+    keys = _merged_shape(problem)[-1]
+    if total.shape[-1] != keys:
+        total = total.expand(*total.shape[:3], keys).contiguous()
+    return total, empty
 
 
 def _run_sdpa(problem: Problem, chunk: int, selector: Selector | None) -> Tensor:
@@ -92,20 +108,34 @@ def _run_sdpa(problem: Problem, chunk: int, selector: Selector | None) -> Tensor
     return out if empty is None else out.masked_fill(empty, 0.0)
 
 
-def _merged_numel(problem: Problem) -> int:
-    given = [x for x in (problem.mask, *problem.biases) if x is not None]
-    return torch.Size(torch.broadcast_shapes(*(x.shape for x in given))).numel() if given else 0
+def _merged_shape(problem: Problem) -> torch.Size:
+    """The shape of the merged mask; of no elements when nothing is given."""
+    given = [x.shape for x in (problem.mask, *problem.biases) if x is not None]
+    if not given:
+        return torch.Size((0,))
+    shape = torch.broadcast_shapes(*given)
+    return shape if problem.q.device.type == "cpu" else torch.Size((*shape[:3], problem.sizes[3]))
+
+
+def _merging(problem: Problem) -> int:
+    """What :func:`_merged` holds at its peak."""
+    item, numel = problem.q.dtype.itemsize, _merged_shape(problem).numel()
+    if not problem.biases:
+        return numel * (1 + item)  # SDPA makes it additive
+    if len(problem.biases) > 1:
+        wide = problem.accumulator.itemsize
+        return 2 * numel * wide + max(b.numel() for b in problem.biases) * wide
+    return numel * (item + 1 if problem.mask is None else 2 * item)
 
 
 def _sdpa_is_fused(problem: Problem) -> bool:
     """Whether SDPA takes a kernel that never holds all scores; PyTorch says which one it would take."""
-    given = [x for x in (problem.mask, *problem.biases) if x is not None]
-    stand_in = None  # of the merged mask's shape, without its memory
-    if given:
-        shape = torch.broadcast_shapes(*(x.shape for x in given))
-        stand_in = problem.q.new_empty(()).expand(shape) if problem.biases else problem.mask
-        if any(b.requires_grad for b in problem.biases) and stand_in is not None and torch.is_grad_enabled():
-            stand_in = problem.q.new_empty((), requires_grad=True).expand(shape)
+    stand_in = None  # of the merged mask's shape, without its memory; PyTorch asks for neighbours in the last dimension
+    if _restricted(problem):
+        shape, learned = _merged_shape(problem), any(b.requires_grad for b in problem.biases)
+        dtype = problem.q.dtype if problem.biases else torch.bool
+        row = problem.q.new_empty(shape[-1], dtype=dtype, requires_grad=learned and torch.is_grad_enabled())
+        stand_in = row.expand(shape)
     choice = torch._fused_sdp_choice(
         problem.q, problem.k, problem.v, attn_mask=stand_in, dropout_p=problem.dropout, scale=problem.scale
     )
@@ -114,16 +144,22 @@ def _sdpa_is_fused(problem: Problem) -> bool:
 
 def _sdpa_adds(problem: Problem, chunk: int) -> int:
     item, total = problem.q.dtype.itemsize, _output(problem)
-    total += _merged_numel(problem) * (2 * item if problem.biases else 1 + item)
+    restricted, merging = _restricted(problem), _merging(problem)
+    if restricted:  # setting rows without keys to 0 copies the output, and its gradient
+        total += problem.q.numel() * item * (2 if problem.grad else 1)
     if not _sdpa_is_fused(problem):
-        return total + dense_bytes(problem) * (4 if problem.grad else 2)
-    if problem.grad and any(b.requires_grad for b in problem.biases):
-        total += (
-            dense_bytes(problem) // problem.accumulator.itemsize * item
-        )  # the kernel writes the bias's whole gradient
+        scores = 4 if problem.grad else 3 if restricted else 2
+        return total + max(scores * dense_bytes(problem), merging + _learned(problem))
     if problem.grad:
-        total += 2 * problem.q.numel() * 4  # its float32 sums
-    return total
+        total += problem.q.numel() * 4  # its float32 sums
+    merged, learned = _merged_shape(problem).numel(), _learned(problem)
+    if problem.q.device.type != "cpu" and problem.sizes[3] % _ALIGNED:
+        merging += merged * item * (2 if learned else 1)
+    if learned:  # the kernel writes the gradient of the bias for all heads and queries, whatever was broadcast
+        whole = dense_bytes(problem) // problem.accumulator.itemsize
+        staged = min(whole * item // 4, _STAGED) if merged < whole else 0
+        total += learned + whole * item + staged
+    return total + merging
 
 
 # --- flash ------------------------------------------------------------------------------------------------------------
@@ -214,14 +250,16 @@ def _tile_bytes(problem: Problem, rows: int, columns: int) -> int:
     if problem.grad:  # weights and their gradients; sums in the accumulator's dtype
         total = 2 * tile * item + pieces * (5 * rows + 4 * columns)
         total += (problem.q.numel() + problem.k.numel() + problem.v.numel()) * item
-        total += sum(b.numel() * item for b in problem.biases if b.requires_grad)
+        total += _learned(problem) + sum(b.numel() * item for b in problem.biases if b.requires_grad)
         if any(b.requires_grad and b.numel() < dense_bytes(problem) // item for b in problem.biases):
             total += tile * item // 2
     return total + hidden + dropped + _output(problem)
 
 
 def _standard_adds(problem: Problem, chunk: int) -> int:
-    return _output(problem) + dense_bytes(problem) * (4 if problem.grad else 2) + _widened(problem)
+    # Gradients of biases are those of scores, or sums of them.
+    scores = 4 if problem.grad else 3 if _restricted(problem) else 2
+    return _output(problem) + dense_bytes(problem) * scores + _widened(problem)
 
 
 def _widened(problem: Problem) -> int:
@@ -264,8 +302,10 @@ def _sparse_refuses(problem: Problem, selector: Selector | None) -> str | None:
 
 def _sparse_adds(problem: Problem, chunk: int) -> int:
     batch, heads, q_len, k_len = problem.sizes
-    grid = batch * heads * -(-q_len // 64) * -(-k_len // 64)
-    copies = 2 * problem.q.numel() + problem.k.numel() + problem.v.numel()  # float32 on a CPU, 8 bits on a GPU
+    size, copies = 128, 0
+    if problem.q.device.type == "cpu":
+        size, copies = 64, 2 * problem.q.numel() + problem.k.numel() + problem.v.numel()  # in float32
+    grid = batch * heads * -(-q_len // size) * -(-k_len // size)
     return _output(problem) + 16 * grid + 4 * copies
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +19,18 @@ from spas_attn.selectors import TopK
 
 LOG = "spas_attn.efficient_attention"
 GB = 1 << 30
+TABLE = Path(__file__).parents[2] / "docs/benchmarks/efficient_h100.json"
+MEASURED = [row for row in json.loads(TABLE.read_text())["rows"] if "added_mib" in row]
 
 
 def problem(q_len: int = 4096, k_len: int = 4096, device: str = "meta", **options: object) -> Problem:
     """Real sizes without memory: 16 heads of 64."""
     q, k = (torch.empty(1, 16, n, 64, dtype=torch.bfloat16, device=device) for n in (q_len, k_len))
     return Problem(q, k, k, scale=0.125, **options)
+
+
+def bias(*shape: int, learned: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=learned)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -84,6 +92,57 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.backend == "chunked_keys" and "8 queries against all keys" in report.declined["chunked_queries"]
     free(monkeypatch, 8 * GB)
     assert Chooser("auto", 512, False, None).choose(problem()).backend == "sdpa"
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: "-".join(str(row[key]) for key in list(row)[:4]))
+def test_estimates_against_what_an_h100_took(row: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 0.97 to 1.45 of the measured peak; the estimate counts a gradient of the output, the figures do not."""
+    length, backward = int(str(row["length"])), row["pass"] != "forward"
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: 2)
+    options: dict[str, object] = {}
+    if row["kind"] == "padding":
+        options["mask"] = torch.empty(1, 1, 1, length, dtype=torch.bool, device="meta")
+    if row["kind"] == "bias":
+        options["biases"] = (bias(1, 16, 1, length, learned=backward),)
+    call = problem(length, length, **options)
+    call.q.requires_grad_(backward)
+    estimate = WAYS[str(row["backend"])].adds(call, int(str(row["chunk"] or 0)))
+    assert 0.97 <= estimate / 2**20 / float(str(row["added_mib"])) <= 1.45
+
+
+def test_a_bias_alone_stays_unexpanded_in_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one row a head 4 MiB are added for 1 GiB of scores; with its gradient, or joined with a mask, they count."""
+    asked: list[Tensor] = []
+
+    def fused(*args: object, attn_mask: Tensor, **kwargs: object) -> int:
+        asked.append(attn_mask)
+        return 2
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", fused)
+    sizes = {
+        "row": problem(biases=(bias(1, 16, 1, 4096),)),
+        "learned": problem(biases=(bias(1, 16, 1, 4096, learned=True),)),
+        "joined": problem(biases=(bias(1, 16, 4096, 1),), mask=torch.empty(1, 1, 1, 4096, dtype=torch.bool)),
+        "of queries": problem(biases=(bias(1, 16, 4096, 1),)),
+        "odd": problem(4096, 4090, biases=(bias(1, 16, 4096, 4090),)),
+        "even": problem(4096, 4096, biases=(bias(1, 16, 4096, 4096),)),
+    }
+    mib = {name: WAYS["sdpa"].adds(call, 0) / 2**20 for name, call in sizes.items()}
+    assert all(mask.stride(-1) == 1 for mask in asked), "another stride would say that no kernel takes it"
+    assert mib["row"] < 18 and 700 < mib["learned"] < 800 and mib["of queries"] > 512
+    assert 1024 < mib["joined"] < 1100, "two tensors of bfloat16"
+    assert mib["odd"] > mib["even"] + 500, "strides that are no multiples of 8 are copied"
+
+
+def test_auto_takes_sdpa_for_a_bias_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32,768 tokens on a card with 75 GiB: forward 129 MiB, with its gradient 33.5 GB, which took 180 ms (H100)."""
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: 2)
+    chooser = Chooser("auto", 512, False, None)
+    calls = [problem(32768, 32768, biases=(bias(1, 16, 1, 32768, learned=learned),)) for learned in (False, True)]
+    free(monkeypatch, 75 * GB)
+    assert [chooser.choose(call).backend for call in calls] == ["sdpa", "sdpa"]
+    free(monkeypatch, 5 * GB)
+    assert [chooser.choose(call).backend for call in calls] == ["sdpa", "chunked_queries"]
 
 
 def test_out_of_memory_halves_the_chunk_and_is_remembered(
