@@ -298,6 +298,20 @@ def test_the_estimate_against_the_peak(name: str, backward: bool) -> None:
 
 
 @pytest.mark.gpu
+def test_a_bias_of_queries_in_the_fused_kernel() -> None:
+    """One number a query: the kernel refuses its stride of 0 over the keys, so that it is expanded."""
+    q, k, v = (torch.randn(1, 2, 200, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    queries = torch.randn(1, 2, 200, 1, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    call = Problem(q, k, v, biases=(queries,), scale=0.125)
+    results = []
+    for name in ("sdpa", "standard"):
+        out = WAYS[name].run(call, 0, None)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, queries))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=6e-2, rtol=6e-2)
+
+
+@pytest.mark.gpu
 def test_a_length_whose_scores_do_not_fit_runs() -> None:
     """65,536 tokens: all scores of 16 heads are 256 GiB. Also when free memory is told wrongly."""
     q, k, v = (torch.randn(1, 16, 65536, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
