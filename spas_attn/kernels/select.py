@@ -113,9 +113,9 @@ def _within_rule(
         if cut is not None:
             kept = tl.where(is_aware, bits >= cut, kept)
         if most is not None:
-            kept &= _threshold(bits, one, tl.sum(forced.to(tl.float32), 0), most.to(tl.float32))
+            kept &= _threshold(bits, one, tl.sum(forced.to(tl.float32), 0), most * 1.0)
         if least is not None:
-            kept |= _threshold(bits, one, tl.sum(forced.to(tl.float32), 0), least.to(tl.float32))
+            kept |= _threshold(bits, one, tl.sum(forced.to(tl.float32), 0), least * 1.0)
     kept &= candidate
     if RULE != "rank":
         kept = tl.where(limit >= 1.0, visible, kept)
