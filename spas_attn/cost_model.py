@@ -114,13 +114,14 @@ class Prediction:
         return f"{', '.join(parts)} ({known} {self.density:.0%}; {self.source})"
 
 
-def predict(call: Call, density: float | None, *, selects: bool) -> Prediction | None:
+def predict(call: Call, density: float | None, *, selects: bool, extra: float = 0.0) -> Prediction | None:
     """Expected times of a call on its CUDA device; None when nothing was measured on a GPU like it.
 
     Args:
         call: its shapes, causality and precision count.
         density: expected share of kept blocks, None when unknown.
         selects: whether the call's selection has to be paid for (a given mask has none).
+        extra: milliseconds that its selection takes beyond the measured one (``Selector.selection_ms``).
     """
     batch, heads, q_len, head_dim = call.q.shape
     found = _measured(call.q.device.index, head_dim, call.is_causal)
@@ -129,7 +130,7 @@ def predict(call: Call, density: float | None, *, selects: bool) -> Prediction |
     dense, selection, sparse, source = found
     work = Work.of(batch * heads, q_len, call.k_len)
     kept = ASSUMED_DENSITY if density is None else density
-    select = _ms(selection, work, 1.0) if selects else 0.0
+    select = _ms(selection, work, 1.0) + extra if selects else 0.0
     return Prediction(
         {name: select + _ms(line, work, kept) for name, of, line in sparse if of == call.precision},
         {name: _ms(line, work, 1.0) for name, line in dense},

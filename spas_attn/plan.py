@@ -84,7 +84,7 @@ def plan(call: Call, selector: Selector | None = None, backend: str = "auto") ->
     if not sparse and call.precision == "native":
         name = _fastest_dense(call, _predict(call, 1.0, selects=False))
         return Plan(name, "a dense call" if name == "sdpa" else "the fastest for a dense call")
-    return _fastest(call, given, selects)
+    return _fastest(call, given, selects, selector.selection_ms if selects and selector is not None else 0.0)
 
 
 def resolve_precision(call: Call) -> str:
@@ -130,10 +130,14 @@ def _by_name(call: Call, backend: str, dense_reason: str | None, selects: bool) 
     return _fallback(call, selects, why, {backend: why})
 
 
-def _fastest(call: Call, given: bool, selects: bool) -> Plan:
-    """The first backend that serves the call, in the order of the cost model; exact dense attention where that wins."""
+def _fastest(call: Call, given: bool, selects: bool, extra: float = 0.0) -> Plan:
+    """The first backend that serves the call, in the order of the cost model; exact dense attention where that wins.
+
+    ``extra``: milliseconds of selection beyond the measured one.
+    """
     device = call.q.device.type
-    prediction = _predict(call, call.expected_density if call.blocks is not None else 1.0, selects=selects)
+    density = call.expected_density if call.blocks is not None else 1.0
+    prediction = _predict(call, density, selects=selects, extra=extra)
     expected = {} if prediction is None else prediction.sparse
     declined: dict[str, str] = {}
     # sorted() keeps the order of AUTOMATIC among backends without a measurement.
@@ -188,10 +192,10 @@ def _sparse_ms(call: Call) -> float:
     return min(usable, default=math.inf)
 
 
-def _predict(call: Call, density: float | None, *, selects: bool) -> cost_model.Prediction | None:
+def _predict(call: Call, density: float | None, *, selects: bool, extra: float = 0.0) -> cost_model.Prediction | None:
     if call.q.device.type != "cuda" or call.q.dtype not in _MEASURED_DTYPES:
         return None
-    return cost_model.predict(call, density, selects=selects)
+    return cost_model.predict(call, density, selects=selects, extra=extra)
 
 
 def _no_measurement(call: Call) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("spas_attn", "autotune", "modify_model")
 FLOORS = ["spas_attn", "autotune", "modify_model", "modify_model.cli", "evaluate"]  # from the ground up
 # What a part of spas_attn may import, besides parts of its own folder (and checks, block_mask and so on their own).
-GROUND = {"metrics", "block_mask", "checks", "traced"}
+GROUND = {"metrics", "block_mask", "checks", "packing", "traced"}
 INSIDE = {
     **dict.fromkeys(GROUND, GROUND),
     "call": GROUND,

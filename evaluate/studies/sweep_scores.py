@@ -23,7 +23,7 @@ from torch import Tensor
 from spas_attn.block_mask import blockwise
 from spas_attn.call import Call
 from spas_attn.selectors import MeanSimilarity, Selector
-from spas_attn.selectors.pooled import _fine_visible, _means
+from spas_attn.selectors.pooled import _fine_visible, block_means
 from spas_attn.selectors.ranking import mass_before
 
 BOUNDS = (*((l1, None) for l1 in (0.01, 0.03, 0.06, 0.1)), *((1.0, tail) for tail in (0.3, 0.6, 0.8, 1.0)))
@@ -73,7 +73,7 @@ class Variant(Selector):
     def scores(self, call: Call) -> Tensor:
         """Log-mass of every key sub-block for every query sub-block, float32 ``[B, Hq, fine nq, fine nk]``."""
         q, k = call.q.float(), call.k.float().repeat_interleave(call.group, 1)
-        (fine_q, _), (fine_k, _) = (_means(x, self.pool, None) for x in (q, k))
+        (fine_q, _), (fine_k, _) = (block_means(x, self.pool, None) for x in (q, k))
         scores = fine_q @ fine_k.mT * call.scale
         if "kvar" in self.kind:  # second cumulant over the keys: log E exp(q·k) = q·mean + ½ Var(q·k)
             scores = scores + 0.5 * call.scale**2 * fine_q.square() @ self.variance(k, fine_k).mT
@@ -90,7 +90,7 @@ class Variant(Selector):
 
     def variance(self, x: Tensor, mean: Tensor) -> Tensor:
         """Variance inside each sub-block, per channel."""
-        return (_means(x * x, self.pool, None)[0] - mean.square()).clamp(min=0)
+        return (block_means(x * x, self.pool, None)[0] - mean.square()).clamp(min=0)
 
     def number(self, word: str) -> float:
         """The number behind a word of the kind."""

@@ -30,6 +30,8 @@ class Selector:
         dense_heads: bool ``[Hq]``, heads that keep every visible block; None for none.
         tuned: name of the field that a calibration tunes; "" for a rule without thresholds.
         candidates: the thresholds that a calibration tries.
+        selection_ms: milliseconds of many small launches that choosing blocks takes beyond the selection that the cost
+            model measures, whatever the length; ``backend="auto"`` pays it before it calls a sparse call faster.
         packs: the levels of a block depend on its own sequence alone in a call of packed sequences that stand in one
             row (``Call.document_start``), and are those of the sequence alone. A rule that speaks of positions or of
             the end of the sequence has False: packed sequences are then selected for one by one.
@@ -44,6 +46,7 @@ class Selector:
     dense_heads: Tensor | None = field(default=None, kw_only=True, repr=False)
     tuned: ClassVar[str] = ""
     candidates: ClassVar[tuple[float, ...]] = (0.0,)
+    selection_ms: ClassVar[float] = 0.0
     packs: ClassVar[bool] = False
     separable: ClassVar[bool] = False
 
@@ -251,6 +254,7 @@ class Union(Selector):
             setattr(self, name, a)
         judged = self._judged
         self.tuned, self.candidates = judged.tuned, judged.candidates  # type: ignore[misc]
+        self.selection_ms = self.first.selection_ms + self.second.selection_ms  # type: ignore[misc]
         self.separable = self.first.separable and self.second.separable  # type: ignore[misc]
 
     @property

@@ -29,6 +29,7 @@ from spas_attn.selectors import (
     XAttention,
 )
 
+
 def all_dense(selector: Selector) -> Selector:
     return selector.tuned_to(torch.full((HEADS,), 0.5), torch.zeros(HEADS, dtype=torch.bool))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spas_attn.block_mask import cdiv
 from spas_attn.selectors.mean_similarity import _self_similarity
-from spas_attn.selectors.pooled import _means
+from spas_attn.selectors.pooled import block_means
 
 pytest.importorskip("triton")
 from spas_attn.kernels.prepare import SAMPLES, Side, as_bytes, key_sums, padded_dim, prepare, prepare_v
@@ -92,7 +92,7 @@ def test_means_and_similarities(shape: Shape) -> None:
         return
     assert side.means is not None
     assert side.similarity is not None
-    expected, filled = _means(x.float() - centre, shape.pool, valid)
+    expected, filled = block_means(x.float() - centre, shape.pool, valid)
     assert side.means.shape == (*expected.shape[:3], 2, padded_dim(shape.dim))
     assert side.means.dtype == BF16
     means = side.means.float().sum(3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 from cases import BF16, CASES, F32, HALF, Case
@@ -15,6 +18,7 @@ from spas_attn.metrics import relative_l1
 from spas_attn.selectors import Tokens, TopK
 
 pytest.importorskip("triton")
+select_module = importlib.import_module("spas_attn.select")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = {HALF: 0.003, BF16: 0.003, F32: 1e-5}  # relative L1 to the reference on the same inputs
@@ -347,18 +351,18 @@ def test_autocast_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("precision", backend.PRECISIONS)
-def test_custom_operators_keep_their_promises(precision: str) -> None:
+def test_custom_operators_keep_their_promises(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Case(130, 200, heads=4, k_heads=2, dtype=HALF, padding="right").call(device=DEVICE)
     mask = call.mask
     assert mask is not None
     torch.library.opcheck(
         torch.ops.spas_attn.triton_attention.default,
         (call.q, call.k, call.v, mask.counts, mask.indices, 128, 128, call.attn_mask, *[None] * 5, 0.1, True, 50)
-        + (precision,),
+        + (precision, True),
     )
-    touched = torch.tensor([1, 0], dtype=torch.uint8, device=DEVICE)
-    flags = [0, 1, 16, 128, 128, 1, 0, 1, 1, 0]  # no filter, by rank, pool, blocks, sink, local, Tokens joined with it
-    selection = (None, None, touched, touched, [0.5, -1.0], flags, False, 0.1, None)
-    torch.library.opcheck(
-        torch.ops.spas_attn.select_blocks.default, (call.q, call.k, call.attn_mask, *selection, precision != "native")
-    )
+    given: list[tuple[Any, ...]] = []
+    operator = select_module._fused_op
+    monkeypatch.setattr(select_module, "_fused_op", lambda *args: given.append(args) or operator(*args))
+    selector = TopK(0.5, local=0) | Tokens(((0, 70),))
+    select_module._fused_traced(select_module.parts_of(selector, call), call, precision != "native")
+    torch.library.opcheck(torch.ops.spas_attn.select_blocks.default, given[0])
