@@ -169,9 +169,12 @@ def picture(data: Row, path: Path) -> None:
     length = max(cell["length"] for cell in cells)
     rows = [row for row in summaries(cells) if row["length"] == length and row["method"] != "dense"]
     texts = [t for t in dict.fromkeys(cell["task"] for cell in cells) if t not in RETRIEVAL]
+    # Tasks that every row has a score of: means over different tasks would not be comparable.
+    tasks = [t for t in RETRIEVAL if all(row.get(t) is not None for row in rows)]
+    found = f"answers found ({', '.join(tasks) or 'no task in common'}), percent"
     measures = {
         "perplexity change, percent": lambda row: _mean([100 * row[t] for t in texts if t in row]),
-        "answers found, percent": lambda row: _mean([100 * row[t] for t in RETRIEVAL if row.get(t) is not None]),
+        found: lambda row: _mean([100 * row[t] for t in tasks]),
     }
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axis, (label, measure) in zip(axes, measures.items(), strict=True):
@@ -181,10 +184,11 @@ def picture(data: Row, path: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_yscale("symlog", linthresh=1)
+    axes[0].set_yticks([0, 0.5, 1, 2, 5, 10], ["0", "0.5", "1", "2", "5", "10"])
     axes[0].axhline(0, color="grey", lw=0.8)
-    if any(measures["answers found, percent"](row) is not None for row in rows):
-        exact = [score(c) for c in cells if c["method"] == "dense" and c["length"] == length and c["task"] in RETRIEVAL]
-        axes[1].axhline(100 * (_mean([s for s in exact if s >= SOLVED]) or 0), color="grey", lw=0.8)
+    if tasks:
+        exact = [score(c) for c in cells if c["method"] == "dense" and c["length"] == length and c["task"] in tasks]
+        axes[1].axhline(100 * (_mean(exact) or 0), color="grey", lw=0.8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     facts = data["facts"]
