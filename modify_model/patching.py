@@ -89,8 +89,8 @@ def patch(
     file saved from it says so. It can be calibrated, or given a file, later all the same. Patching again is
     harmless: layers that are already sparse keep their thresholds and take the options that this call names, bounds for
     the next calibration (those that the thresholds were checked against stay on record). Thresholds mean nothing to
-    another selector: it drops them, with a warning. ``layer_range``, ``dense_steps`` and ``dense_layers`` are what this
-    call says.
+    another selector: it drops them, with a warning if they were calibrated. ``layer_range``, ``dense_steps`` and
+    ``dense_layers`` are what this call says.
 
     Args:
         model: a model of a known family, also inside PEFT or ``torch.compile``, or a pipeline with ``.transformer``
@@ -258,12 +258,13 @@ def _install(family: Family, layer: Layer, inner: SparseAttention, settings: dic
         inner.train(attention.training)
     else:
         if present.tuned is not None and _rule(settings.get("selector", present.selector)) != _rule(present.selector):
+            if present.tuned.calibrated:  # a selector's own thresholds go with it
+                warnings.warn(
+                    "another selector: the layers lose their thresholds; calibrate the model, or load a file, again",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
             present.tuned, present.mode = None, "dense"
-            warnings.warn(
-                "another selector: the layers lose their thresholds; calibrate the model, or load a file, again",
-                RuntimeWarning,
-                stacklevel=4,
-            )
         for name in settings:
             setattr(present, name, getattr(inner, name))  # checked, and as SparseAttention keeps it
         inner = present

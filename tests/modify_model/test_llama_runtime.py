@@ -126,6 +126,7 @@ def test_compiled_without_graph_breaks(make_llama, tokens, set_sparse, padded, c
     assert_close(got[valid], expected[valid])
 
 
+@pytest.mark.slow
 def test_patched_after_it_was_compiled(make_llama, tokens, set_sparse, assert_close):
     model, ids = make_llama(), tokens(1, LENGTH)
     torch._dynamo.reset()
@@ -140,6 +141,7 @@ def test_patched_after_it_was_compiled(make_llama, tokens, set_sparse, assert_cl
     assert_close(compiled(ids).logits, dense)
 
 
+@pytest.mark.slow
 def test_compiled_without_cache_or_mask_is_counted(make_llama, tokens, set_sparse, fallbacks, assert_close):
     model, ids = patch(make_llama()), tokens(1, LENGTH)
     inner = set_sparse(model)

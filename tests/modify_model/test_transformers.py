@@ -42,14 +42,7 @@ CASES = {
     "beams": {"num_beams": 2},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
 }
-# In the fast suite: every model in the first two, and one model for each kind of attention in the others.
-FAST = ("Llama", "Mistral", "Gemma 3", "GPT-OSS")
-MATRIX = [
-    pytest.param(name, case, marks=[] if case in ("prefill", "left padding") or name in FAST else [pytest.mark.slow])
-    for name in MODELS
-    for case in CASES
-    if case not in MODELS[name].without
-]
+MATRIX = [(name, case) for name in MODELS for case in CASES if case not in MODELS[name].without]
 
 make = functools.cache(tiny_transformers.make)  # restored after each test
 

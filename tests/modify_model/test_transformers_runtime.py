@@ -71,6 +71,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_name_is_registered_by_the_import(order):
     code = f"import sys; {ORDERS[order]}; print('spas_attn' in transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)"
@@ -155,7 +156,8 @@ def test_images_are_left_alone(fallbacks):
     assert torch.equal(model(**inputs).logits, expected) and fallbacks() == {}
 
 
-@pytest.mark.parametrize("name", [pytest.param("Qwen3", marks=pytest.mark.slow), "Mistral", "GPT-OSS"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen3", "Mistral", "GPT-OSS"])
 def test_compiled_without_graph_breaks(name, assert_close, fallbacks):
     model, ids = tiny_transformers.make(name, None), ids_of(200)
     for module in sparse(model):
@@ -228,6 +230,20 @@ def test_uncalibrated_selectors(make_llama, tokens, tmp_path):
     assert is_verified(extract_sparse_attention_state_dict(model))
     with pytest.warns(RuntimeWarning, match="calibrated=False: the layers lose the thresholds"):
         patch(model, calibrated=False)
+
+
+def test_uncalibrated_selectors_change_without_a_warning(make_llama, tokens, recwarn):
+    """Nothing is lost that anybody measured."""
+    model, ids = make_llama(), tokens(1, 300)
+    dense = model(ids).logits
+    patch(model, selector=SOME, calibrated=False)
+    patch(model, selector=TopK(0.3, block_q=64, block_k=64), calibrated=False)
+    assert {type(module.selector) for module in sparse_modules(model).values()} == {TopK}
+    fresh = patch(make_llama(), selector=TopK(0.3, block_q=64, block_k=64), calibrated=False)
+    assert torch.equal(model(ids).logits, fresh(ids).logits)
+    patch(model, selector=SOME)  # calibrated=False was not asked for again
+    assert {row.status for row in verify(model).layers} == {"dense"} and torch.equal(model(ids).logits, dense)
+    assert not [str(one.message) for one in recwarn if "threshold" in str(one.message)]
 
 
 def test_a_selector_for_each_layer(make_llama, tokens):

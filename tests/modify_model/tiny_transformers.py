@@ -117,11 +117,14 @@ MODELS = {
 }
 
 
-def make(name: str, attention: str | dict[str, str] | None = "eager") -> Any:
-    """A model in eval mode; the same weights every time, of std 0.25 (attention sinks: 1)."""
+def make(name: str, attention: str | dict[str, str] | None = "eager", **changes: Any) -> Any:
+    """A model in eval mode; the same weights every time, of std 0.25 (attention sinks: 1).
+
+    Keyword arguments change its config further.
+    """
     row = MODELS[name]
     kind = getattr(transformers, row.config)
-    config = _vision_language(kind) if name == "Qwen2.5-VL" else kind(**(COMMON | row.changes))
+    config = _vision_language(kind) if name == "Qwen2.5-VL" else kind(**(COMMON | row.changes | changes))
     torch.manual_seed(0)
     if attention is not None:
         config._attn_implementation = attention
