@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 PACKAGES = ["spas_attn", "autotune", "modify_model"]
 CLI = ["safetensors>=0.4.3", "tqdm>=4.60", "pillow>=10.1", "matplotlib>=3.7", "scikit-image>=0.22"]
 SHAPES = [*CLI, "trimesh>=4.0"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.11"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "peft>=0.13", "gguf>=0.10", "ruff>=0.12", "mypy>=1.11"]
 
 
 def version() -> str:
