@@ -14,7 +14,7 @@ from ..checks import PerHead, check_range, per_head
 from .base import Selector
 from .last_queries import LastQueries, first_distance, last_queries, over_diagonals
 from .pooled import block_means, mean_row, pooled_rows, probabilities
-from .ranking import mass_before, mass_before_of_all, places
+from .ranking import MASSES, mass_before, mass_before_of_all, places
 
 
 @dataclass
@@ -47,10 +47,7 @@ class FlexPrefill(Selector):
     selection_ms: ClassVar[float] = (
         4.4  # One H100, 8K to 32K tokens: 4.9 and 5.8 ms in all, where XAttention takes 0.5 and 0.9.
     )
-    candidates: ClassVar[tuple[float, ...]] = (
-        0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95, 0.96,
-        0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975, 0.999, 0.9995,
-    )  # fmt: skip
+    candidates: ClassVar[tuple[float, ...]] = MASSES
 
     def __post_init__(self) -> None:
         super().__post_init__()

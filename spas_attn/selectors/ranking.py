@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Thresholds that a calibration tries of rules that keep blocks up to a mass.
+MASSES = (
+    0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95, 0.96,
+    0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975, 0.999, 0.9995,
+)  # fmt: skip
+
 
 def mass_before(probs: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
     """The probability that stands before each block when blocks are ranked by probability, forced ones first.

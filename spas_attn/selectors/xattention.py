@@ -13,7 +13,7 @@ from ..call import Call
 from ..checks import PerHead, check_range
 from .base import Selector
 from .pooled import check_pool, fine_rows, mean_row, probabilities
-from .ranking import mass_before
+from .ranking import MASSES, mass_before
 
 
 @dataclass
@@ -40,10 +40,7 @@ class XAttention(Selector):
     packs: ClassVar[bool] = True
     separable: ClassVar[bool] = True
     tuned: ClassVar[str] = "threshold"
-    candidates: ClassVar[tuple[float, ...]] = (
-        0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.89, 0.91, 0.925, 0.94, 0.95, 0.96,
-        0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975, 0.999, 0.9995,
-    )  # fmt: skip
+    candidates: ClassVar[tuple[float, ...]] = MASSES
 
     def __post_init__(self) -> None:
         super().__post_init__()
