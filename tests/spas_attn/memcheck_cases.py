@@ -24,7 +24,16 @@ from spas_attn.fused import run_fused
 from spas_attn.kernels import config
 from spas_attn.metrics import relative_l1
 from spas_attn.select import parts_of
-from spas_attn.selectors import MeanSimilarity, Selector, Tokens, TopK
+from spas_attn.selectors import (
+    FlashPrefill,
+    FlexPrefill,
+    MeanSimilarity,
+    MInference,
+    Selector,
+    Tokens,
+    TopK,
+    XAttention,
+)
 
 # Lengths end inside a block and inside a tile. Of the head dims, 36 and 72 cannot be loaded by the copy engine.
 ATTENTION = [
@@ -42,6 +51,11 @@ SELECTION: list[tuple[Case, Selector]] = [
     (Case(201, 333, dim=40, heads=4, k_heads=1, batch=2, padding="holes", dtype=BF16), MeanSimilarity(0.6, 0.3)),
     (Case(130, 261, dim=80, heads=4, k_heads=2, is_causal=True, window=90, dtype=HALF), MeanSimilarity(0.5, 0.3)),
     (Case(65, 300, dim=72, layout="strided", dtype=HALF), TopK(0.4) | Tokens(((3, 9),))),
+    (Case(130, 261, dim=80, heads=4, k_heads=2, is_causal=True, window=90, dtype=HALF), XAttention(0.6)),
+    (Case(201, 333, dim=40, heads=4, k_heads=1, batch=2, padding="holes", dtype=BF16), XAttention(0.7, 8)),
+    (Case(130, 333, dim=72, heads=4, k_heads=2, is_causal=True, layout="NHD", dtype=BF16), FlashPrefill(0.4)),
+    (Case(129, 333, dim=56, heads=4, k_heads=2, is_causal=True, dtype=HALF), FlexPrefill(0.7, 0.5, 128, 256)),
+    (Case(200, 333, dim=96, heads=4, k_heads=1, is_causal=True, dtype=BF16), MInference(adaptive_budget=0.3)),
 ]
 LIMIT = {"native": 0.003, "int8_bf16": 0.02, "int8_fp8": 0.05}
 
