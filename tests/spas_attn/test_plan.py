@@ -14,7 +14,7 @@ import spas_attn
 from spas_attn import BlockMask, Call, backends, block_sparse_attention, cost_model, explain, sparse_attention
 from spas_attn.cost_model import Line
 from spas_attn.plan import AUTOMATIC, plan
-from spas_attn.selectors import Dense, MeanSimilarity, Selector, Streaming, TopK
+from spas_attn.selectors import Dense, FlexPrefill, MeanSimilarity, Selector, Streaming, Tokens, TopK
 
 SELECTOR = MeanSimilarity()
 
@@ -61,6 +61,14 @@ class TestChoice:
     @pytest.mark.parametrize("density", [None, 0.0, 1.0])
     def test_short_calls_run_dense_whatever_is_kept(self, length: int, density: float | None) -> None:
         assert plan(shape(length, expected_density=density), SELECTOR).backend == "sdpa"
+
+    # 4,096 tokens: dense 4.0, sparse 0.2 + 1.5 and FlexPrefill's 4.4; 16,384 tokens: 64.4 against 28.9.
+    @pytest.mark.parametrize(("length", "backend"), [(4096, "sdpa"), (16384, "triton")])
+    def test_a_selector_of_many_launches_has_to_pay_for_them(self, length: int, backend: str) -> None:
+        call = shape(length, 24, expected_density=0.3)
+        flex, tokens = FlexPrefill(), Tokens(((0, 9),))
+        assert plan(call, SELECTOR).backend == "triton"
+        assert [plan(call, selector).backend for selector in (flex, flex | tokens, tokens | flex)] == [backend] * 3
 
     def test_unknown_density_leaves_it_to_the_length(self) -> None:
         long, short = (plan(shape(n, 24), SELECTOR) for n in (16384, 256))
