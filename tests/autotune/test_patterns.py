@@ -17,6 +17,7 @@ from autotune.patterns import CANDIDATES, PatternSearch, _block_mass
 from modify_model import patch
 from modify_model.cli import tiny
 from spas_attn import Call
+from spas_attn.published import minference_table
 from spas_attn.selectors import MInference
 from spas_attn.selectors.last_queries import last_queries
 from spas_attn.selectors.minference import LAST_QUERIES
@@ -72,8 +73,11 @@ def test_heads_get_the_pattern_made_for_them(tmp_path: Path) -> None:
     assert layer["3"][0] == "block_sparse"
     assert all(0.5 < layer[head][3] <= 1 for head in layer)
     assert all(layer[head][3] >= lines.table[0][head][3] for head in layer), "more candidates, no less mass"
-    assert json.loads(search.save(tmp_path / "folder" / "table.json").read_text()) == search.table
+    file = search.save(tmp_path / "folder" / "table.json")
+    assert json.loads(file.read_text()) == search.table
     (selector,) = search.selectors()
+    (read,) = minference_table(file, layers=1, heads=len(layer), **SIZES)
+    assert read.to_dict() == selector.to_dict()
     assert isinstance(selector.pattern, tuple) and selector.pattern[3] == "block_sparse"
     q, k, _ = structured()
     density = selector.select(q, k, is_causal=True, scale=1.0).density(is_causal=True)
