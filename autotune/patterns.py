@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from spas_attn.call import Call
+from spas_attn.published import PATTERN_NAMES, minference_layers
 from spas_attn.selectors import MInference
 from spas_attn.selectors.last_queries import last_queries, over_columns, over_diagonals
 from spas_attn.selectors.minference import LAST_QUERIES
@@ -31,7 +32,6 @@ from .module import Mode, sparse_modules
 from .partials import query_blocks
 from .sampling import Sampler
 
-PUBLISHED_NAMES = {"vertical_slash": "vertical_and_slash", "a_shape": "stream_llm", "block_sparse": "block_sparse"}
 # Pattern, vertical and slash size; their ratio counts, because all are scaled to one cost. The sizes are those of the
 # published tables.
 CANDIDATES: tuple[tuple[str, int, int], ...] = (
@@ -198,19 +198,13 @@ class PatternSearch:
             name, vertical, slash = self.candidates[best]
             scale = float(scales[best, head])
             sizes = [round(vertical * scale), round(slash * scale)]
-            layer[str(head)] = [PUBLISHED_NAMES[name], *sizes, round(float(shares[best, head]), 6)]
+            layer[str(head)] = [PATTERN_NAMES[name], *sizes, round(float(shares[best, head]), 6)]
         return layer
 
     def selectors(self) -> list[MInference]:
         """One selector per layer, with a pattern and sizes for every head."""
-        names = {published: name for name, published in PUBLISHED_NAMES.items()}
-        found = []
-        for layer in self.table:
-            rows = [layer[str(head)] for head in range(len(layer))]
-            vertical, slash = (torch.tensor([float(row[i]) for row in rows]) for i in (1, 2))
-            sizes = {"block_q": self.selector.block_q, "block_k": self.selector.block_k}
-            found.append(MInference(tuple(names[row[0]] for row in rows), vertical, slash, **sizes))  # type: ignore
-        return found
+        sizes = {"block_q": self.selector.block_q, "block_k": self.selector.block_k}
+        return minference_layers(self.table, "the table", **sizes)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the table as JSON: a list over layers of {head: [pattern, vertical, slash, score]}."""

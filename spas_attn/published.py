@@ -19,7 +19,9 @@ from torch import Tensor
 from .selectors import MInference, Streaming, XAttention
 
 HEADS_FILE = "full_attention_heads.tsv"
-_PATTERNS = {"vertical_and_slash": "vertical_slash", "stream_llm": "a_shape", "block_sparse": "block_sparse"}
+# MInference's published names of the patterns, by ours.
+PATTERN_NAMES = {"vertical_slash": "vertical_and_slash", "a_shape": "stream_llm", "block_sparse": "block_sparse"}
+_PATTERNS = {published: name for name, published in PATTERN_NAMES.items()}
 
 
 def xattention_table(
@@ -105,13 +107,21 @@ def minference_table(
     Raises:
         ValueError: on a file that is no such table, and another number of layers or heads.
     """
-    content = _json(Path(path))
+    return minference_layers(_json(Path(path)), f"{path}", layers=layers, heads=heads, **options)
+
+
+def minference_layers(
+    content: Any, where: str, *, layers: int | None = None, heads: int | None = None, **options: Any
+) -> list[MInference]:
+    """The selectors of a table that is read already; ``where`` names it in errors, the rest is as in
+    :func:`minference_table`.
+    """
     if not isinstance(content, list) or not content:
-        raise ValueError(f"{path} must hold a list with one object per layer, got {type(content).__name__}")
-    found = [_layer(entry, f"{path}, layer {index}") for index, entry in enumerate(content)]
-    _check_count(f"{path}", "layers", len(found), layers)
+        raise ValueError(f"{where} must hold a list with one object per layer, got {type(content).__name__}")
+    found = [_layer(entry, f"{where}, layer {index}") for index, entry in enumerate(content)]
+    _check_count(where, "layers", len(found), layers)
     for patterns, _ in found:
-        _check_count(f"{path}", "heads", len(patterns), heads or len(found[0][0]))
+        _check_count(where, "heads", len(patterns), heads or len(found[0][0]))
     return [MInference(patterns, sizes[:, 0].clone(), sizes[:, 1].clone(), **options) for patterns, sizes in found]
 
 
