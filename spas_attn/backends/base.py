@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,6 +72,18 @@ class Backend:
         if call.sinks is not None:
             return "attention sinks need the log-sum-exp of all kept blocks"
         return self.pv_skip_left_out(call) if self.skips_pv else "this backend has none"
+
+
+def missing_package(module: str, install: str) -> str | None:
+    """Why a backend on an optional package for CUDA GPUs cannot run here, or None.
+
+    Args:
+        module: what is imported.
+        install: the name that pip knows.
+    """
+    if module not in sys.modules and importlib.util.find_spec(module) is None:
+        return f"the package {module} is not installed (`pip install {install}`)"
+    return None if torch.cuda.is_available() else "no CUDA GPU"
 
 
 def declines_8_bits(call: Call) -> str | None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import torch
 from torch import Tensor
 
 from ..call import Call
-from .base import Backend, declines_8_bits, register
+from .base import Backend, declines_8_bits, missing_package, register
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _DIMS = (64, 128, 256)
@@ -17,11 +14,7 @@ _MIN_CAPABILITY = (8, 0)
 
 
 def _missing() -> str | None:
-    if "flashinfer" not in sys.modules and importlib.util.find_spec("flashinfer") is None:
-        return "the package flashinfer is not installed (`pip install flashinfer-python`)"
-    if not torch.cuda.is_available():
-        return "no CUDA GPU"
-    return None
+    return missing_package("flashinfer", "flashinfer-python")
 
 
 def _declines(call: Call) -> str | None:

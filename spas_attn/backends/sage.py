@@ -12,14 +12,13 @@ import importlib.metadata
 import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..call import Call
-from .base import Backend, register
+from .base import Backend, missing_package, register
 
 KEY_BLOCK = 64  # keys per block of the Triton kernels
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -46,11 +45,7 @@ def _major() -> int:
 
 
 def _missing() -> str | None:
-    if "sageattention" not in sys.modules and importlib.util.find_spec("sageattention") is None:
-        return "the package sageattention is not installed (`pip install sageattention`)"
-    if not torch.cuda.is_available():
-        return "no CUDA GPU"
-    return None
+    return missing_package("sageattention", "sageattention")
 
 
 def _declines(call: Call) -> str | None:
