@@ -33,7 +33,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import autotune
-from modify_model import patch, restore
 from modify_model.cli import language
 from modify_model.cli.arguments import DTYPES, check_output, whole
 from modify_model.cli.parallel import guarded
@@ -102,17 +101,6 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def make_sparse(args: argparse.Namespace, model: Any) -> str:
-    """Make the model sparse as the options say; returns how the table calls that."""
-    restore(model)
-    if args.tuned is None:
-        long_methods.install(model, METHODS[args.method].published, args.backend)
-        return args.method
-    patch(model, backend=args.backend)
-    autotune.load_sparse_attention_state_dict(model, args.tuned)
-    return Path(args.tuned).name
-
-
 def run(args: argparse.Namespace) -> int:
     """Everything after the arguments."""
     path = args.out.with_name(args.out.name + ".json")
@@ -128,10 +116,8 @@ def run(args: argparse.Namespace) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     for length in tqdm(args.lengths, unit="length"):
         ids = language.token_windows(tokenizer, args.prompts, length, 1, args.seed)[0].to(model.device)
-        for sparse in (False, True):
-            restore(model)
-            patch(model)
-            name = make_sparse(args, model) if sparse else "dense"
+        for how in ((None, None), (args.method, args.tuned)):
+            name = long_methods.serve(model, *how, args.backend)
             found = measure(model, ids, args.max_new_tokens, args.runs)
             rows.append({"tokens": length, "attention": name, **found})
             path.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", "utf-8")

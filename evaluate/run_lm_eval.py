@@ -28,9 +28,8 @@ import long_methods
 from long_methods import METHODS
 
 import autotune
-from modify_model import patch
 from modify_model.cli import language
-from modify_model.cli.arguments import DTYPES, check_output, sparse_backend, whole
+from modify_model.cli.arguments import DTYPES, check_output, whole
 from modify_model.cli.parallel import guarded
 
 MISSING = 'this needs the package lm_eval: pip install "lm_eval[hf,ruler]"'
@@ -46,20 +45,11 @@ def harness() -> tuple[Any, Any]:
         raise ImportError(f"{MISSING} ({error})") from error
 
 
-def prepare(args: argparse.Namespace, model: Any) -> None:
-    """Patch the model as the options say."""
-    patch(model, backend=sparse_backend(model.device))
-    if args.tuned is not None:
-        autotune.load_sparse_attention_state_dict(model, args.tuned)
-    elif not args.dense:
-        long_methods.install(model, METHODS[args.method].published)
-
-
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """What the harness finds, and the density of the prompts."""
     simple_evaluate, wrap = harness()
     model, tokenizer = language.load_model(args.model_name, device=args.device, dtype=args.dtype)
-    prepare(args, model)
+    long_methods.serve(model, None if args.dense else args.method, args.tuned)
     longest = max(args.lengths) + args.max_new_tokens
     known = getattr(model.config, "max_position_embeddings", None) or longest
     # Left alone, the harness cuts long prompts at their beginning, where sink and needles are.

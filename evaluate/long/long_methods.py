@@ -78,6 +78,22 @@ def install(model: nn.Module, selector: Selector, backend: str | None = None) ->
     patch(restore(model), selector=selector, calibrated=False, backend=backend)
 
 
+def serve(model: nn.Module, method: str | None = None, tuned: str | None = None, backend: str | None = None) -> str:
+    """Patch a model anew: with a calibrated file, or by a method as published, or without either dense.
+
+    Returns:
+        What a table calls that: the file's name, the method, or "dense".
+    """
+    if tuned is None and method is not None:
+        install(model, METHODS[method].published, backend)
+        return method
+    patch(restore(model), backend=backend or sparse_backend(next(model.parameters()).device))
+    if tuned is None:
+        return "dense"
+    autotune.load_sparse_attention_state_dict(model, tuned)
+    return Path(tuned).name
+
+
 @torch.inference_mode()
 def density_of(model: nn.Module, window: Tensor) -> float:
     """Share of the blocks of dense causal attention that a forward pass over ids ``[B, L]`` computed."""
