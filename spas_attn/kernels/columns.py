@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..block_mask import cdiv
 from .operands import Rows, Valid, are_valid
+from .recorded import launch
 
 _STEP = 64  # rows taken at a time
 _SPAN, _CHUNKS = 512, 64  # least rows of a program, most programs of a head
@@ -62,7 +63,8 @@ def _partial(
     chunks = cdiv(tokens, span)
     out = torch.empty(batch * heads, chunks, dim, dtype=torch.float32, device=x.device)
     count = torch.empty(batch * heads, chunks, dtype=torch.float32, device=x.device) if counted else None
-    _column_kernel[(chunks, batch * heads)](
+    launch(
+        _column_kernel, (chunks, batch * heads),
         Rows.of(x), Valid.of(valid), out, count, heads, length, tokens, every, span, chunks,
         D=d, DPAD=dim, STEP=_STEP, num_warps=4 if dim <= 128 else 8,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .operands import PerHead, of_head
+from .recorded import launch
 from .select import _near, _visible
 
 _PASSES = 8  # of four bits
@@ -110,7 +111,8 @@ def head_cuts(
     found = torch.empty(_PASSES + 1, batch, heads, dtype=torch.int32, device=probs.device)
     per_head = PerHead.of(level, probs.device)
     for number in range(_PASSES + 1):
-        cut_kernel[(batch * heads, parts if number < _PASSES else 1)](
+        launch(
+            cut_kernel, (batch * heads, parts if number < _PASSES else 1),
             probs, block_filled, per_head, wanted, sums, found, heads, q_len, k_len, window if is_causal else None,
             local, number, parts,
             BLOCK_Q=block_q, BLOCK_K=block_k, NK=width, SINK=sink, CAUSAL=is_causal,

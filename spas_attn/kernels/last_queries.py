@@ -15,6 +15,7 @@ from ..block_mask import cdiv
 from .arithmetic import dot
 from .operands import Rows, Valid, are_valid
 from .prepare import LOG2E, padded_dim
+from .recorded import launch
 
 _TILE = 128  # keys of a tile, at least as many as rows
 _PARTS = 64  # most parts of the keys
@@ -174,11 +175,13 @@ def last_masses(
     common = {"D": d, "DPAD": dim, "M": m, "N": n, "CAUSAL": is_causal, "num_warps": warps or wide}
     options = {"num_stages": stages if dim <= 128 and q.element_size() == 2 else 1}
     grid = (parts * batch * heads,)
-    log_sums_kernel[grid](
+    launch(
+        log_sums_kernel, grid,
         Rows.of(q), Rows.of(k), Valid.of(valid), last_row, log_sums, heads, group, q_len, k_len, window, scale * LOG2E,
         count, span, parts, **common, **options,
     )  # fmt: skip
-    masses_kernel[grid](
+    launch(
+        masses_kernel, grid,
         Rows.of(q), Rows.of(k), Valid.of(valid), last_row, weight, log_sums, columns, pieces, heads, group, q_len,
         k_len, window, scale * LOG2E, count, span, parts, **common, PARTS=triton.next_power_of_2(parts), **options,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from .forward import sparse_attention_fwd_kernel
 from .operands import Blocks, Rows, Valid
 from .prepare import LOG2E, as_bytes, key_sums, prepare, prepare_v
 from .prepare import padded_dim as padded_dim_8_bits
+from .recorded import launch
 
 KINDS = {"int8_fp8": "fp8", "int8_bf16": "int8"}  # other precisions compute in the inputs' own type
 
@@ -150,7 +151,8 @@ def _launch(
         k_rows, v_rows = Rows.of(k_data), Rows.of(v_data.transpose(-1, -2) if values else v_data)
     mask_q, mask_k = (mask.block_q, mask.block_k) if mask else (config.block_m, block_n)
     options = {"maxnreg": config.registers} if config.registers and q.is_cuda else {}
-    sparse_attention_fwd_kernel[(cdiv(q_len, config.block_m) * batch * heads,)](
+    launch(
+        sparse_attention_fwd_kernel, (cdiv(q_len, config.block_m) * batch * heads,),
         Rows.of(q), k_rows, v_rows, Rows.of(out), lse, k_desc, v_desc,
         keys.scale if keys else None, keys.mean() if keys and lse is not None else None, values[1] if values else None,
         _blocks(mask, batch, heads) if mask else None, Valid.of(valid), _tile_valid(valid, block_n), pv_threshold,

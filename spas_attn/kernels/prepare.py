@@ -18,6 +18,7 @@ from ..block_mask import cdiv
 from .arithmetic import narrow, nearest_int8
 from .columns import column_sums, partial_amax
 from .operands import Rows, Valid, are_valid
+from .recorded import launch
 from .similarity import unit_rows
 
 LOG2E = 1.4426950408889634
@@ -254,7 +255,8 @@ def prepare(
         int8=empty(tile, batch, heads, length, dim, dtype=torch.int8),
         scale=empty(tile, batch, heads, cdiv(length, tile or 1)),
     )
-    _prepare_kernel[(cdiv(length, rows), batch * heads)](
+    launch(
+        _prepare_kernel, (cdiv(length, rows), batch * heads),
         Rows.of(x), Valid.of(valid), sums, side.means, side.filled, side.block_filled, side.similarity, side.int8,
         side.scale, heads, length,
         D=d, DPAD=dim, ROWS=rows, CHAIN=chain, POOL=pool or 0, BLOCK=block, TILE=tile or 0,
@@ -282,7 +284,8 @@ def prepare_v(v: Tensor, dim: int, *, valid: Tensor | None = None) -> tuple[Tens
     scale = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
     amax = partial_amax(v, dim, valid)
     parts = amax.shape[1]
-    _prepare_v_kernel[(padded // V_TILE, batch * heads)](
+    launch(
+        _prepare_v_kernel, (padded // V_TILE, batch * heads),
         Rows.of(v), Valid.of(valid), amax, out, scale, heads, length, padded, parts,
         D=d, DPAD=dim, KEYS=V_TILE, PARTS=triton.next_power_of_2(parts), num_warps=4 if dim <= 128 else 8,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from .arithmetic import dot
 from .config import capability, shared_memory_limit
 from .operands import PerHead, of_head
 from .prepare import LOG2E, Side
+from .recorded import launch
 from .similarity import mixed
 
 
@@ -206,7 +207,8 @@ def pooled_probabilities(
         raise ValueError("pooled_probabilities needs the means of both sides: prepare(..., pool=...)")
     (batch, heads, fine_q, _, dim), device = means_q.shape, means_q.device
     m, n, warps, stages = _tiles(batch * heads * fine_q, dim, block_q // pool, block_k // pool, device)
-    probabilities_kernel[(cdiv(fine_q, m) * batch * heads,)](
+    launch(
+        probabilities_kernel, (cdiv(fine_q, m) * batch * heads,),
         means_q, means_k, k.filled, None if sim_threshold is None else k.similarity,
         PerHead.of(0.0 if sim_threshold is None else sim_threshold, device), probs, heads, heads // means_k.shape[1],
         q_len, k_len, window if is_causal else None, documents, scale * LOG2E,

@@ -15,6 +15,7 @@ from ..block_mask import cdiv
 from .arithmetic import dot, narrow
 from .operands import Rows
 from .prepare import LOG2E
+from .recorded import launch
 
 
 @triton.jit
@@ -111,7 +112,8 @@ def row_scores(
     """
     batch, heads, q_len, d = q.shape
     dim = k_means.shape[-1]
-    row_scores_kernel[(cdiv(q_len, block_q) * batch * heads,)](
+    launch(
+        row_scores_kernel, (cdiv(q_len, block_q) * batch * heads,),
         Rows.of(q), k_means, block_filled, scores, heads, heads // k_means.shape[1], q_len, k_len,
         window if is_causal else None, scale * LOG2E,
         D=d, DPAD=dim, N=columns, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from .operands import PerHead, of_head
 from .probabilities import last_within
+from .recorded import launch
 from .similarity import mixed
 
 
@@ -297,7 +298,8 @@ def keep_blocks(
     counts = torch.empty(batch, heads, nq, dtype=torch.int32, device=device)
     width = max(32, triton.next_power_of_2(nk))
     sim = PerHead.of(0.0 if rule.sim_threshold is None else rule.sim_threshold, device)
-    _keep_kernel[(nq * batch * heads,)](
+    launch(
+        _keep_kernel, (nq * batch * heads,),
         counts, indices, facts.block_filled, PerHead.of(rule.level, device), facts.q_similarity, facts.k_similarity,
         sim, facts.columns, facts.diagonals, 0 if facts.diagonals is None else facts.diagonals.shape[-1], facts.aware,
         facts.cuts, rule.least, rule.most, rule.dense, facts.last_row, facts.documents,

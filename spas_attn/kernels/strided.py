@@ -19,6 +19,7 @@ from .config import shared_memory_limit
 from .operands import Rows, Valid
 from .prepare import LOG2E, padded_dim
 from .probabilities import _bounds
+from .recorded import launch
 
 _CHUNK = 16  # key blocks that are normalised at a time
 
@@ -190,7 +191,8 @@ def strided_probabilities(
     programs = _programs(device, cdiv(groups_q, m) * batch * heads)
     scratch = torch.empty(programs, m, pitch, dtype=torch.float32, device=device)
     whole = d == dim and q_len % stride == 0 and k_len % stride == 0 and valid is None
-    strided_kernel[(programs,)](
+    launch(
+        strided_kernel, (programs,),
         Rows.of(q), Rows.of(k), Valid.of(valid), filled, probs, scratch, batch, heads,
         heads // k.shape[1], q_len, k_len, window if is_causal else None, scale * LOG2E / stride, pitch,
         D=d, DPAD=dim, STRIDE=stride, M=m, N=n, STEP=min(step, dim), BLOCK_Q=block_q, BLOCK_K=block_k,
