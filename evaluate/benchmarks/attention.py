@@ -172,7 +172,7 @@ def _parts(call: Call, backend: str) -> dict[str, Callable[[], Tensor]]:
     dim, fp8 = padded_dim(call.q.shape[-1], True), call.precision == "int8_fp8"
 
     def quant() -> Any:
-        return prepare_k(call.k, mask.block_k, dim), prepare_v(call.v, dim) if fp8 else None
+        return prepare_k(call.k, mask.block_k, dim), prepare_v(call.v, dim, mask.block_k) if fp8 else None
 
     keys, values = quant()
 

@@ -1,4 +1,4 @@
-"""Sums and largest magnitudes of the columns of ``[B, H, L, D]`` tensors, over all tokens or every n-th."""
+"""Sums of the columns of ``[B, H, L, D]`` tensors, over all tokens or every n-th."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ def _column_kernel(
     x, valid, out, count, heads, length, tokens, every, span, chunks,
     D: tl.constexpr, DPAD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Of ``span`` of the ``tokens`` rows 0, every, 2 every, ...: sums and their number, or largest magnitudes.
+    """Of ``span`` of the ``tokens`` rows 0, every, 2 every, ...: sums and their number.
 
     Args:
         x: Rows [B, H, L, D]; valid: Valid or None.
-        out: float32 [B, H, chunks, DPAD]: sums, or without count largest magnitudes.
-        count: float32 [B, H, chunks] or None.
+        out: float32 [B, H, chunks, DPAD]; count: float32 [B, H, chunks].
     """
     chunk = tl.program_id(0)
     head = tl.cast(tl.program_id(1), tl.int64)
@@ -40,44 +39,25 @@ def _column_kernel(
         rows = tl.cast(visited, tl.int64) * every
         wanted = are_valid(valid, b, rows, (visited < end) & (rows < length))
         p_x = p_columns + rows[:, None] * x.stride_n  # [STEP, DPAD]
-        b_x = tl.load(p_x, mask=wanted[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
-        if count is None:
-            total = tl.maximum(total, tl.abs(b_x))
-        else:
-            total += b_x
-            number += wanted.to(tl.float32)
+        total += tl.load(p_x, mask=wanted[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+        number += wanted.to(tl.float32)
     place = head * chunks + chunk
-    if count is None:
-        tl.store(out + place * DPAD + offs_d, tl.max(total, 0))
-    else:
-        tl.store(out + place * DPAD + offs_d, tl.sum(total, 0))
-        tl.store(count + place, tl.sum(number, 0))
-
-
-def _partial(
-    x: Tensor, dim: int, valid: Tensor | None, tokens: int, every: int, counted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Partial results float32 ``[B * H, chunks, dim]``; no atomics, so that they are joined in a fixed order."""
-    batch, heads, length, d = x.shape
-    span = max(_SPAN, cdiv(cdiv(tokens, _CHUNKS), _STEP) * _STEP)
-    chunks = cdiv(tokens, span)
-    out = torch.empty(batch * heads, chunks, dim, dtype=torch.float32, device=x.device)
-    count = torch.empty(batch * heads, chunks, dtype=torch.float32, device=x.device) if counted else None
-    launch(
-        _column_kernel, (chunks, batch * heads),
-        Rows.of(x), Valid.of(valid), out, count, heads, length, tokens, every, span, chunks,
-        D=d, DPAD=dim, STEP=_STEP, num_warps=4 if dim <= 128 else 8,
-    )  # fmt: skip
-    return out, count
+    tl.store(out + place * DPAD + offs_d, tl.sum(total, 0))
+    tl.store(count + place, tl.sum(number, 0))
 
 
 def column_sums(x: Tensor, dim: int, valid: Tensor | None, every: int) -> tuple[Tensor, Tensor]:
     """Sums over every ``every``-th valid token, float32 ``[B * H, 1, dim]``, and their number, ``[B * H, 1]``."""
-    sums, counts = _partial(x, dim, valid, cdiv(x.shape[2], every), every, counted=True)
-    assert counts is not None
-    return (sums, counts) if sums.shape[1] == 1 else (sums.sum(1, keepdim=True), counts.sum(1, keepdim=True))
-
-
-def partial_amax(x: Tensor, dim: int, valid: Tensor | None) -> Tensor:
-    """Largest magnitudes of the columns in parts of the valid tokens, float32 ``[B * H, parts, dim]``."""
-    return _partial(x, dim, valid, x.shape[2], 1, counted=False)[0]
+    batch, heads, length, d = x.shape
+    tokens = cdiv(length, every)
+    span = max(_SPAN, cdiv(cdiv(tokens, _CHUNKS), _STEP) * _STEP)
+    chunks = cdiv(tokens, span)
+    # Partial sums and no atomics, so that they are joined in a fixed order.
+    sums = torch.empty(batch * heads, chunks, dim, dtype=torch.float32, device=x.device)
+    counts = torch.empty(batch * heads, chunks, dtype=torch.float32, device=x.device)
+    launch(
+        _column_kernel, (chunks, batch * heads),
+        Rows.of(x), Valid.of(valid), sums, counts, heads, length, tokens, every, span, chunks,
+        D=d, DPAD=dim, STEP=_STEP, num_warps=4 if dim <= 128 else 8,
+    )  # fmt: skip
+    return (sums, counts) if chunks == 1 else (sums.sum(1, keepdim=True), counts.sum(1, keepdim=True))

@@ -126,7 +126,7 @@ def sparse_attention_fwd(
             dim = padded_dim(q.shape[-1], True)
             keys = keys or prepare_k(k, blocks[1] if blocks else config.block_n, dim, valid=valid)
             if precision == "int8_fp8":
-                values = values or prepare_v(v, dim, valid=valid)
+                values = values or prepare_v(v, dim, blocks[1] if blocks else config.block_n, valid=valid)
         _launch(q, k, v, mask, scale, is_causal, window, valid, pv_threshold, keys, values, out, lse, config)
     return out
 

@@ -1,13 +1,14 @@
-"""What is made from Q, K and V before attention, each tensor read once (V and an exact mean of K twice).
+"""What is made from Q, K and V before attention, each tensor read once (K twice for an exact mean).
 
 ``prepare`` turns Q or K into the means of sub-blocks that selection scores, the self-similarity of blocks
 (SpargeAttn, arXiv 2502.18137) and K into int8 with one scale per tile (SageAttention, arXiv 2410.02367), in one pass.
-``prepare_v`` turns V into fp8 with one scale per channel, transposed, as the Hopper matrix unit takes it.
+``prepare_v`` turns V into fp8 with one scale per block, transposed, as the Hopper matrix unit takes it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from ..block_mask import cdiv
 from .arithmetic import narrow, nearest_int8
-from .columns import column_sums, partial_amax
+from .columns import column_sums
 from .operands import Rows, Valid, are_valid
 from .recorded import launch
 from .similarity import unit_rows
 
 LOG2E = 1.4426950408889634
 V_TILE = 128  # fp8 V is padded to whole tiles of so many keys
+V_FLOOR = tl.constexpr(2.0**-60)  # a block of zeros has a scale, too: large enough to divide by in float32
 SAMPLES = 256  # keys, at most, whose mean smooths K where nothing needs the exact mean: one program's work
 
 
@@ -139,21 +141,20 @@ def _store_int8(
 
 @triton.jit
 def _prepare_v_kernel(
-    v, valid, amax, out, scale, heads, length, padded, parts,
-    D: tl.constexpr, DPAD: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    v, valid, out, scale, heads, length, padded,
+    D: tl.constexpr, DPAD: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """KEYS keys of one head to fp8.
+    """KEYS keys of one head to fp8, every BLOCK of them with a scale.
 
     Args:
         v: Rows [B, H, L, D]; valid: Valid or None.
-        amax: float32 [B, H, parts, DPAD], at most PARTS parts.
-        out: fp8 [B, H, DPAD, padded]; scale: float32 [B, H, DPAD].
+        out: fp8 [B, H, DPAD, padded]; scale: float32 [B, H, blocks].
     """
-    # From the last tile on: the pass before this one has left the end of V in the cache.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.cast(tl.num_programs(1) - 1 - tl.program_id(1), tl.int64)
+    PARTS: tl.constexpr = KEYS // BLOCK
+    tile = tl.program_id(0)
+    head = tl.cast(tl.program_id(1), tl.int64)
     b, h = head // heads, head % heads
-    offs_d, offs_n, offs_part = tl.arange(0, DPAD), tl.arange(0, KEYS), tl.arange(0, PARTS)
+    offs_d, offs_n = tl.arange(0, DPAD), tl.arange(0, KEYS)
     # Position [h:1][g:2][l:1][e:1] of a group of 32 takes key [h:1][l:1][g:2][e:1].
     keys = (offs_n & ~15) | ((offs_n & 2) << 2) | ((offs_n & 12) >> 1) | (offs_n & 1)  # [KEYS]
     rows = tile * KEYS + keys
@@ -161,14 +162,13 @@ def _prepare_v_kernel(
     p_v = v.data + b * v.stride_b + h * v.stride_h + tl.cast(tile * KEYS, tl.int64) * v.stride_n
     p_v += keys[:, None] * v.stride_n + offs_d[None, :] * v.stride_d  # [KEYS, DPAD]
     b_v = tl.load(p_v, mask=taken[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
-    p_amax = amax + (head * parts + offs_part)[:, None] * DPAD + offs_d[None, :]  # [PARTS, DPAD]
-    b_amax = tl.max(tl.load(p_amax, mask=(offs_part < parts)[:, None], other=0.0), 0)
-    b_amax = tl.maximum(b_amax, 1e-30)  # [DPAD]
-    b_out = narrow(b_v * (448.0 / b_amax)[None, :], out.dtype.element_ty)
-    p_out = out + (head * DPAD + offs_d)[:, None] * padded + tile * KEYS + offs_n[None, :]
-    tl.store(p_out, tl.trans(b_out))  # [DPAD, KEYS]
-    if tile == 0:
-        tl.store(scale + head * DPAD + offs_d, b_amax / 448.0)
+    largest = tl.max(tl.max(tl.reshape(tl.abs(b_v), [PARTS, BLOCK, DPAD]), 1), 1)
+    step = tl.maximum(largest, V_FLOOR) / 448.0  # [PARTS]
+    factor = tl.reshape(tl.broadcast_to((1.0 / step)[:, None], [PARTS, BLOCK]), [KEYS])
+    b_out = narrow(b_v * factor[:, None], out.dtype.element_ty)
+    tl.store(out + (head * DPAD + offs_d)[:, None] * padded + tile * KEYS + offs_n[None, :], tl.trans(b_out))
+    block, blocks = tile * PARTS + tl.arange(0, PARTS), tl.cdiv(length, BLOCK)
+    tl.store(scale + head * blocks + block, step, mask=block < blocks)
 
 
 @dataclass(frozen=True)
@@ -265,28 +265,38 @@ def prepare(
     return side
 
 
-def prepare_v(v: Tensor, dim: int, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """V to fp8 e4m3, one scale per channel (largest magnitude / 448), transposed.
+class Values(NamedTuple):
+    """V in 8 bits.
+
+    Attributes:
+        data: float8_e4m3fn ``[B, Hkv, dim, Lk padded to a multiple of 128]``, zero in all padding. The keys of every
+            group of 32 are permuted so that the accumulator of one product is the operand of the next without
+            exchanging registers between threads.
+        scale: float32 ``[B, Hkv, key blocks]``, above 0: largest magnitude / 448 of a block of keys.
+    """
+
+    data: Tensor
+    scale: Tensor
+
+
+def prepare_v(v: Tensor, dim: int, block: int, *, valid: Tensor | None = None) -> Values:
+    """V to fp8 e4m3, one scale for every ``block`` keys of a head, transposed.
+
+    fp8 is a floating format: how far a number lies below the largest hardly matters to its relative error.
 
     Args:
         v: ``[B, H, L, D]``, any strides.
         dim: padded head dim, a power of two.
+        block: keys that share a scale, a power of two of at most 128.
         valid: uint8 ``[B, L]``; keys with 0 become zeros and do not count for the scale.
-
-    Returns:
-        float8_e4m3fn ``[B, H, dim, L padded to a multiple of 128]``, zero in all padding, and float32 scales
-        ``[B, H, dim]``. The keys of every group of 32 are permuted so that the accumulator of one product is the
-        operand of the next without exchanging registers between threads.
     """
     batch, heads, length, d = v.shape
     padded = cdiv(length, V_TILE) * V_TILE
     out = torch.empty(batch, heads, dim, padded, dtype=torch.float8_e4m3fn, device=v.device)
-    scale = torch.empty(batch, heads, dim, dtype=torch.float32, device=v.device)
-    amax = partial_amax(v, dim, valid)
-    parts = amax.shape[1]
+    scale = torch.empty(batch, heads, cdiv(length, block), dtype=torch.float32, device=v.device)
     launch(
         _prepare_v_kernel, (padded // V_TILE, batch * heads),
-        Rows.of(v), Valid.of(valid), amax, out, scale, heads, length, padded, parts,
-        D=d, DPAD=dim, KEYS=V_TILE, PARTS=triton.next_power_of_2(parts), num_warps=4 if dim <= 128 else 8,
+        Rows.of(v), Valid.of(valid), out, scale, heads, length, padded,
+        D=d, DPAD=dim, KEYS=V_TILE, BLOCK=block, num_warps=4 if dim <= 128 else 8,
     )  # fmt: skip
-    return out, scale
+    return Values(out, scale)
