@@ -56,6 +56,7 @@ setup(
         "shapes": SHAPES,
         "sage": ["sageattention>=1.0.6"],
         "flash": ["flash-attn-4>=4.0.0b1; sys_platform == 'linux'"],  # pre-releases only: pip install --pre
+        "cudnn": ["nvidia-cudnn-frontend>=1.32; sys_platform == 'linux'"],
         "lm_eval": ["lm_eval[hf,ruler]>=0.4.9"],  # for evaluate/run_lm_eval.py
         "test": TEST,
     },

@@ -30,7 +30,13 @@ from .cost_model import Line, Row, Work
 from .select import select
 from .selectors import TopK
 
-SPARSE = (("triton", "native"), ("triton", "int8_bf16"), ("triton", "int8_fp8"), ("flash", "native"))
+SPARSE = (
+    ("triton", "native"),
+    ("triton", "int8_bf16"),
+    ("triton", "int8_fp8"),
+    ("flash", "native"),
+    ("cudnn", "native"),
+)
 DENSE = ("sdpa", "flash")
 LENGTHS = (1024, 4096, 12288, 32768)
 DENSITIES = (1.0, 0.375, 0.0625)
@@ -156,7 +162,7 @@ def merge(new: Sequence[Row], old: Sequence[Row]) -> tuple[Row, ...]:
 
 def _versions() -> dict[str, str]:
     found = {"torch": str(torch.__version__)}
-    for name in ("triton", "flash-attn-4"):
+    for name in ("triton", "flash-attn-4", "nvidia-cudnn-frontend"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -14,7 +14,7 @@ from .call import Call
 from .selectors import Dense, Selector
 
 # By device type; without measurements in this order. Exact dense `sdpa` comes last.
-AUTOMATIC = {"cpu": ("cpu",), "cuda": ("triton", "flash")}
+AUTOMATIC = {"cpu": ("cpu",), "cuda": ("triton", "flash", "cudnn")}
 _MEASURED_DTYPES = (torch.float16, torch.bfloat16)
 
 # Relative L1 of 8-bit arithmetic on random normal data, the largest that was measured; fastest first.

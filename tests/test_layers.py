@@ -180,7 +180,7 @@ import sys
 from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec  # as if these were not installed
-absent = {"triton", "transformers", "diffusers", "sageattention", "flash_attn"}
+absent = {"triton", "transformers", "diffusers", "sageattention", "flash_attn", "cudnn"}
 PathFinder.find_spec = lambda name, *more: None if name.split(".")[0] in absent else find(name, *more)
 import torch
 import spas_attn

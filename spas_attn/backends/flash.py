@@ -84,6 +84,15 @@ def _declines_shape(call: Call, major: int) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Attention by ``flash_attn_func``; PV skip is left out. Nothing is read on the host."""
+    return _run(call, with_lse=False)[0]
+
+
+def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
+    """The output, and the natural log of the sum of the exponentials, float32 ``[B, Hq, Lq]``."""
+    return _run(call, with_lse=True)
+
+
+def _run(call: Call, with_lse: bool) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))  # it takes [B, L, H, D], any aligned strides
     mask = call.mask
     lists: list[Tensor] = []
@@ -96,25 +105,31 @@ def run(call: Call) -> Tensor:
         lists = [none, none[..., None], mask.counts, mask.indices]
     lists = [x.contiguous() for x in lists]
     blocks = [0, 0] if mask is None else [mask.block_q, mask.block_k]
-    return _attend(q, k, v, lists, blocks, call.is_causal, call.scale).transpose(1, 2)
+    out, lse = _attend(q, k, v, lists, blocks, call.is_causal, call.scale, with_lse)
+    return out.transpose(1, 2), lse
 
 
 # An operator of its own: torch.compile cannot trace the package's launcher.
 @torch.library.custom_op("spas_attn::flash_attention", mutates_args=())
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, lists: list[Tensor], blocks: list[int], is_causal: bool, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, lists: list[Tensor], blocks: list[int], is_causal: bool, scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output ``[B, L, H, D]`` and, if it is asked for, the log-sum-exp (else an empty tensor)."""
     flash = _module()
     sparse = flash.BlockSparseTensorsTorch(*lists, block_size=tuple(blocks)) if lists else None
+    more = {"return_lse": True} if with_lse else {}
     with torch.cuda.device(q.device if q.is_cuda else -1):
-        out = flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=is_causal, block_sparse_tensors=sparse)
+        out = flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=is_causal, block_sparse_tensors=sparse, **more)
     # Some releases return (output, log-sum-exp), others the output alone.
-    return out[0] if isinstance(out, tuple) else out
+    out, lse = out if isinstance(out, tuple) else (out, None)
+    return out, lse if with_lse else q.new_empty(0, dtype=torch.float32)
 
 
 @_attend.register_fake
-def _(q: Tensor, *_args: object) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    lse = (q.shape[0], q.shape[2], q.shape[1]) if args[-1] else (0,)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(lse, dtype=torch.float32)
 
 
-register(Backend("flash", _missing, _declines, run))
+register(Backend("flash", _missing, _declines, run, run_with_lse=run_with_lse))

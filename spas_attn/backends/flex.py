@@ -80,8 +80,8 @@ def flex_mask(mask: BlockMask, is_causal: bool) -> Any:
     )
 
 
-def attend(call: Call, block_mask: Any) -> Tensor:
-    """Compiled FlexAttention over a mask that :func:`flex_mask` made."""
+def attend(call: Call, block_mask: Any, *, return_lse: bool = False) -> Any:
+    """Compiled FlexAttention over a mask that :func:`flex_mask` made; with ``return_lse``, the log-sum-exp too."""
     # Its tiles have to divide the blocks of the mask; left alone, it takes tiles of 128.
     small = {name: 64 for name, size in zip(("BLOCK_M", "BLOCK_N"), block_mask.BLOCK_SIZE, strict=True) if size == 64}
     return _compiled(call.q.device.type)(
@@ -92,13 +92,22 @@ def attend(call: Call, block_mask: Any) -> Tensor:
         scale=call.scale,
         enable_gqa=call.group > 1,
         kernel_options=small or None,
+        return_lse=return_lse,
     )
 
 
 def run(call: Call) -> Tensor:
     """Block-sparse attention by FlexAttention; PV skip is left out."""
     assert call.mask is not None
-    return attend(call, flex_mask(call.mask, call.is_causal))
+    out: Tensor = attend(call, flex_mask(call.mask, call.is_causal))
+    return out
 
 
-register(Backend("flex", _missing, declines, run))
+def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
+    """The output, and the natural log of the sum of the exponentials, float32 ``[B, Hq, Lq]``."""
+    assert call.mask is not None
+    out, lse = attend(call, flex_mask(call.mask, call.is_causal), return_lse=True)
+    return out, lse
+
+
+register(Backend("flex", _missing, declines, run, run_with_lse=run_with_lse))

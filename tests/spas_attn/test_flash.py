@@ -98,7 +98,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         softmax_scale: float | None = None,
         causal: bool = False,
         block_sparse_tensors: BlockSparse | None = None,
-    ) -> tuple[Tensor, None]:
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         seen.append({"causal": causal, "scale": softmax_scale, "lists": block_sparse_tensors, "shape": q.shape})
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         assert softmax_scale is not None
@@ -125,8 +126,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         hidden = call.token_mask(0, q_len)
         visible = visible if hidden is None else visible & hidden
         visible = visible | tokens(listed(lists.full_block_cnt, lists.full_block_idx, nk))
-        out = reference.run(call.replace(is_causal=False, attn_mask=visible))
-        return out.transpose(1, 2).contiguous(), None
+        out, lse = reference.run_with_lse(call.replace(is_causal=False, attn_mask=visible))
+        return out.transpose(1, 2).contiguous(), lse if return_lse else None
 
     module: Any = ModuleType("flash_attn.cute.interface")
     module.flash_attn_func = flash_attn_func
@@ -148,6 +149,13 @@ def test_equals_reference(case: Case, calls: list[dict[str, Any]]) -> None:
     assert (got["causal"], got["scale"]) == (case.is_causal, call.scale)
     assert got["lists"].block_size == (case.block_q, case.block_k)
     assert got["shape"] == (case.batch, case.q_len, case.heads, case.dim)
+
+
+def test_tells_the_log_sum_exp(calls: list[dict[str, Any]]) -> None:
+    call = Case(200, 300, dtype=BF16, heads=4, k_heads=2, is_causal=True).call()
+    out, lse = backends.get("flash").compute_with_lse(call)
+    assert torch.equal(out, flash.run(call))
+    torch.testing.assert_close(lse, reference.run_with_lse(call)[1])
 
 
 def test_dense_calls_carry_no_lists(calls: list[dict[str, Any]]) -> None:
@@ -252,3 +260,4 @@ def test_the_package_itself(case: Case) -> None:
     first, second = flash.run(call), flash.run(call)
     assert relative_l1(first, reference.run(call)) < 0.003
     assert torch.equal(first, second)
+    torch.testing.assert_close(flash.run_with_lse(call)[1], reference.run_with_lse(call)[1], rtol=1e-3, atol=1e-3)

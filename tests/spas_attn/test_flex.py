@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from cases import BF16, CASES, F32, HALF, Case
 from made_up_gpu import FakeGpu
 from torch.nn.attention.flex_attention import flex_attention
@@ -76,3 +77,4 @@ def test_on_a_gpu(case: Case) -> None:
     call = case.call(device="cuda")
     assert flex.declines(call) is None
     assert relative_l1(flex.run(call), reference.run(call)) < 0.003
+    torch.testing.assert_close(flex.run_with_lse(call)[1], reference.run_with_lse(call)[1], rtol=1e-3, atol=1e-3)

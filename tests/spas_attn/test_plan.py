@@ -142,12 +142,12 @@ class TestChoice:
         assert "python -m spas_attn.measure" in said.reason
 
     def test_nothing_serves(self, gpu: FakeGpu) -> None:
-        for name in ("triton", "flash"):
+        for name in AUTOMATIC["cuda"]:
             gpu.serve(name, "cpu", declines=lambda call: "not today")
         said = plan(shape(16384, 24), SELECTOR)
         assert (said.backend, said.selects) == ("sdpa", True)
-        assert said.declined == {"triton": "not today", "flash": "not today"}
-        assert said.fallback == "triton: not today; flash: not today"
+        assert said.declined == dict.fromkeys(AUTOMATIC["cuda"], "not today")
+        assert said.fallback == "triton: not today; flash: not today; cudnn: not today"
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compiles_without_a_graph_break(self, dynamic: bool) -> None:
