@@ -2,6 +2,7 @@
 
 from .base import Selector, Union
 from .dense import Dense
+from .exact_keys import ExactKeys
 from .flash_prefill import FlashPrefill
 from .flex_prefill import FlexPrefill
 from .mean_similarity import MeanSimilarity
@@ -15,6 +16,7 @@ from .xattention import XAttention
 
 __all__ = [
     "Dense",
+    "ExactKeys",
     "FlashPrefill",
     "FlexPrefill",
     "MInference",

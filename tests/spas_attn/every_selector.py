@@ -12,6 +12,7 @@ from torch import Tensor
 from spas_attn import Call
 from spas_attn.selectors import (
     Dense,
+    ExactKeys,
     FlashPrefill,
     FlexPrefill,
     MeanSimilarity,
@@ -47,6 +48,8 @@ SELECTORS: dict[str, Selector] = {
     "MeanSimilarity, filtered": MeanSimilarity(0.6, 0.4, pool=64, local=0, block_q=64, block_k=128),
     "PeakMass": PeakMass(0.8, pool=16),
     "TopK": TopK(0.4, pool=16, local=0, block_q=128, block_k=64),
+    "ExactKeys": ExactKeys(0.7, local=0, **SIZES),
+    "ExactKeys, a sample": ExactKeys(0.8, pool=64, queries="sample", block_q=128, block_k=64),
     "XAttention": XAttention(0.7, stride=8, **SIZES),
     "XAttention, stride 16": XAttention(0.8, local=100, block_q=128, block_k=64),
     "FlashPrefill": FlashPrefill(0.5, sink_blocks=1, last_blocks=1, local=0, **SIZES),
