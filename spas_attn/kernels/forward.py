@@ -136,10 +136,13 @@ def _comes_near(tile_peak, new_peak, inside, pv_threshold):
 
 @triton.jit
 def _absorb(
-    acc, total, peak, new_peak, b_s, scale, b_v,
+    acc, total, peak, new_peak, b_s, scale, v_scale, log2_v_scale, b_v,
     SHIFT: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr, HIDING: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax in base 2, with weights exp2((b_s - SHIFT) * scale - new_peak)."""
+    """One step of the online softmax in base 2, with weights exp2((b_s - SHIFT) * scale + log2_v_scale - new_peak).
+
+    The weights carry the scale of the values, which their sum must not.
+    """
     anchor = new_peak
     if HIDING:
         # Nothing seen yet: any finite anchor makes exp2(-inf - anchor) zero instead of NaN.
@@ -149,10 +152,13 @@ def _absorb(
         # P up to 2^8 instead of 1: fp8 ends at 448, and below 2^-6 it loses digits. The factor cancels in acc / total.
         anchor -= 8.0
     if INT8:
-        b_p = tl.exp2(b_s * scale[:, None] - (SHIFT * scale + anchor)[:, None])  # [BLOCK_M, BLOCK_N]
+        b_p = tl.exp2(b_s * scale[:, None] - (SHIFT * scale + (anchor - log2_v_scale))[:, None])  # [BLOCK_M, BLOCK_N]
     else:
         b_p = tl.exp2(b_s * scale - anchor[:, None])
-    total = total * decay + tl.sum(b_p, 1)
+    if FP8:
+        total = total * decay + tl.sum(b_p, 1) / v_scale
+    else:
+        total = total * decay + tl.sum(b_p, 1)
     b_p = narrow(b_p, b_v.dtype)
     if FP8:
         # In this order of the keys (prepare.py stores V in it) a thread's scores are what it feeds to the next product.
@@ -193,7 +199,7 @@ def sparse_attention_fwd_kernel(
         q, o: Rows [B, Hq, Lq, D]; in int8 q is padded to DPAD where D is no multiple of 16.
         k, v: Rows [B, Hkv, Lk, D], in int8 [.., DPAD], v in fp8 as well; None where descriptors stand for them.
         k_desc, v_desc: descriptors of tiles [1, 1, BLOCK_N, DPAD], of fp8 v [1, 1, DPAD, BLOCK_N]; or None.
-        k_scale: float32 [B, Hkv, key blocks]; None: no int8.  v_scale: float32 [B, Hkv, DPAD]; None: no fp8.
+        k_scale, v_scale: float32 [B, Hkv, key blocks]; None: no int8 and no fp8.
         k_mean: float32 [B, Hkv, DPAD], what int8 keys come without; needed for lse only.
         lse: float32 [B, Hq, Lq], or None.
         blocks: Blocks to compute, None for all.
@@ -236,13 +242,15 @@ def sparse_attention_fwd_kernel(
     if k_desc is None:
         p_k = k.data + b * k.stride_b + kh * k.stride_h + offs_n[None, :] * k.stride_n + offs_d[:, None] * k.stride_d
         p_v = v.data + b * v.stride_b + kh * v.stride_h + offs_n[:, None] * v.stride_n + offs_d[None, :] * v.stride_d
-    q_scale, shift, p_k_scale = softmax_scale, 0.0, k_scale
+    q_scale, shift, p_k_scale, p_v_scale = softmax_scale, 0.0, k_scale, v_scale
     if INT8:
         if k_mean is not None:  # it lowered all scores of a row by the same
             b_mean = tl.load(k_mean + kv_head * DPAD + offs_d)  # [DPAD]
             shift = tl.sum(b_q.to(tl.float32) * b_mean[None, :], 1) * softmax_scale  # [BLOCK_M]
         b_q, q_scale = _quantise_rows(b_q, softmax_scale)
         p_k_scale = k_scale + kv_head * tl.cdiv(k_len, MASK_K)
+    if FP8:
+        p_v_scale = v_scale + kv_head * tl.cdiv(k_len, MASK_K)
     p_indices, count = None, 0
     if blocks is not None:
         block = first_row // MASK_Q
@@ -258,7 +266,9 @@ def sparse_attention_fwd_kernel(
 
     acc = tl.zeros([BLOCK_M, DPAD], tl.float32)  # weighted sum of values
     total = tl.zeros([BLOCK_M], tl.float32)  # sum of the weights
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)  # largest score so far, in base 2
+    # Largest so far of the exponents, in base 2: scores, in fp8 plus the logarithm of the scale of their values.
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    score_peak = peak  # the same of the scores alone, by which PV skip judges
     for run in tl.static_range(0 if window is not None else 1, 3 if CAUSAL or RAGGED else 2):
         # A masked run is a tile or two: overlapping its loads would only cost the full run registers and shared memory.
         for part in tl.range(bounds[run] * PARTS, bounds[run + 1] * PARTS, num_stages=None if run == 1 else 1):
@@ -282,22 +292,26 @@ def sparse_attention_fwd_kernel(
             if not INT8:
                 # Rounded up, so that no multiply-add of a huge score comes out above 0 and its exponential overflows.
                 tile_peak = tl.maximum(tile_peak * (1 + 2.0**-23), tile_peak * (1 - 2.0**-23))
-            new_peak = tl.maximum(peak, tile_peak)
             adds = True
             if pv_threshold is not None:
-                adds = _comes_near(tile_peak, new_peak, inside, threshold)
+                score_peak = tl.maximum(score_peak, tile_peak)
+                adds = _comes_near(tile_peak, score_peak, inside, threshold)
+            values_scale, log2_values_scale = 1.0, 0.0
+            if FP8:
+                values_scale = tl.load(p_v_scale + start // MASK_K)
+                log2_values_scale = tl.log2(values_scale)
+            new_peak = tl.maximum(peak, tile_peak + log2_values_scale)
             if adds:
                 b_v = _load_v(v, v_desc, p_v, b, kh, start, k_len, V_DIM, DPAD, BLOCK_N, FP8, run != 1)
                 acc, total, peak = _absorb(
-                    acc, total, peak, new_peak, b_s, scale, b_v, SHIFT, INT8, FP8, run != 1 or valid is not None
-                )
+                    acc, total, peak, new_peak, b_s, scale, values_scale, log2_values_scale, b_v,
+                    SHIFT, INT8, FP8, run != 1 or valid is not None,
+                )  # fmt: skip
 
     if lse is not None:
         log2_total = tl.log2(total) + (-8.0 if FP8 else 0.0)
         row_lse = tl.where(total > 0, (peak + log2_total + shift) * 0.6931471805599453, float("-inf"))
         tl.store(lse + head * q_len + rows, row_lse, mask=inside)
-    if FP8:
-        acc = acc * tl.load(v_scale + kv_head * DPAD + offs_d)[None, :]
     p_o = o.data + b * o.stride_b + h * o.stride_h + far * o.stride_n
     p_o += offs_m[:, None] * o.stride_n + offs_d[None, :] * o.stride_d
     b_o = _finish(acc, total, o.data.dtype.element_ty)

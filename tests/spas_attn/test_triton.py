@@ -214,6 +214,22 @@ def test_values_near_the_end_of_fp16(precision: str) -> None:
         assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("block_k", [64, 128])
+def test_values_whose_blocks_differ_in_size(block_k: int) -> None:
+    """The scale of a block of fp8 values rides on the weights: neither the output nor the log-sum-exp may show it."""
+    case = Case(70, 380, dim=32, dtype=HALF, block_k=block_k, padding="right")
+    call = case.call(device=DEVICE, precision="int8_fp8")
+    size = torch.tensor([1.0, 1e-3, 0.0, 30.0, 0.02, 0.0], device=DEVICE, dtype=HALF).repeat_interleave(64)[:380]
+    call = call.replace(v=call.v * size[:, None])
+    out, lse = backend.run_with_lse(call)
+    assert_close(out, call)
+    assert (lse - reference.run_with_lse(call)[1]).abs().max() < 0.05
+    silent = call.replace(v=torch.zeros_like(call.v))
+    out, lse = backend.run_with_lse(silent)
+    assert (out == 0).all()
+    assert (lse - reference.run_with_lse(silent)[1]).abs().max() < 0.05
+
+
 def test_zero_stride_and_transposed_inputs() -> None:
     case = Case(130, 200, heads=4, k_heads=2, dtype=HALF)
     call = case.call(device=DEVICE)
