@@ -15,14 +15,13 @@ from registry import CASES, Case, Declined, Runs, Setup
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spas_attn import BlockMask, backends
-from spas_attn.attention import attend
+from spas_attn import BlockMask, backends, sparse_attention
 from spas_attn.backends import flex
 from spas_attn.block_mask import cdiv, visible_blocks
 from spas_attn.call import Call
 from spas_attn.metrics import relative_l1
 from spas_attn.select import select
-from spas_attn.selectors import TopK
+from spas_attn.selectors import ExactKeys, Selector, TopK
 
 SAMPLED_BLOCKS = 4  # query blocks of every head whose output is compared with float32
 
@@ -38,13 +37,15 @@ class AttentionCase(Case):
     dim: int
     is_causal: bool = False
     batch: int = 1
+    window: int | None = None
 
     def causal(self) -> AttentionCase:
         """The same case under causality."""
         return replace(self, name=f"{self.name}-causal", is_causal=True)
 
     def tiny(self) -> AttentionCase:
-        return replace(self, heads=2 * self.heads // self.k_heads, k_heads=2, length=1024, dim=64)
+        window = None if self.window is None else 256
+        return replace(self, heads=2 * self.heads // self.k_heads, k_heads=2, length=1024, dim=64, window=window)
 
     def draw(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Random normal q, k, v."""
@@ -61,34 +62,52 @@ class AttentionCase(Case):
         inputs = self.draw(dtype, device)
         for blocks, density in itertools.product(options.blocks, options.densities):
             block_q, block_k = (int(size) for size in blocks.split("x"))
-            selector = TopK(density, pool=min(options.pool, block_q, block_k), block_q=block_q, block_k=block_k)
-            yield AttentionSetup(self, inputs, selector, options.ragged)
+            pool = min(options.pool, block_q, block_k)
+            selector: Selector = TopK(density, pool=pool, block_q=block_q, block_k=block_k)
+            if options.scores == "exact":
+                selector = ExactKeys(pool=pool, block_q=block_q, block_k=block_k)
+            yield AttentionSetup(self, inputs, selector, density, options.ragged)
 
 
 class AttentionSetup(Setup):
     """One attention call with inputs, at one density.
 
     Attributes:
-        selector: keeps the asked share of blocks, those with the best scores; None when the mask is given.
+        selector: keeps the asked share of blocks, those with the best scores (ExactKeys by a threshold that does);
+            None when the mask is given.
         mask: what it selects here, for providers that select nothing themselves; with ``ragged`` a random one.
     """
 
-    def __init__(self, case: AttentionCase, inputs: list[Tensor], selector: TopK, ragged: bool = False) -> None:
+    def __init__(
+        self, case: AttentionCase, inputs: list[Tensor], selector: Selector, density: float, ragged: bool = False
+    ) -> None:
         self.case, self.selector = case, None if ragged else selector
         (self.q, self.k, self.v), self.dtype = inputs, inputs[0].dtype
-        self.density, self.block_q, self.block_k = float(selector.keep), selector.block_q, selector.block_k
+        self.density, self.block_q, self.block_k = density, selector.block_q, selector.block_k
+        if isinstance(selector, ExactKeys):
+            self.selector = selector = self._keeping(selector)
         if ragged:
             self.mask = ragged_mask(case, selector.block_q, selector.block_k, self.density).to(self.q.device)
         else:
             self.mask = select(selector, self.call(None)).mask
-        self.kept = float(self.mask.density(case.is_causal).mean())
+        self.kept = float(self.mask.density(case.is_causal, case.window).mean())
         self._truth: dict[bool, Tensor] = {}
+
+    def _keeping(self, selector: ExactKeys) -> ExactKeys:
+        """The selector with the threshold that keeps the asked share of blocks, by bisection."""
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            selector = replace(selector, cdf_threshold=(low + high) / 2)
+            mask = select(selector, self.call(None)).mask
+            more = float(mask.density(self.case.is_causal, self.case.window).mean()) < self.density
+            low, high = ((low + high) / 2, high) if more else (low, (low + high) / 2)
+        return replace(selector, cdf_threshold=high)
 
     def call(self, mask: BlockMask | None, precision: str = "native") -> Call:
         """The checked call, with a mask as backends take it."""
         return Call.make(
-            self.q, self.k, self.v, is_causal=self.case.is_causal, precision=precision, mask=mask,
-            expected_density=self.density,
+            self.q, self.k, self.v, is_causal=self.case.is_causal, window=self.case.window, precision=precision,
+            mask=mask, expected_density=self.density,
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -97,12 +116,14 @@ class AttentionSetup(Setup):
     def tflops(self, ms: float) -> float:
         """Effective TFLOP/s: the operations of dense (causal) attention over the time, whatever was left out."""
         case = self.case
-        operations = 4 * case.batch * case.heads * case.length**2 * case.dim / (2 if case.is_causal else 1)
-        return operations / ms * 1e-9
+        pairs = case.length**2 / (2 if case.is_causal else 1)
+        if case.window is not None:
+            pairs = case.window * (case.length - case.window / 2)
+        return 4 * case.batch * case.heads * pairs * case.dim / ms * 1e-9
 
     def ours(self, backend: str, precision: str) -> Runs:
         """The whole call, and its parts: selection, quantisation where there is one, and the kernel by itself."""
-        masked, unmasked, selector = self.call(self.mask, precision), self.call(None, precision), self.selector
+        masked, selector, case = self.call(self.mask, precision), self.selector, self.case
         declined = backends.get(backend).declines(masked)
         if declined is not None:
             raise Declined(declined)
@@ -111,12 +132,18 @@ class AttentionSetup(Setup):
             return Runs(parts["ms_kernel"], parts)
 
         def total() -> Tensor:
-            return attend(unmasked, selector, backend=backend, strict=True)[0]
+            return sparse_attention(
+                self.q, self.k, self.v, selector, is_causal=case.is_causal, window=case.window, precision=precision,
+                backend=backend, strict=True,
+            )  # fmt: skip
 
+        unmasked = self.call(None, precision)
         return Runs(total, {"ms_total": total, "ms_select": lambda: select(selector, unmasked), **parts})
 
     def sdpa(self, kernel: SDPBackend | None) -> Runs:
-        options = {"is_causal": self.case.is_causal, "enable_gqa": self.case.heads != self.case.k_heads}
+        options: dict[str, Any] = {"is_causal": self.case.is_causal, "enable_gqa": self.case.heads != self.case.k_heads}
+        if self.case.window is not None:  # as transformers calls it
+            options |= {"is_causal": False, "attn_mask": self.call(None).token_mask(0, self.case.length)}
 
         def total() -> Tensor:
             with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
@@ -208,12 +235,19 @@ def ragged_mask(case: AttentionCase, block_q: int, block_k: int, density: float,
 A, B, CPU = (
     AttentionCase("A", 24, 24, 16384, 128), AttentionCase("B", 24, 24, 32768, 64), AttentionCase("cpu", 8, 8, 4096, 64)
 )  # fmt: skip
+GROWTH = (4, 8, 16, 32, 64, 128, 256, 512, 1024)  # thousands of tokens
 SHAPES = (
     *(A, A.causal(), B, B.causal(), CPU, CPU.causal()),
     AttentionCase("CogVideoX-2B", 30, 30, 17776, 64),
     AttentionCase("Mochi", 24, 24, 22528, 128),
     AttentionCase("Wan-14B", 40, 40, 75600, 128),
     AttentionCase("Flux", 24, 24, 4608, 128),
+    *(AttentionCase(f"{n}K", 24, 24, n * 1024, 128) for n in (4, 8)),
+    AttentionCase("8K-causal", 24, 24, 8192, 128, is_causal=True),
+    AttentionCase("SmolLM2", 9, 3, 8192, 64, is_causal=True),
+    AttentionCase("Gemma-3-270M", 4, 1, 8192, 256, is_causal=True),
+    AttentionCase("Gemma-3-270M-window", 4, 1, 8192, 256, is_causal=True, window=512),
+    *(AttentionCase(f"growth-{n}K", 8, 8, n * 1024, 128, is_causal=True) for n in GROWTH),
     *(AttentionCase(f"Llama-3.1-8B-{n}K", 32, 8, n * 1024, 128, is_causal=True) for n in (8, 32, 128)),
 )
 CASES["attention"].update({case.name: case for case in SHAPES})

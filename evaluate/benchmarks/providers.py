@@ -75,6 +75,21 @@ def _spargeattn(setup: Setup) -> Runs:
     return Runs(given, {"ms_total": total})
 
 
+def _cudnn_missing() -> str | None:
+    return None if importlib.util.find_spec("cudnn") else "nvidia-cudnn-frontend is not installed"
+
+
+def _cudnn_fp8(setup: Setup) -> Runs:
+    from cudnn_fp8 import Fp8Attention
+
+    single = _single_call(setup)
+    if single.case.window is not None or single.q.dtype != torch.bfloat16:
+        raise Declined("it is compared in bf16 and without windows only")
+    scale = single.case.dim**-0.5
+    made = Fp8Attention(single.q, single.k, single.v, is_causal=single.case.is_causal, scale=scale)
+    return Runs(made.total, {"ms_total": made.total, "ms_quant": made.quantise, "ms_kernel": made.kernel})
+
+
 def _library(backend: str, device: str, precision: str = "native") -> Provider:
     def make(setup: Setup) -> Runs:
         return setup.ours(backend, precision)
@@ -100,11 +115,13 @@ PROVIDERS.update({
     "sdpa-flash": _torch("SDPA flash", "cuda", SDPBackend.FLASH_ATTENTION),
     "sdpa-efficient": _torch("SDPA efficient", "cuda", SDPBackend.EFFICIENT_ATTENTION, last_resort=True),
     "fa4": _wrapped("flash-attn-4", "flash"),
+    "cudnn-fp8": Provider("cuDNN", "cuda", _cudnn_fp8, "fp8", _cudnn_missing, dense=True, limit=0.1),
     "sage": _wrapped("sageattention", "sage", "int8", 0.05),
     "triton": _library("triton", "cuda"),
     "triton-int8_bf16": _library("triton", "cuda", "int8_bf16"),
     "triton-int8_fp8": _library("triton", "cuda", "int8_fp8"),
     "flash": _library("flash", "cuda"),
+    "cudnn": _library("cudnn", "cuda"),
     "flex": Provider("FlexAttention", "cuda", _flex),
     "spargeattn": Provider("SpargeAttn", "cuda", _spargeattn, "int8_fp8", _spargeattn_missing, limit=0.06),
     "cpu-sdpa": _torch("SDPA", "cpu", None),

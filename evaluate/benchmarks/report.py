@@ -24,10 +24,13 @@ class Row:
         ms_attention: the attention calls within a step: selection, quantisation, kernel; no projections.
         ms_select, ms_quant, ms_kernel: parts of one call measured by themselves. In one call selection and quantisation
             share passes over q and k, so that the parts may add up to more than the total.
+        ms_graph: the whole call replayed from a CUDA graph: what is left of it without the host.
+        us_host: microseconds of host time of one call in eager mode; launches: kernels that it runs.
         speedup, speedup_attention: over the fastest dense row of the same case and run.
         tflops: effective TFLOP/s, of the total where there is one, else of the kernel.
         rel_l1: relative L1 against float32 over the same blocks, on sampled queries.
         peak_GiB: memory allocated at most in a step, weights included.
+        peak_MiB: memory that one call allocates at most, its output included; lists_MiB: that of the mask's lists.
         device, versions: what it ran on.
     """
 
@@ -46,11 +49,16 @@ class Row:
     ms_select: float | None = None
     ms_quant: float | None = None
     ms_kernel: float | None = None
+    ms_graph: float | None = None
+    us_host: float | None = None
+    launches: int | None = None
     speedup: float | None = None
     speedup_attention: float | None = None
     tflops: float | None = None
     rel_l1: float | None = None
     peak_GiB: float | None = None
+    peak_MiB: float | None = None
+    lists_MiB: float | None = None
     device: str = ""
     versions: str = ""
 
@@ -64,8 +72,9 @@ class Row:
 FORMATS = {
     "case": "", "tokens": ",", "layers": "", "provider": "", "precision": "", "block": "", "density": ".1%",
     "kept": ".1%", "ms_total": ".3f", "ms_attention": ".3f", "ms_select": ".3f", "ms_quant": ".3f",
-    "ms_kernel": ".3f", "speedup": ".2f", "speedup_attention": ".2f", "tflops": ".4g", "rel_l1": ".2g",
-    "peak_GiB": ".1f",
+    "ms_kernel": ".3f", "ms_graph": ".3f", "us_host": ".0f", "launches": "", "speedup": ".2f",
+    "speedup_attention": ".2f", "tflops": ".4g", "rel_l1": ".2g", "peak_GiB": ".1f", "peak_MiB": ".0f",
+    "lists_MiB": ".1f",
 }  # fmt: skip
 
 
@@ -89,7 +98,7 @@ def table(rows: Sequence[Row]) -> str:
         values = ((getattr(row, name), FORMATS[name]) for name in shown)
         lines.append(["-" if value is None else format(value, form) for value, form in values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = {name for name in shown if not FORMATS[name]}
+    texts = {name for name in shown if not FORMATS[name] and name != "launches"}
     return "\n".join(
         "  ".join(
             f"{cell:{'<' if name in texts else '>'}{width}}"
@@ -111,7 +120,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 def read_csv(path: Path) -> list[Row]:
     """Rows that :func:`write_csv` wrote."""
-    kinds = {field.name: str(field.type) for field in fields(Row)}
+    kinds = {field.name: str(field.type) for field in fields(Row)}  # columns that an older file lacks stay None
 
     def cell(name: str, text: str) -> Any:
         if kinds[name] == "str":
@@ -159,6 +168,38 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     handles = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(2, across), frameon=False)
     figure.suptitle(f"{timed[0].device}, {timed[0].versions}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def growth_picture(rows: Sequence[Row], path: Path) -> None:
+    """Milliseconds and memory of one call against its length, dense and sparse, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (times, memory) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    sparse = [row for row in rows if row.block != "dense" and row.ms_total is not None]
+    series = {"dense": [row for row in rows if row.block == "dense" and row.ms_total is not None], "sparse": sparse}
+    for (name, shown), colour in zip(series.items(), ("tab:gray", "tab:blue"), strict=True):
+        tokens = [row.tokens for row in shown]
+        label = f"{shown[0].provider} {shown[0].precision}" if shown else name
+        label += f", {shown[0].density:.0%} of the blocks" if name == "sparse" and shown else ""
+        times.plot(tokens, [row.ms_total for row in shown], "o-", color=colour, ms=4, label=label)
+        memory.plot(tokens, [row.peak_MiB for row in shown], "o-", color=colour, ms=4, label=label)
+    tokens = [row.tokens for row in sparse]
+    times.plot(tokens, [row.ms_select for row in sparse], "s--", color="tab:orange", ms=4, label="selection alone")
+    memory.plot(tokens, [row.lists_MiB for row in sparse], "s--", color="tab:orange", ms=4, label="lists of blocks")
+    for axis, label in ((times, "milliseconds"), (memory, "MiB at most, beyond q, k and v")):
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axis.set_xticks(tokens, [f"{(n or 0) // 1024}K" for n in tokens])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    heads, dim = (sparse[0].heads, sparse[0].head_dim) if sparse else (0, 0)
+    figure.suptitle(f"causal, {heads} heads × {dim}; {rows[0].device}, {rows[0].versions}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -5,6 +5,7 @@
     python evaluate/benchmarks/run.py --cases Wan-14B Flux --densities 0.5 0.25 --out docs/benchmarks/h200
     python evaluate/benchmarks/run.py --cases A --providers triton-int8_fp8 sdpa-cudnn --ms 300
     python evaluate/benchmarks/run.py cpu --dtypes fp32                     # the cpu backend, with given masks
+    python evaluate/benchmarks/run.py growth --out docs/benchmarks/growth   # one call at 4K to 1M tokens
     python evaluate/benchmarks/run.py steps --cases CogVideoX-2B FLUX.1-dev --densities 0.5 0.25
     python evaluate/benchmarks/run.py steps --tiny                          # a trial; its times say nothing
     python evaluate/benchmarks/run.py --plot docs/benchmarks/attention_h200 # table and picture from the CSV file
@@ -46,7 +47,14 @@ SUITES: dict[str, dict[str, Any]] = {
     "attention": {
         "kind": "attention", "gpu": True, "ragged": False, "cases": ["A", "A-causal", "B", "B-causal"],
         "densities": [1.0, 0.5, 0.25, 0.125, 0.0625], "dtypes": ["bf16"], "blocks": ["128x128"], "ms": 100.0,
-        "providers": ["sdpa-cudnn", "sdpa-flash", "fa4", "sage", *LIBRARY, "flash", "flex", "spargeattn"],
+        "providers": [
+            "sdpa-cudnn", "sdpa-flash", "fa4", "cudnn-fp8", "sage", *LIBRARY, "flash", "cudnn", "flex", "spargeattn",
+        ],
+    },
+    "growth": {
+        "kind": "attention", "gpu": True, "ragged": False, "cases": [f"growth-{n}K" for n in attention.GROWTH],
+        "densities": [0.1], "dtypes": ["bf16"], "blocks": ["128x128"], "ms": 50.0,
+        "providers": ["sdpa-cudnn", "triton-int8_fp8"],
     },
     "cpu": {
         "kind": "attention", "gpu": False, "ragged": True, "cases": ["cpu", "cpu-causal"], "densities": [0.25],
@@ -71,6 +79,8 @@ def run_case(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> lis
     rows = []
     for row, setup, runs in checked:
         row = replace(row, **({} if runs is None else next(times)))
+        if runs is not None and options.device.type == "cuda" and not runs.within and "ms_total" in runs.parts:
+            row = replace(row, **timing.call_facts(runs.parts["ms_total"], options.ms))
         rows.append(replace(row, tflops=None if row.spent is None else setup.tflops(row.spent)))
     return report.with_speedups(rows)
 
@@ -101,9 +111,12 @@ def check(case: Case, setup: Setup, provider: Provider, where: dict[str, str]) -
     if provider.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     error = setup.error(runs.output(), provider.dense)
-    blocks = {"density": setup.density, "kept": setup.kept, "block": f"{setup.block_q}x{setup.block_k}"}
+    blocks: dict[str, Any] = {"density": setup.density, "kept": setup.kept, "block": f"{setup.block_q}x{setup.block_k}"}
     if provider.dense:
-        blocks = {"density": 1.0, "kept": 1.0, "block": "dense"}
+        blocks: dict[str, Any] = {"density": 1.0, "kept": 1.0, "block": "dense"}
+    lists = getattr(setup, "mask", None)
+    if lists is not None and not provider.dense:
+        blocks["lists_MiB"] = (lists.indices.nbytes + lists.counts.nbytes) / 2**20
     row = report.Row(
         case=case.title, provider=provider.name, precision=provider.precision_of(setup), rel_l1=error,
         **blocks, **setup.facts(), **where,
@@ -123,7 +136,13 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--densities", nargs="+", type=float, help="shares of blocks kept, in (0, 1]")
     add("--dtypes", nargs="+", choices=list(DTYPES), help="of the inputs")
     add("--blocks", nargs="+", choices=["128x128", "128x64", "64x128", "64x64"], help="query x key block sizes")
-    add("--pool", type=int, default=16, help="tokens whose mean is scored; 128 = whole blocks (default: 16)")
+    add("--pool", type=int, default=16, help="tokens whose mean is scored; 128 = whole blocks (default: %(default)s)")
+    add(
+        "--scores",
+        choices=["means", "exact"],
+        default="means",
+        help="what selection ranks: means of keys, TopK (default); or pooled queries against exact keys, ExactKeys",
+    )
     add("--ms", type=float, help="milliseconds of repetitions for each time")
     add("--turns", type=whole(1), default=2, help="repetitions at least, on a CPU and of steps (default: 2)")
     add("--all_layers", action="store_true", help="run every layer of the largest models too")
@@ -163,6 +182,12 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
+def draw(rows: Sequence[report.Row], path: Path) -> None:
+    """The picture of the rows: against length where they grow, else against density."""
+    grows = all(row.case.startswith("growth") for row in rows)
+    (report.growth_picture if grows else report.picture)(rows, path)
+
+
 @torch.no_grad()
 def main(given: Sequence[str] | None = None) -> None:
     """Run the command line."""
@@ -170,7 +195,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if options.plot:
         rows = report.read_csv(beside(options.plot, ".csv"))
         print(report.table(rows))
-        report.picture(rows, beside(options.plot, ".png"))
+        draw(rows, beside(options.plot, ".png"))
         return
     options.device = torch.device("cuda" if options.gpu and torch.cuda.is_available() else "cpu")
     options.providers = chosen_providers(options.providers, options.device)
@@ -191,7 +216,7 @@ def main(given: Sequence[str] | None = None) -> None:
             if options.out and rows:  # after each case, so that an interrupted run is not lost
                 report.write_csv(rows, beside(options.out, ".csv"))
     if options.out:
-        report.picture(rows, beside(options.out, ".png"))
+        draw(rows, beside(options.out, ".png"))
     wrong = [row for row in rows if row.spent is None]
     if wrong:
         sys.exit(f"wrong results, not timed:\n{report.table(wrong)}")

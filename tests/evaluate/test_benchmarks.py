@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import report
 import run
+import timing
 import torch
 from attention import AttentionCase, AttentionSetup, ragged_mask
 from registry import CASES, PROVIDERS, Declined, Provider, Runs, Setup
@@ -37,11 +38,12 @@ PUBLISHED = {
 
 
 def setup_of(case: AttentionCase, density: float = 0.5) -> AttentionSetup:
-    return AttentionSetup(case, case.draw(torch.float32, torch.device("cpu")), TopK(density, pool=16))
+    return AttentionSetup(case, case.draw(torch.float32, torch.device("cpu")), TopK(density, pool=16), density)
 
 
 def options(**changes: Any) -> Namespace:
     common: dict[str, Any] = {"ms": 1.0, "turns": 1, "densities": [1.0, 0.5], "pool": 16, "blocks": ["128x128"]}
+    common["scores"] = "means"
     where = {"device": "CPU", "versions": "torch 2"}
     return Namespace(**(common | {"ragged": False, "device": torch.device("cpu"), "where": where} | changes))
 
@@ -291,3 +293,29 @@ def test_a_step_that_falls_back_is_no_row() -> None:
     )
     with pytest.raises(Declined, match="int8_bf16"), pytest.warns(RuntimeWarning, match="dense attention"):
         setup.ours("cpu", "int8_bf16").output()
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5])
+def test_exact_scores_keep_the_asked_share(density: float) -> None:
+    case = AttentionCase("long", 2, 2, 2048, 64)
+    given = options(scores="exact", densities=[density], blocks=["64x64"])
+    (setup,) = case.setups(torch.device("cpu"), torch.float32, given)
+    assert setup.kept == pytest.approx(density, abs=0.02)
+
+
+def test_a_window_is_the_same_for_all_providers() -> None:
+    case = AttentionCase("window", 2, 1, 1024, 64, is_causal=True, window=256)
+    chosen = [PROVIDERS["cpu-sdpa"], PROVIDERS["cpu"]]
+    dense, ours = run.run_case(case, torch.float32, options(providers=chosen, densities=[1.0]))
+    assert dense.ms_total is not None and ours.ms_total is not None, "a wrong result is not timed"
+    assert dense.tflops == pytest.approx(4 * 2 * 256 * (1024 - 128) * 64 / dense.ms_total * 1e-9)
+
+
+@pytest.mark.gpu
+def test_facts_of_a_call_on_a_gpu() -> None:
+    x = torch.randn(1024, 1024, device="cuda")
+    facts = timing.call_facts(lambda: torch.relu(x) + 1, 5.0)
+    assert facts["launches"] == 2
+    assert 0 < facts["ms_graph"] < 5
+    assert 4 <= facts["peak_MiB"] <= 8
+    assert facts["us_host"] > 0
