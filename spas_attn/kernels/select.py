@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from .key_scores import RowSums, mean_probability
 from .operands import PerHead, of_head
 from .probabilities import last_within
 from .recorded import launch
@@ -127,9 +128,9 @@ def _within_rule(
 def _keep_kernel(
     counts, indices, block_filled, level, q_similarity, k_similarity, sim_threshold, columns, diagonals, sizes, aware,
     cuts, least, most, dense, last_row, documents, touched_q, touched_k,
-    heads, group, q_len, k_len, window, local, touched_local,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, RULE: tl.constexpr, SINK: tl.constexpr,
-    CAUSAL: tl.constexpr, LAST: tl.constexpr, TOUCHED_SINK: tl.constexpr,
+    sums, heads, group, q_len, k_len, window, local, touched_local,
+    PER_Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, RULE: tl.constexpr,
+    SINK: tl.constexpr, CAUSAL: tl.constexpr, LAST: tl.constexpr, TOUCHED_SINK: tl.constexpr,
 ):  # fmt: skip
     """One query block: from the probabilities in its row to the list of kept blocks in the same place.
 
@@ -150,12 +151,16 @@ def _keep_kernel(
         LAST: query blocks that keep everything, up to that of the query ``last_row``, int32 [B], None for the last.
         documents: int32, first row of the packed sequence of every 128 rows (``Call.document_start``); or None.
         touched_q, touched_k: uint8 [nq] and [nk], 1 for blocks that a second selector keeps; or None.
+        sums: RowSums of PER_Q rows a query block, for the query blocks of this launch: the probabilities are taken from
+            these; or None.
         window, local, touched_local: tokens; None without a window or a second selector.
     """
     nq, nk = tl.cdiv(q_len, BLOCK_Q), tl.cdiv(k_len, BLOCK_K)
     pid = tl.program_id(0)
-    i = pid % nq
-    head = tl.cast(pid // nq, tl.int64)
+    if sums is None:
+        i, head = pid % nq, tl.cast(pid // nq, tl.int64)
+    else:
+        i, head = sums.first + pid % sums.blocks, tl.cast(pid // sums.blocks, tl.int64)
     b, h = head // heads, head % heads
     block = tl.arange(0, NK)
     visible, first = _visible(
@@ -173,7 +178,12 @@ def _keep_kernel(
     forced &= visible
 
     p_row = indices + (head * nq + i) * nk
-    p = tl.load(p_row + block, mask=visible, other=0).to(tl.float32, bitcast=True)
+    if sums is None:
+        p = tl.load(p_row + block, mask=visible, other=0).to(tl.float32, bitcast=True)
+    else:
+        p = mean_probability(
+            sums, head, i, block, q_len, k_len, window, documents, PER_Q, BLOCK_Q, BLOCK_K, NK, CAUSAL
+        )
     if RULE == "share":
         top = tl.max(tl.where(visible, p, float("-inf")), 0)
         p = tl.where(visible & (p > float("-inf")), tl.exp2(p - top), 0.0)
@@ -285,6 +295,9 @@ def keep_blocks(
     *,
     is_causal: bool,
     window: int | None = None,
+    sums: RowSums | None = None,
+    per_q: int = 1,
+    counts: Tensor | None = None,
 ) -> BlockMask:
     """The kept blocks of every row.
 
@@ -293,20 +306,22 @@ def keep_blocks(
         rule, facts: what is kept, and what that depends on beside the scores.
         q_len, k_len, k_heads: lengths in tokens, KV heads.
         is_causal, window: as in ``Selector.select``.
+        sums: scores of ``per_q`` rows a query block, for some of the query blocks; ``indices`` then holds none.
+        counts: int32 ``[B, Hq, nq]``, of the query blocks that are kept already; a new one by default.
     """
     (batch, heads, nq, nk), device = indices.shape, indices.device
-    counts = torch.empty(batch, heads, nq, dtype=torch.int32, device=device)
+    counts = torch.empty(batch, heads, nq, dtype=torch.int32, device=device) if counts is None else counts
     width = max(32, triton.next_power_of_2(nk))
     sim = PerHead.of(0.0 if rule.sim_threshold is None else rule.sim_threshold, device)
     launch(
-        _keep_kernel, (nq * batch * heads,),
+        _keep_kernel, ((nq if sums is None else sums.blocks) * batch * heads,),
         counts, indices, facts.block_filled, PerHead.of(rule.level, device), facts.q_similarity, facts.k_similarity,
         sim, facts.columns, facts.diagonals, 0 if facts.diagonals is None else facts.diagonals.shape[-1], facts.aware,
         facts.cuts, rule.least, rule.most, rule.dense, facts.last_row, facts.documents,
-        rule.touched_q, rule.touched_k,
+        rule.touched_q, rule.touched_k, sums,
         heads, heads // k_heads, q_len, k_len, window if is_causal else None, rule.local,
         rule.tokens_local if rule.tokens else None,
-        BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, NK=width, RULE=rule.kind, SINK=int(rule.sink), CAUSAL=is_causal,
-        LAST=rule.last_blocks, TOUCHED_SINK=int(rule.tokens_sink), num_warps=1 if width <= 512 else width // 512,
+        PER_Q=per_q, BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, NK=width, RULE=rule.kind, SINK=int(rule.sink),
+        CAUSAL=is_causal, LAST=rule.last_blocks, TOUCHED_SINK=int(rule.tokens_sink), num_warps=1 if width <= 512 else width // 512,
     )  # fmt: skip
     return BlockMask(counts, indices, rule.block_q, rule.block_k, q_len, k_len, trusted=True)

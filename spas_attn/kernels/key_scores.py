@@ -1,0 +1,260 @@
+"""Scores of pooled queries for key blocks, judged by every key: one sweep over K, as ExactKeys takes them.
+
+The sweep leaves the log-sum-exp of every row and key block and carries nothing from one key block to the next, so that
+the keys of a head are split over as many programs as the GPU wants. The kernel that keeps blocks (``select.py``)
+normalises the rows of a query block when it reads them. The rows of all query heads of a KV head share a tile of K.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..block_mask import cdiv
+from .arithmetic import dot, narrow
+from .config import capability, shared_memory_limit
+from .launch import _descriptor as descriptor
+from .operands import Rows, Valid, are_valid
+from .prepare import LOG2E, padded_dim
+from .recorded import launch
+
+_PROGRAMS = 2048  # among which the keys of a head are split, if there are not as many rows
+_STRETCH = 2048  # keys that a program goes over at least
+
+
+class RowSums(NamedTuple):
+    """What the sweep leaves of some query blocks: float32 ``[B, Hq, rows, nk]``, base 2.
+
+    Only the blocks between the first and the last key that a row may see are written, -inf where it sees none of them.
+
+    Attributes:
+        data: memory of all.
+        first, blocks: the query blocks that it holds.
+    """
+
+    data: Tensor
+    first: int
+    blocks: int
+
+
+@triton.jit
+def _row_range(rows, inside, q_len, k_len, window, documents, POOL: tl.constexpr, CAUSAL: tl.constexpr):
+    """First and last key that rows of POOL queries see, -1 for the last of those that are not ``inside``."""
+    low, high = rows * 0, rows * 0 + k_len - 1
+    if CAUSAL:
+        start = rows * POOL + k_len - q_len
+        high = tl.minimum(start + POOL, k_len) - 1
+        if window is not None:
+            low = tl.maximum(start - window + 1, 0)
+    if documents is not None:
+        low = tl.maximum(low, tl.load(documents + rows * POOL // 128, mask=inside, other=0))
+    return low, tl.where(inside, high, -1)
+
+
+@triton.jit
+def mean_probability(
+    sums, head, i, block, q_len, k_len, window, documents,
+    PER_Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Mean softmax of the PER_Q rows of query block ``i`` over the key blocks ``block``, float32 [NK]."""
+    POOL: tl.constexpr = BLOCK_Q // PER_Q
+    nk = tl.cdiv(k_len, BLOCK_K)
+    p_row = sums.data + (head * sums.blocks + i - sums.first) * PER_Q * nk + block
+    total_p, counted = tl.zeros([NK], tl.float32), 0.0
+    for x in tl.range(0, PER_Q, loop_unroll_factor=min(PER_Q, 4)):
+        row = i * PER_Q + x
+        low, high = _row_range(row, row * POOL < q_len, q_len, k_len, window, documents, POOL, CAUSAL)
+        seen = (block * BLOCK_K <= high) & (block * BLOCK_K + BLOCK_K > low)
+        log_mass = tl.load(p_row + tl.cast(x, tl.int64) * nk, mask=seen, other=float("-inf"))
+        peak = tl.max(log_mass, 0)
+        p = tl.exp2(log_mass - tl.where(peak == float("-inf"), 0.0, peak))
+        total = tl.sum(p, 0)
+        counted += (total > 0).to(tl.float32)
+        total_p += p * (1.0 / tl.where(total > 0, total, 1.0))
+    return total_p * (1.0 / tl.maximum(counted, 1.0))
+
+
+@triton.jit
+def _tile_sums(
+    b_q, k, k_desc, p_k, valid, b, kh, start, low, high, k_len, scale, lower,
+    D: tl.constexpr, DPAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """log2 of the exponentials of M rows summed over each key block from the key ``start`` on, [M, N / BLOCK_K].
+
+    With MASKED row r sees the keys ``low[r]`` (0 where ``lower`` is None) to ``high[r]``.
+    """
+    cols, offs_d = start + tl.arange(0, N), tl.arange(0, DPAD)
+    if k_desc is not None:  # the copy engine fills what lies outside with zeros by itself
+        b_k = tl.trans(k_desc.load([b.to(tl.int32), kh.to(tl.int32), start, 0]).reshape(N, DPAD))  # [DPAD, N]
+    else:
+        p_tile = p_k + tl.cast(start, tl.int64) * k.stride_n
+        if MASKED:
+            b_k = tl.load(p_tile, mask=(cols < k_len)[None, :] & (offs_d < D)[:, None], other=0.0)
+        elif D < DPAD:
+            b_k = tl.load(p_tile, mask=(offs_d < D)[:, None], other=0.0)
+        else:
+            b_k = tl.load(p_tile)
+    scores = dot(b_q, b_k, None)  # [M, N]
+    if MASKED:
+        seen = cols[None, :] <= high[:, None]
+        if lower is not None:
+            seen &= cols[None, :] >= low[:, None]
+        if valid is not None:
+            seen &= are_valid(valid, b, cols, cols < k_len)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+    scores = tl.reshape(scores, [M, N // BLOCK_K, BLOCK_K])
+    peak = tl.max(scores, 2) * scale
+    anchor = peak
+    if MASKED:
+        anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp2(scores * scale - anchor[:, :, None]), 2)
+    return tl.where(total > 0, anchor + tl.log2(total), float("-inf"))
+
+
+@triton.jit
+def key_scores_kernel(
+    vectors, k, k_desc, valid, filled, documents, sums, k_heads, q_len, k_len, window, scale, tiles, splits, stretch,
+    D: tl.constexpr, DPAD: tl.constexpr, D_ROWS: tl.constexpr, GROUP: tl.constexpr, POOL: tl.constexpr,
+    STEP: tl.constexpr, PAIR: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """M rows of one KV head against ``stretch`` key blocks; one function, because it is one tile that it holds.
+
+    Row x of a KV head is row ``x // GROUP`` of query head ``x % GROUP`` of its group: heads side by side, so that
+    causality is as tight as with one head, and groups of any size fill the tile.
+
+    Args:
+        vectors: Rows [B, Hq, n, D_ROWS], what speaks for POOL queries each: of every STEP the last. With PAIR a row
+            goes on with DPAD numbers more, which its rounding to bf16 has left.
+        k: Rows [B, Hkv, Lk, D]; k_desc: its descriptor, or None.
+        valid: Valid, key padding, or None; filled: uint8 [B, rows], 0 for rows without a query; or None.
+        documents: int32, first row of the packed sequence of every 128 rows; or None.
+        sums: RowSums, to be written.
+        scale: factor on q·k, log2(e) included.
+        tiles, splits: programs along the rows and along the keys of a KV head.
+        M, N: rows and keys of a tile, whole key blocks.
+    """
+    PER_Q: tl.constexpr = BLOCK_Q // POOL
+    WIDE: tl.constexpr = N // BLOCK_K
+    pid = tl.program_id(0)
+    tile, split = pid % tiles, pid // tiles % splits  # programs that share keys run side by side
+    kv = tl.cast(pid // (tiles * splits), tl.int64)
+    b, kh = kv // k_heads, kv % k_heads
+    nk = tl.cdiv(k_len, BLOCK_K)
+    flat = tile * M + tl.arange(0, M)
+    place, h = flat // GROUP, kh * GROUP + flat % GROUP  # [M]; place: among the rows of this launch
+    row = sums.first * PER_Q + place
+    inside = (place < sums.blocks * PER_Q) & (row * POOL < q_len)
+    low, high = _row_range(row, inside, q_len, k_len, window, documents, POOL, CAUSAL)
+    lower = window if documents is None else documents
+    begin = 0
+    if lower is not None:
+        begin = tl.min(tl.where(inside, low, k_len), 0) // BLOCK_K
+    first = begin + split * stretch
+    last = tl.minimum(first + stretch, (tl.max(high, 0) + BLOCK_K) // BLOCK_K)
+    if first < last:
+        offs_d = tl.arange(0, DPAD)
+        p_row = tl.minimum(row * STEP + STEP - 1, q_len - 1).to(tl.int64) * vectors.stride_n
+        p_row += b * vectors.stride_b + h * vectors.stride_h
+        p_vectors = vectors.data + p_row[:, None] + offs_d[None, :] * vectors.stride_d  # [M, DPAD]
+        take = inside[:, None] & (offs_d < D_ROWS)[None, :]
+        b_q = tl.load(p_vectors, mask=take, other=0.0)
+        if PAIR:
+            b_q = b_q.to(tl.float32) + tl.load(p_vectors + DPAD, mask=take, other=0.0).to(tl.float32)
+            b_q = narrow(b_q, k.data.dtype.element_ty)
+        shown = inside
+        if filled is not None:
+            shown &= tl.load(filled + b * tl.cdiv(q_len, POOL) + row, mask=inside, other=0) != 0
+        p_k = k.data + b * k.stride_b + kh * k.stride_h
+        p_k += tl.arange(0, N)[None, :] * k.stride_n + offs_d[:, None] * k.stride_d  # [DPAD, N]
+        p_sums = sums.data + ((b * k_heads * GROUP + h) * sums.blocks * PER_Q + place) * nk  # [M]
+        full = first
+        STAGES: tl.constexpr = None if valid is not None or lower is not None else 1
+        if valid is None and lower is None:  # blocks that all rows see whole need no mask
+            full = tl.minimum(last, (tl.min(tl.where(inside, high, k_len - 1), 0) + 1) // BLOCK_K)
+            full = first + tl.maximum(full - first, 0) // WIDE * WIDE
+            for block in tl.range(first, full, WIDE):
+                b_sums = _tile_sums(
+                    b_q, k, k_desc, p_k, valid, b, kh, block * BLOCK_K, low, high, k_len, scale, lower,
+                    D, DPAD, M, N, BLOCK_K, False,
+                )  # fmt: skip
+                p_to = p_sums[:, None] + (block + tl.arange(0, WIDE))[None, :]
+                tl.store(p_to, b_sums, mask=inside[:, None])
+        for block in tl.range(full, last, WIDE, num_stages=STAGES):
+            b_sums = _tile_sums(
+                b_q, k, k_desc, p_k, valid, b, kh, block * BLOCK_K, low, high, k_len, scale, lower,
+                D, DPAD, M, N, BLOCK_K, True,
+            )  # fmt: skip
+            which = block + tl.arange(0, WIDE)
+            b_sums = tl.where(shown[:, None], b_sums, float("-inf"))
+            tl.store(p_sums[:, None] + which[None, :], b_sums, mask=inside[:, None] & (which < nk)[None, :])
+
+
+def key_scores(
+    vectors: Tensor,
+    k: Tensor,
+    sums: RowSums,
+    q_len: int,
+    *,
+    step: int,
+    pool: int,
+    block_q: int,
+    block_k: int,
+    is_causal: bool,
+    scale: float,
+    window: int | None = None,
+    valid: Tensor | None = None,
+    filled: Tensor | None = None,
+    documents: Tensor | None = None,
+    tiles: tuple[int, int, int, int] | None = None,
+) -> None:
+    """Write the log-sum-exps of the query blocks that ``sums`` is for.
+
+    Args:
+        vectors: what speaks for the queries: means, bf16 ``[B, Hq, n, 2, dim]`` from ``prepare``; or real queries in
+            K's dtype, of every ``step`` rows of ``[B, Hq, L, D]`` the last.
+        k: ``[B, Hkv, Lk, D]``, any strides.
+        q_len: Lq.
+        pool: queries that a row speaks for.
+        valid: uint8 ``[B, Lk]``, key padding; filled: uint8 ``[B, n]``, 0 for rows without a query; None without.
+        documents: ``Call.document_start``.
+        tiles: rows, keys, warps and stages of a tile; chosen from a table by default.
+        others: as in ``Selector.select``.
+    """
+    (batch, k_heads, k_len, d), heads = k.shape, vectors.shape[1]
+    dim, means, group = padded_dim(d), vectors.dim() == 5, heads // k_heads
+    m, n, warps, stages = tiles or _tiles(k, dim, block_k)
+    n = max(n, block_k)
+    window = window if is_causal else None
+    programs, blocks = cdiv(sums.blocks * (block_q // pool) * group, m), cdiv(k_len, block_k)
+    if is_causal:
+        last = min((sums.first + sums.blocks) * block_q, q_len) + k_len - q_len
+        blocks = cdiv(last, block_k)
+        if window is not None and documents is None:
+            blocks = min(blocks, cdiv(window + cdiv(m, group) * pool, block_k) + 1)
+    stretch = max(_STRETCH // block_k, blocks * programs * batch * k_heads // _PROGRAMS) // (n // block_k)
+    stretch = max(1, stretch) * (n // block_k)
+    splits = cdiv(blocks, stretch)
+    launch(
+        key_scores_kernel, (programs * splits * batch * k_heads,),
+        Rows.of(vectors[:, :, :, 0] if means else vectors), Rows.of(k), descriptor(k, (n, dim)), Valid.of(valid),
+        filled, documents, sums, k_heads, q_len, k_len, window, scale * LOG2E, programs, splits, stretch,
+        D=d, DPAD=dim, D_ROWS=dim if means else d, GROUP=group, POOL=pool, STEP=step,
+        PAIR=means and k.dtype != torch.bfloat16, M=m, N=n, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _tiles(k: Tensor, dim: int, block_k: int) -> tuple[int, int, int, int]:
+    """Rows, keys, warps and stages; of 64 rows and 4 warps several programs share a multiprocessor."""
+    if k.dtype == torch.float32:
+        return 16, block_k, 8, 1
+    limit = shared_memory_limit(k.device) - 2048
+    for n, stages in ((128, 3), (128, 2), (64, 3), (64, 2)):
+        if n >= block_k and 2 * dim * (64 + n * stages) <= limit and dim <= 128:
+            return 64, n, 4, stages
+    return 64, block_k, 8, 1
