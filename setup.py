@@ -39,7 +39,7 @@ setup(
     # Stated, so that an editable install is one line in a .pth file. Setuptools' other way, an import hook, comes after
     # sys.path, where a script in tests/ would find the folder tests/spas_attn instead of the package.
     package_dir={"": "."},
-    package_data={name: ["py.typed", "*.json"] for name in PACKAGES},
+    package_data={name: ["py.typed", "*.json", "page/*.html"] for name in PACKAGES},
     entry_points={"console_scripts": ["spas-attn = modify_model.cli.main:main"]},
     python_requires=">=3.10",
     # What spas_attn and autotune import. The rest is for those who use it.

@@ -20,6 +20,7 @@ from spas_attn.plan import plan
 from spas_attn.selectors import Selector
 from spas_attn.selectors.base import keeps
 
+from .block_maps import Map, record
 from .module import SparseAttention
 from .partials import query_blocks
 from .tuned import PV_OFF
@@ -90,6 +91,7 @@ class Tally:
         queries: int64 ``[2]``, Σ over prompts of queries and of queries² (of one head).
         kept, possible: int64 ``[H, candidates]`` and ``[H]``, blocks.
         sums: by prompt, float64 ``[1 + candidates, H]``: Σ|exact|, then Σ|output - exact| of every candidate.
+        maps: by prompt, block maps of the check.
     """
 
     heads: int
@@ -101,6 +103,7 @@ class Tally:
     kept: Tensor = field(init=False)
     possible: Tensor = field(init=False)
     sums: dict[int, Tensor] = field(default_factory=dict)
+    maps: dict[int, list[Map]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (self.heads, self.candidates, BINS)
@@ -117,6 +120,7 @@ class Tally:
         for name in ("histogram", "squares", "products", "queries", "kept", "possible"):
             getattr(self, name).add_(getattr(other, name))
         self.sums.update(other.sums)
+        self.maps.update(other.maps)
 
     def total(self) -> Tensor:
         """Σ over prompts of ``sums``, added in prompt order, so that it does not depend on who ran what."""
@@ -139,6 +143,7 @@ class PromptTally:
         self.sums = torch.zeros(1 + candidates, heads, dtype=torch.float64, device=device)
         self.kept = torch.zeros(heads, candidates, dtype=torch.int64, device=device)
         self.possible = torch.zeros(heads, dtype=torch.int64, device=device)
+        self.maps: list[Map] = []
 
     def add_errors(self, heads: slice, difference: Tensor, norm: Tensor, valid: Tensor) -> None:
         """Count the errors of some queries.
@@ -171,7 +176,7 @@ class PromptTally:
         tally.squares, tally.products = above * above, above * queries
         tally.queries = torch.stack([queries, queries * queries])
         tally.kept, tally.possible = self.kept.cpu(), self.possible.cpu()
-        tally.sums = {prompt: self.sums.cpu()}
+        tally.sums, tally.maps = {prompt: self.sums.cpu()}, {prompt: self.maps} if self.maps else {}
         return tally
 
 
@@ -264,4 +269,6 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
     visible = _real(selector.visible(call), call, selector.block_q)
     kept = visible if stats.mask is None else _real(stats.mask.to_dense(), call, selector.block_q)
     tally.add_blocks(ALL_HEADS, kept.sum((0, 2, 3))[:, None].expand(-1, 2), visible.sum((0, 2, 3)))
+    if not tally.maps and stats.mask is not None:
+        tally.maps = record(kept[0], visible[0], tuned.is_sparse)
     return stats.backend

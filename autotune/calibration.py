@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from spas_attn import fallback_counts
 from spas_attn.call import Call
 
-from . import report
+from . import block_maps, report
 from .accumulate import Grid
 from .checkpoint import Checkpoint
 from .choose import SKIPPED_STEP, Layer, check_layers
@@ -312,14 +312,25 @@ class Calibration:
                 "prompts_checked": len(layer.check.sums),
                 "checked_on_the_fitted_calls": self._work.fitted == self._work.checked,
             }
-            self.statistics.append(report.layer_statistics(layer, facts))
+            self.statistics.append(report.layer_statistics(layer, self._work.grid, facts))
+        maps = [block_maps.first(layer.check.maps) for layer in self.layers if layer.check is not None]
+        for entry, found in zip(self.statistics, block_maps.extremes(maps), strict=True):
+            entry["block_maps"] = found
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the tuned file, and the statistics beside it as ``<name>.json`` (rank 0 only); drop the checkpoint.
+    def save(self, path: str | os.PathLike[str], *, page: bool = True, about: Mapping[str, str] | None = None) -> Path:
+        """Write the tuned file, the statistics beside it as ``<name>.json``, and the page that shows them as
+        ``<name>.html`` (rank 0 only); drop the checkpoint.
+
+        Args:
+            page: write the page too; :func:`autotune.report.write_page` does it later.
+            about: what else the page is to say, such as ``{"model": ..., "prompts": ...}``; kept in the file.
 
         Returns:
             The path of the statistics.
         """
+        about = dict(about or {})
+        if not all(isinstance(text, str) for pair in about.items() for text in pair):
+            raise TypeError(f"about must map texts to texts, got {about!r}")
         if not self.statistics:
             raise RuntimeError("nothing to save: the calibration has not finished")
         statistics = report.statistics_path(path)
@@ -328,8 +339,11 @@ class Calibration:
             first = self.statistics[0]
             again = first["checked_on_the_fitted_calls"]
             state["_metadata"] |= {"prompts": first["prompts_fitted"] + (0 if again else first["prompts_checked"])}
+            state["_metadata"] |= {"about": about, "device": report.device_of(self.layers[0].module)}
             save(state, path)
             report.write_statistics(self.statistics, statistics)
+            if page:
+                report.write_page(path)
             if self._files is not None:  # no earlier: a save that fails must not cost the whole calibration
                 self._files.remove()
                 self._files = None

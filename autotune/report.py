@@ -1,4 +1,4 @@
-"""Statistics of a calibration: the JSON beside a tuned file, and the table people read."""
+"""The report of a calibration: statistics as JSON beside a tuned file, a table, a summary, and a page to look at."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from . import files, page
+from .accumulate import Grid
 from .choose import Layer, mean_error, tail_error
+from .module import SparseAttention
 from .storage import write_text
 from .tuned import FILE_KEYS
 
@@ -17,12 +20,13 @@ Statistics = list[dict[str, Any]]
 _THRESHOLDS = {key: name for key, name in FILE_KEYS.items() if key != "is_sparse"}
 
 
-def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
+def layer_statistics(layer: Layer, grid: Grid, facts: dict[str, Any]) -> dict[str, Any]:
     """Everything recorded of one layer.
 
     Errors are those of the check with the real kernel on the prompts kept aside: ``l1`` the mean relative L1 error,
     ``tail`` the 99.5th percentile over queries; of selection alone and of everything ("total"). Dense heads have
-    error 0.
+    error 0. ``curves``: what every candidate (``threshold``, ``sim``) gave on the prompts fitted, selection alone:
+    ``density``, ``mean`` and ``tail`` error, each ``[heads][candidates]``.
     """
     assert layer.check is not None
     tuned = layer.in_force()
@@ -53,8 +57,24 @@ def layer_statistics(layer: Layer, facts: dict[str, Any]) -> dict[str, Any]:
         "lengths": list(layer.lengths) if layer.lengths else None,
         "check_backend": layer.check_backend,
         **facts,
+        "curves": _curves(layer, grid),
         "heads": heads,
     }
+
+
+def _curves(layer: Layer, grid: Grid) -> dict[str, Any]:
+    """Densities and errors of every candidate, of four digits."""
+    assert layer.curves is not None
+    pairs = grid.pairs(layer.module.selector)
+    found = {"density": layer.curves.density(), "mean": mean_error(layer.curves), "tail": tail_error(layer.curves)}
+    rounded = {name: [[float(f"{x:.4g}") for x in head] for head in values.tolist()] for name, values in found.items()}
+    return {"threshold": [threshold for _, threshold in pairs], "sim": [sim for sim, _ in pairs], **rounded}
+
+
+def device_of(module: SparseAttention) -> str:
+    """Name of the device that a tuned layer is on."""
+    device = module.is_sparse.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def statistics_path(tuned: str | os.PathLike[str]) -> Path:
@@ -71,6 +91,52 @@ def write_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> No
         heads = ",\n".join("    " + json.dumps(head) for head in entry["heads"])
         layers.append(" {\n" + ",\n".join([*facts, f'  "heads": [\n{heads}\n  ]']) + "\n }")
     write_text("[\n" + ",\n".join(layers) + "\n]\n", path)
+
+
+def page_path(tuned: str | os.PathLike[str]) -> Path:
+    """Where the page of a tuned file goes."""
+    return statistics_path(tuned).with_suffix(".html")
+
+
+def read(tuned: str | os.PathLike[str]) -> page.Record:
+    """What a tuned file and the statistics beside it say.
+
+    Raises:
+        FileNotFoundError: when one of them is not there.
+        ValueError: when one is damaged, or they are not of one calibration.
+    """
+    state, beside = files.load(tuned), statistics_path(tuned)
+    try:
+        statistics = json.loads(beside.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no statistics beside {str(tuned)!r}: a calibration writes {str(beside)!r}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot read the statistics {str(beside)!r}: {error}") from error
+    record = page.Record(Path(tuned).name, state.get("_metadata") or {}, statistics)
+    ours, theirs = (
+        {f"{entry['path']}.is_sparse" for entry in statistics},
+        {k for k in state if k.endswith(".is_sparse")},
+    )
+    if ours != theirs:
+        other = sorted(ours ^ theirs)[0].removesuffix(".is_sparse")
+        raise ValueError(f"{str(beside)!r} does not belong to {str(tuned)!r}: only one of them has the layer {other!r}")
+    return record
+
+
+def write_page(tuned: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
+    """Write the page of a tuned file: one HTML file that loads nothing, beside it unless ``path`` says where.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read`.
+    """
+    target = page_path(tuned) if path is None else Path(path)
+    write_text(page.render(read(tuned)), target)
+    return target
+
+
+def summary(tuned: str | os.PathLike[str]) -> str:
+    """The page of a tuned file in a few lines, for a terminal."""
+    return page.summary(read(tuned))
 
 
 def table(statistics: Statistics) -> str:

@@ -34,7 +34,7 @@ def test_resume_runs_only_what_is_unfinished(
     assert equal_results(resumed, tuned[0])
     assert calibration.statistics == tuned[1].statistics
     calibration.save(tmp_path / "tuned.pt")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["tuned.json", "tuned.pt"], (
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tuned.html", "tuned.json", "tuned.pt"], (
         "saved: no checkpoint is left"
     )
 

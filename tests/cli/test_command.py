@@ -400,7 +400,7 @@ def test_a_failed_save_keeps_the_calibration(
     assert "No space left on device; the calibration is kept in" in shown and "--resume" in shown
     assert [file.name for file in tmp_path.iterdir()] == ["tuned.pt.partial.rank0"]
     assert run(*tune, "--resume") == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["tuned.json", "tuned.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tuned.html", "tuned.json", "tuned.pt"]
     assert "starting from scratch" not in capsys.readouterr().out
     assert run(*tune, "--resume") == 0
     assert "no checkpoint found at" in capsys.readouterr().out

@@ -48,4 +48,4 @@ def test_wheel(llama_folder: Path, tmp_path: Path) -> None:
     model = ["--model_name", llama_folder, "--max_length", 256]
     assert "thresholds: tuned.pt" in run("tune", *model, "--model_out_path", "tuned.pt", "--num_tune_samples", 2)
     assert "5/5 steps passed" in run("verify", "--model_name", llama_folder, "--max_length", 640, "--max_new_tokens", 2)
-    assert sorted(path.name for path in away.iterdir()) == ["tuned.json", "tuned.pt"]
+    assert sorted(path.name for path in away.iterdir()) == ["tuned.html", "tuned.json", "tuned.pt"]

@@ -1,0 +1,191 @@
+"""The page as HTML: one file, with its pictures in it, that loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from string import Template
+from typing import Any
+
+from . import figures
+from .findings import calibrated_on, error_text, findings, time_text
+from .record import Entry, Record, count, number, percent
+from .svg import BLUE, GREY, INK, text
+
+_WORDS = {"warning": "Warning", "note": "Worth knowing", "good": "All good"}
+
+
+def render(record: Record) -> str:
+    """The whole page.
+
+    Raises:
+        ValueError: when the statistics are damaged.
+    """
+    title = f"Sparse attention of {record.model}"
+    parts = [
+        f"<h1>{text(title)}</h1>",
+        f'<p class="soft"><code>{text(record.name)}</code>, calibrated {text(calibrated_on(record))}</p>',
+        _tiles(record),
+        _section("In plain words", _findings(record)),
+        f'<div class="pair">{_sparsity(record)}{_bounds(record)}</div>',
+        _section("Error against density, layer by layer", _layers(record)),
+        _section("Time by layer", _times(record)),
+        _section("Block maps", _maps(record)),
+        _section("What it was calibrated on", _facts(record)),
+    ]
+    template = Template(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
+    return template.substitute(title=text(title), body="\n".join(parts))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{text(title)}</h2>\n{content}\n</section>"
+
+
+def _figure(chart: str, caption: str = "") -> str:
+    return f"<figure>{chart}{f'<figcaption>{text(caption)}</figcaption>' if caption else ''}</figure>"
+
+
+def _tiles(record: Record) -> str:
+    heads = sum(1 for _ in record.heads())
+    tiles = [
+        ("left out", percent(record.sparsity), "of the blocks, mean of the layers"),
+        (
+            "sparse heads",
+            f"{sum(1 for _ in record.heads(sparse=True))} of {heads}",
+            f"in {count(len(record.layers), 'layer')}",
+        ),
+    ]
+    for kind, name in (("mean", "mean error"), ("tail", "tail error")):
+        value, *words = error_text(record, kind).removeprefix("at most ").split(" ", 1)
+        tiles.append((name, f"≤ {value}", " ".join(words)))
+    if (shown := time_text(record)) != "not measured":
+        tiles.append(("speed of attention", shown.split(", ")[2].split(" ")[0], shown))
+    boxes = (f"<div><dt>{text(a)}</dt><dd>{text(b)} <small>{text(c)}</small></dd></div>" for a, b, c in tiles)
+    return f'<dl class="tiles">{"".join(boxes)}</dl>'
+
+
+def _findings(record: Record) -> str:
+    items = (
+        f'<li class="{item.level}"><b>{_WORDS[item.level]}</b> {text(item.text)}</li>' for item in findings(record)
+    )
+    return f'<ul class="findings">{"".join(items)}</ul>'
+
+
+def _sparsity(record: Record) -> str:
+    dense = "" if all(head["is_sparse"] for _, head in record.heads()) else " Grey: the head runs dense."
+    words = f"<p>Share of the blocks that each head leaves out. Choose a row to see the layer's curves.{dense}</p>"
+    return _section("Sparsity by layer and head", words + _figure(figures.heat_map(record) + figures.scale()))
+
+
+def _bounds(record: Record) -> str:
+    chart = figures.against_bounds(record)
+    if not chart:
+        return _section("Achieved error and bound", "<p>No bound was set.</p>")
+    words = "<p>Errors of every sparse head, by the real kernel on prompts kept aside, as shares of their bounds.</p>"
+    triangle = f'<path d="M8 1l5 9h-10z" fill="{INK}"/>'
+    marks = figures.legend(
+        (f'<circle cx="8" cy="6" r="4" fill="{BLUE}"/>', "mean error"), (triangle, "99.5th percentile query")
+    )
+    return _section("Achieved error and bound", words + _figure(chart) + marks)
+
+
+def _layers(record: Record) -> str:
+    """The curves and the heads of every layer; the script shows one at a time."""
+    options, parts = [], []
+    for i, entry in enumerate(record.layers):
+        name = f"layer {text(number(entry))}: {percent(entry['mean_sparsity'])} left out"
+        options.append(f'<option value="layer-{i}">{name}</option>')
+        charts = "<p>No curves were recorded.</p>"
+        if entry.get("curves"):
+            charts = "".join(_figure(figures.curves(entry, kind)) for kind in ("mean", "tail"))
+            charts = f'<div class="charts">{charts}</div>'
+        head = f"<h3>Layer {text(number(entry))}</h3>" if len(record.layers) > 1 else ""
+        parts.append(f'<div class="layer" id="layer-{i}">{head}{charts}{_heads(entry)}</div>')
+    words = (
+        "<p>A line per head: the error of selection under every threshold that was tried, on the prompts that "
+        "thresholds are fitted to. The numbered point is the head's choice. It must stand below the bound with 95% "
+        "confidence, hence the distance.</p>"
+    )
+    chooser = f'<p><label>Show <select id="layer">{"".join(options)}</select></label></p>'
+    return words + chooser + "".join(parts)
+
+
+_COLUMNS = {
+    "threshold": "cdfthreshd", "left out": "sparsity", "mean error": "l1_total", "tail error": "tail_total",
+    "of selection": "l1_selection", "tail of selection": "tail_selection",
+}  # fmt: skip
+
+
+def _heads(entry: Entry) -> str:
+    rows = []
+    for head in entry["heads"]:
+        if head["is_sparse"]:
+            cells = [
+                percent(head[key]) if key == "sparsity" else f"{head.get(key, 0.0):.4g}" for key in _COLUMNS.values()
+            ]
+            rows.append([head["head"], *cells])
+        else:
+            rows.append([head["head"], f"runs dense: {head['runs_dense_because'] or 'no reason was recorded'}"])
+    return f"<details><summary>Numbers of every head</summary>{_table(['head', *_COLUMNS], rows)}</details>"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; a row that is shorter than the header ends in a cell of words."""
+    lines = []
+    for row in rows:
+        cells = [f"<td>{text(value)}</td>" for value in row]
+        if len(row) < len(header):
+            cells[-1] = f'<td class="words" colspan="{len(header) - len(row) + 1}">{text(row[-1])}</td>'
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in header)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _times(record: Record) -> str:
+    chart = figures.times_by_layer(record)
+    if not chart:
+        return (
+            "<p>Not known: nothing was timed on this machine. <code>spas-attn measure</code> times a GPU, and later "
+            "calibrations then say what they expect.</p>"
+        )
+    square = '<rect x="2" y="1" width="11" height="10" fill="{}"/>'
+    marks = figures.legend(
+        (square.format(GREY), "dense"), (square.format(BLUE), "sparse"),
+        (f'<path d="M1 6h14" stroke="{INK}" stroke-width="2.5"/>', "expected by the cost model"),
+    )  # fmt: skip
+    return f'<div class="charts">{_figure(chart, time_text(record))}</div>{marks}'
+
+
+def _maps(record: Record) -> str:
+    found = figures.all_block_maps(record)
+    if not found:
+        return "<p>No block maps were recorded.</p>"
+    words = (
+        "<p>The blocks that the sparsest heads of the model keep, and the densest of those that are sparse, in the "
+        "first observed call of a prompt kept aside. Dark: computed. Light: left out. White: nothing to see there.</p>"
+    )
+    return words + f'<div class="maps">{"".join(_figure(chart, caption) for caption, chart in found)}</div>'
+
+
+def _facts(record: Record) -> str:
+    info, first, about = record.info, record.layers[0], record.info.get("about") or {}
+    selector = info.get("selector")
+    if isinstance(selector, dict):
+        fields = ", ".join(f"{key}={value}" for key, value in selector.items() if key != "class" and value is not None)
+        selector = f"{selector.get('class')}({fields})"
+    facts = {
+        "model": " of class ".join(dict.fromkeys(filter(None, (record.model, info.get("model_class"))))),
+        **{key: value for key, value in about.items() if key != "model"},
+        "calibrated": calibrated_on(record),
+        "query blocks": f"{first['query_blocks_per_call']} looked at per call, at random, for the curves"
+        if first.get("query_blocks_per_call") else None,
+        "bounds": ", ".join(f"{key}={info.get(key)}" for key in ("l1", "pv_l1", "tail")),
+        "selector": selector,
+        "precision": info.get("precision"),
+        "dense steps": info.get("dense_steps"),
+        "checked by": f"the kernels `{first['check_backend']}`" if first.get("check_backend") else None,
+        "device": info.get("device"),
+        "versions": ", ".join(f"{name} {version}" for name, version in (info.get("versions") or {}).items()),
+    }  # fmt: skip
+    rows = (f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items() if value)
+    return f'<dl class="facts">{"".join(rows)}</dl>'
