@@ -79,26 +79,64 @@ def mean_probability(
 
 
 @triton.jit
-def _tile_sums(
-    b_q, k, k_desc, p_k, valid, b, kh, start, low, high, k_len, scale, lower,
-    D: tl.constexpr, DPAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """log2 of the exponentials of M rows summed over each key block from the key ``start`` on, [M, N / BLOCK_K].
+def _vectors(
+    p_rows, inside, stride_d, dims, dtype: tl.constexpr, D_ROWS: tl.constexpr, DPAD: tl.constexpr, PAIR: tl.constexpr
+):
+    """The dimensions ``dims`` of rows, [M, len(dims)] in ``dtype``; see ``key_scores_kernel``."""
+    pointers = p_rows[:, None] + dims[None, :] * stride_d
+    take = inside[:, None] & (dims < D_ROWS)[None, :]
+    b_q = tl.load(pointers, mask=take, other=0.0)
+    if PAIR:
+        b_q = b_q.to(tl.float32) + tl.load(pointers + DPAD, mask=take, other=0.0).to(tl.float32)
+        b_q = narrow(b_q, dtype)
+    return b_q
 
-    With MASKED row r sees the keys ``low[r]`` (0 where ``lower`` is None) to ``high[r]``.
-    """
-    cols, offs_d = start + tl.arange(0, N), tl.arange(0, DPAD)
+
+@triton.jit
+def _fp32_scores(
+    p_rows, inside, stride_d, k, p_k, cols, k_len,
+    D: tl.constexpr, DPAD: tl.constexpr, D_ROWS: tl.constexpr, PAIR: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Products [M, N] of rows and the keys ``cols``, a few dimensions at a time: no matrix unit computes fp32."""
+    scores = tl.zeros([M, N], tl.float32)
+    for step in range(0, DPAD, 32):
+        dims = step + tl.arange(0, 32)
+        p_tile = p_k + tl.cast(cols, tl.int64)[None, :] * k.stride_n + dims[:, None] * k.stride_d  # [32, N]
+        b_k = tl.load(p_tile, mask=(cols < k_len)[None, :] & (dims < D)[:, None], other=0.0)
+        scores = dot(_vectors(p_rows, inside, stride_d, dims, tl.float32, D_ROWS, DPAD, PAIR), b_k, scores)
+    return scores
+
+
+@triton.jit
+def _half_scores(
+    b_q, k, k_desc, p_k, b, kh, start, cols, k_len,
+    D: tl.constexpr, DPAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Products [M, N] of rows and the keys ``cols``, those from ``start`` on."""
+    offs_d = tl.arange(0, DPAD)
     if k_desc is not None:  # the copy engine fills what lies outside with zeros by itself
         b_k = tl.trans(k_desc.load([b.to(tl.int32), kh.to(tl.int32), start, 0]).reshape(N, DPAD))  # [DPAD, N]
     else:
         p_tile = p_k + tl.cast(start, tl.int64) * k.stride_n
+        p_tile += tl.arange(0, N)[None, :] * k.stride_n + offs_d[:, None] * k.stride_d
         if MASKED:
             b_k = tl.load(p_tile, mask=(cols < k_len)[None, :] & (offs_d < D)[:, None], other=0.0)
         elif D < DPAD:
             b_k = tl.load(p_tile, mask=(offs_d < D)[:, None], other=0.0)
         else:
             b_k = tl.load(p_tile)
-    scores = dot(b_q, b_k, None)  # [M, N]
+    return dot(b_q, b_k, None)
+
+
+@triton.jit
+def _block_sums(
+    scores, valid, b, cols, low, high, k_len, scale, lower,
+    M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """log2 of the exponentials summed over each key block, [M, N / BLOCK_K], from the products of M rows and N keys.
+
+    With MASKED row r sees the keys ``low[r]`` (0 where ``lower`` is None) to ``high[r]``.
+    """
     if MASKED:
         seen = cols[None, :] <= high[:, None]
         if lower is not None:
@@ -157,41 +195,39 @@ def key_scores_kernel(
     first = begin + split * stretch
     last = tl.minimum(first + stretch, (tl.max(high, 0) + BLOCK_K) // BLOCK_K)
     if first < last:
-        offs_d = tl.arange(0, DPAD)
-        p_row = tl.minimum(row * STEP + STEP - 1, q_len - 1).to(tl.int64) * vectors.stride_n
-        p_row += b * vectors.stride_b + h * vectors.stride_h
-        p_vectors = vectors.data + p_row[:, None] + offs_d[None, :] * vectors.stride_d  # [M, DPAD]
-        take = inside[:, None] & (offs_d < D_ROWS)[None, :]
-        b_q = tl.load(p_vectors, mask=take, other=0.0)
-        if PAIR:
-            b_q = b_q.to(tl.float32) + tl.load(p_vectors + DPAD, mask=take, other=0.0).to(tl.float32)
-            b_q = narrow(b_q, k.data.dtype.element_ty)
+        p_rows = tl.minimum(row * STEP + STEP - 1, q_len - 1).to(tl.int64) * vectors.stride_n
+        p_rows += vectors.data + b * vectors.stride_b + h * vectors.stride_h  # [M]
+        dtype: tl.constexpr = k.data.dtype.element_ty
+        FP32: tl.constexpr = dtype == tl.float32
+        b_q = None
+        if not FP32:
+            b_q = _vectors(p_rows, inside, vectors.stride_d, tl.arange(0, DPAD), dtype, D_ROWS, DPAD, PAIR)
         shown = inside
         if filled is not None:
             shown &= tl.load(filled + b * tl.cdiv(q_len, POOL) + row, mask=inside, other=0) != 0
         p_k = k.data + b * k.stride_b + kh * k.stride_h
-        p_k += tl.arange(0, N)[None, :] * k.stride_n + offs_d[:, None] * k.stride_d  # [DPAD, N]
         p_sums = sums.data + ((b * k_heads * GROUP + h) * sums.blocks * PER_Q + place) * nk  # [M]
+        # Blocks that all rows see whole need no mask; where padding or a lower bound may hide any key there are none.
+        PLAIN: tl.constexpr = valid is None and lower is None
         full = first
-        STAGES: tl.constexpr = None if valid is not None or lower is not None else 1
-        if valid is None and lower is None:  # blocks that all rows see whole need no mask
+        if PLAIN:
             full = tl.minimum(last, (tl.min(tl.where(inside, high, k_len - 1), 0) + 1) // BLOCK_K)
             full = first + tl.maximum(full - first, 0) // WIDE * WIDE
-            for block in tl.range(first, full, WIDE):
-                b_sums = _tile_sums(
-                    b_q, k, k_desc, p_k, valid, b, kh, block * BLOCK_K, low, high, k_len, scale, lower,
-                    D, DPAD, M, N, BLOCK_K, False,
-                )  # fmt: skip
-                p_to = p_sums[:, None] + (block + tl.arange(0, WIDE))[None, :]
-                tl.store(p_to, b_sums, mask=inside[:, None])
-        for block in tl.range(full, last, WIDE, num_stages=STAGES):
-            b_sums = _tile_sums(
-                b_q, k, k_desc, p_k, valid, b, kh, block * BLOCK_K, low, high, k_len, scale, lower,
-                D, DPAD, M, N, BLOCK_K, True,
-            )  # fmt: skip
-            which = block + tl.arange(0, WIDE)
-            b_sums = tl.where(shown[:, None], b_sums, float("-inf"))
-            tl.store(p_sums[:, None] + which[None, :], b_sums, mask=inside[:, None] & (which < nk)[None, :])
+        for MASKED in tl.static_range(0 if PLAIN else 1, 2):
+            begin, end = full if MASKED else first, last if MASKED else full
+            for block in tl.range(begin, end, WIDE, num_stages=1 if PLAIN and MASKED else None):
+                cols = block * BLOCK_K + tl.arange(0, N)
+                if FP32:
+                    scores = _fp32_scores(
+                        p_rows, inside, vectors.stride_d, k, p_k, cols, k_len, D, DPAD, D_ROWS, PAIR, M, N
+                    )
+                else:
+                    scores = _half_scores(b_q, k, k_desc, p_k, b, kh, block * BLOCK_K, cols, k_len, D, DPAD, N, MASKED)
+                b_sums = _block_sums(scores, valid, b, cols, low, high, k_len, scale, lower, M, N, BLOCK_K, MASKED)
+                if MASKED:
+                    b_sums = tl.where(shown[:, None], b_sums, float("-inf"))
+                which = block + tl.arange(0, WIDE)
+                tl.store(p_sums[:, None] + which[None, :], b_sums, mask=inside[:, None] & (which < nk)[None, :])
 
 
 def key_scores(
@@ -252,7 +288,7 @@ def key_scores(
 def _tiles(k: Tensor, dim: int, block_k: int) -> tuple[int, int, int, int]:
     """Rows, keys, warps and stages; of 64 rows and 4 warps several programs share a multiprocessor."""
     if k.dtype == torch.float32:
-        return 16, block_k, 8, 1
+        return 32, block_k, 8, 1
     limit = shared_memory_limit(k.device) - 2048
     for n, stages in ((128, 3), (128, 2), (64, 3), (64, 2)):
         if n >= block_k and 2 * dim * (64 + n * stages) <= limit and dim <= 128:
