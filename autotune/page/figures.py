@@ -12,7 +12,7 @@ from .record import ERRORS, Entry, Head, Record, achieved, bound, number, percen
 from .svg import ABSENT, BLUE, GREY, INK, ORANGE, Axes, label, line, png, rgb, shade, text, ticks, titled, whole_ticks
 
 PALETTE = [shade(i / 100) for i in range(101)] + [rgb(ABSENT)]  # percentages, and what has none
-WORDS = {"mean": "mean error", "tail": "error of the 99.5th percentile query"}
+WORDS = {"mean": "mean error", "tail": "tail error"}
 _SHORT = 400  # pixels; charts are as wide as a phone
 
 
@@ -117,7 +117,7 @@ def against_bounds(record: Record) -> str:
         (-0.6, rows - 0.4), (0, high),
         [(i, number(record.layers[i])) for i in whole_ticks(rows)],
         [(y, f"{y:g}%") for y in ticks(0, high)],
-        "layer", "achieved, share of the bound", _SHORT, 290,
+        "layer", "share of the bound", _SHORT, 290,
     )  # fmt: skip
     drawn = [axes.across(100, ORANGE, "bound")]
     for i, entry, head, used in marks:

@@ -76,6 +76,8 @@ def _warnings_of_prompts(record: Record) -> Iterator[str]:
             f"Only {count(sum(prompts), 'prompt')}: how far errors differ from prompt to prompt is hardly known, and "
             "thresholds are cautious for it. 8 to 16 prompts usually leave out more blocks."
         )
+    elif prompts[1] == 1:
+        yield "One prompt was kept aside for the check, which cannot show how far errors differ from prompt to prompt."
 
 
 def _notes(record: Record) -> Iterator[str]:

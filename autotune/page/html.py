@@ -9,7 +9,7 @@ from typing import Any
 
 from . import figures
 from .findings import calibrated_on, error_text, findings, time_text
-from .record import Entry, Record, count, number, percent
+from .record import ERRORS, Entry, Record, count, number, percent
 from .svg import BLUE, GREY, INK, text
 
 _WORDS = {"warning": "Warning", "note": "Worth knowing", "good": "All good"}
@@ -95,19 +95,20 @@ def _layers(record: Record) -> str:
     for i, entry in enumerate(record.layers):
         name = f"layer {text(number(entry))}: {percent(entry['mean_sparsity'])} left out"
         options.append(f'<option value="layer-{i}">{name}</option>')
-        charts = "<p>No curves were recorded.</p>"
-        if entry.get("curves"):
-            charts = "".join(_figure(figures.curves(entry, kind)) for kind in ("mean", "tail"))
-            charts = f'<div class="charts">{charts}</div>'
-        head = f"<h3>Layer {text(number(entry))}</h3>" if len(record.layers) > 1 else ""
-        parts.append(f'<div class="layer" id="layer-{i}">{head}{charts}{_heads(entry)}</div>')
+        charts = "".join(_figure(figures.curves(entry, kind)) for kind in ERRORS if entry.get("curves"))
+        parts.append(
+            f'<div class="layer" id="layer-{i}"><h3>Layer {text(number(entry))}</h3>'
+            f'<div class="charts">{charts}</div>{_heads(entry)}</div>'
+        )
     words = (
-        "<p>A line per head: the error of selection under every threshold that was tried, on the prompts that "
-        "thresholds are fitted to. The numbered point is the head's choice. It must stand below the bound with 95% "
-        "confidence, hence the distance.</p>"
+        "A line per head: the error of selection under every threshold that was tried, on the prompts that thresholds are "
+        "fitted to. Left: the mean over queries. Right: the tail, the 99.5th percentile of one query's error. A numbered "
+        "point is the head's choice; it must stand below the bound with 95% confidence, hence the distance."
+        if any(entry.get("curves") for entry in record.layers)
+        else "No curves were recorded; these are the numbers."
     )
     chooser = f'<p><label>Show <select id="layer">{"".join(options)}</select></label></p>'
-    return words + chooser + "".join(parts)
+    return f"<p>{words}</p>" + chooser + "".join(parts)
 
 
 _COLUMNS = {

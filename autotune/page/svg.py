@@ -113,8 +113,8 @@ class Axes:
 
     def __post_init__(self) -> None:
         longest = max((len(name) for _, name in self.y_ticks), default=0)
-        self.left = 30.0 + _CHARACTER * longest
-        self.right, self.top, self.bottom = self.width - 14.0, 12.0, self.height - 40.0
+        self.left = 32.0 + _CHARACTER * longest
+        self.right, self.top, self.bottom = self.width - 20.0, 12.0, self.height - 40.0
 
     def px(self, x: float) -> float:
         """Place of a value from the left."""
@@ -137,7 +137,7 @@ class Axes:
         """A dashed line at a value of y, with its name above its right end."""
         at = self.py(y)
         drawn = line(self.left, at, self.right, at, colour, ' stroke-width="1.5" stroke-dasharray="6 4"')
-        return drawn + label(self.right - 2, at - 5, name, anchor="end", more=f' fill="{colour}" class="halo"')
+        return drawn + label(self.right - 2, at - 5, name, anchor="end", more=' class="halo"')
 
     def picture(self, url: str, more: str = "") -> str:
         """A PNG over the whole rectangle, its pixels as sharp squares."""
@@ -164,11 +164,11 @@ class Axes:
         middle = (self.top + self.bottom) / 2
         frame += [
             label((self.left + self.right) / 2, self.height - 6, self.x_label),
-            label(12, middle, self.y_label, more=f' transform="rotate(-90 12 {middle:.1f})"'),
+            label(11, middle, self.y_label, more=f' transform="rotate(-90 11 {middle:.1f})"'),
         ]
         size = f"{self.right - self.left:.1f}", f"{self.bottom - self.top:.1f}"
         box = f'<rect x="{self.left:.1f}" y="{self.top:.1f}" width="{size[0]}" height="{size[1]}" fill="none" '
         return (
             f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{text(alt)}" '
-            f'style="max-width:{self.width:g}px">{"".join(frame)}{"".join(content)}{box}stroke="{GREY}"/></svg>'
+            f'style="max-width:{1.2 * self.width:.0f}px">{"".join(frame)}{"".join(content)}{box}stroke="{GREY}"/></svg>'
         )

@@ -65,8 +65,10 @@ def tune_and_save(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(report.table(calibration.statistics))
     print(f"     tuned in {time.perf_counter() - began:.0f} s")
     print("2/6  save")
-    beside = calibration.save(args.out_path)
+    about = {"model": "the demo LLaMA (13M parameters)", "prompts": f"Python source, {args.max_length} bytes each"}
+    beside = calibration.save(args.out_path, about=about)
     print(f"     {args.out_path} ({Path(args.out_path).stat().st_size / 1024:.0f} KiB), statistics in {beside}")
+    print(f"     to look at: {report.page_path(args.out_path)}")
     return json.loads(beside.read_text())
 
 

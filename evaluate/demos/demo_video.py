@@ -65,8 +65,9 @@ def tune_and_save(args: argparse.Namespace, path: Path) -> None:
     tokens = calibration.statistics[0]["lengths"][1]
     print(f"     tuned in {time.perf_counter() - began:.0f} s ({size}, {tokens} video tokens)")
     print("2/6  save")
-    statistics = calibration.save(path)
+    statistics = calibration.save(path, about={"model": "the demo Wan", "prompts": "captions of moving shapes"})
     print(f"     {path} ({path.stat().st_size / 1024:.0f} KiB), statistics in {statistics}")
+    print(f"     to look at: {report.page_path(path)}")
 
 
 @torch.no_grad()

@@ -81,6 +81,7 @@ def check(args: argparse.Namespace) -> None:
         selector_of(args, MeanSimilarity(pool=8))
         check_output("model_out_path", args.model_out_path)
         check_output("model_out_path (its statistics)", str(report.statistics_path(args.model_out_path)))
+        check_output("model_out_path (its page)", str(report.page_path(args.model_out_path)))
         return
     if args.resume:
         raise ValueError("--resume goes on with an interrupted --tune: give both")
@@ -205,15 +206,23 @@ def run_tune(subject: Subject, args: argparse.Namespace) -> None:
     options = dict(every=subject.every, seed=args.seed, checkpoint=partial, resume=args.resume)
     calibration = tune(subject.runner, items, show=is_first(), hint=subject.hint, **options)
     try:
-        statistics = calibration.save(path)
+        statistics = calibration.save(path, about=about(subject, args))
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise ValueError(
             f"cannot write {path!r}: {one_line(error)}; the calibration is kept in {partial + '.rank*'!r}: clear the "
             "way, and the same command with --resume goes on from there"
         ) from error
     if is_first():
-        print(report.table(calibration.statistics))
-        print(f"thresholds: {path}\nstatistics: {statistics}")
+        print(report.table(calibration.statistics), report.summary(path), sep="\n\n", end="\n\n")
+        print(f"thresholds: {path}\nstatistics: {statistics}\npage: {report.page_path(path)}")
+
+
+def about(subject: Subject, args: argparse.Namespace) -> dict[str, str]:
+    """What a tuned file says of its model and prompts; of paths only the last part."""
+    model, prompts = (
+        Path(name).name if name and Path(name).exists() else name for name in (args.model_name, args.prompts)
+    )
+    return {"model": model, "prompts": f"{prompts or 'the default ones'}, {subject}"}
 
 
 def run_compare(subject: Subject, args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ r"""Block-sparse attention for pretrained models, without training: tune thresho
     spas-attn generate --model_name meta-llama/Llama-3.1-8B --model_out_path llama.pt
     spas-attn compare --model_name Wan-AI/Wan2.1-T2V-1.3B-Diffusers --model_out_path wan.pt
     spas-attn verify --model_name tiny:Wan                                # no download, seconds
+    spas-attn report llama.pt                                             # the page of a tuned file, again
 
 A model is a folder, a name on the hub, a .gguf file, or tiny:<family> (random weights, for a try). Whether it is a
 language model or a diffusion pipeline is found out. `spas-attn COMMAND --help` lists the options of a command.
@@ -21,9 +22,10 @@ from typing import Any, NoReturn
 
 import torch
 
+from autotune import report
 from spas_attn import measure
 
-from .arguments import USER_ERROR, Help
+from .arguments import USER_ERROR, Help, check_output
 from .diffusion import PIPELINES, DiffusionModel
 from .driver import KINDS, Subject, check, run
 from .names import kind_of
@@ -32,6 +34,7 @@ from .parallel import guarded
 from .verify import verify
 
 _MEASURE = "time this GPU, so that sparse attention runs only where it is faster"
+_REPORT = "write the page that shows a calibration, and print what it says in ten lines"
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["measure"]:
         return guarded("spas-attn measure", lambda: _measure(given[1:]))
+    if given[:1] == ["report"]:
+        return report_main("spas-attn report", given[1:])
     parser = Parser(prog="spas-attn", description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     for verb, text in VERBS.items():
@@ -89,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         add_options(command, [verb], None)
     commands.add_parser("measure", help=_MEASURE)
+    commands.add_parser("report", help=_REPORT)
     return _run(parser, given, ["--module", "modify_model.cli.main"])
 
 
@@ -97,6 +103,22 @@ def _measure(arguments: list[str]) -> int:
         raise ValueError("no CUDA GPU: there is nothing to measure (on a CPU the backend `cpu` is always chosen)")
     measure.main(arguments)
     return 0
+
+
+def report_main(program: str, arguments: Sequence[str], text: str | None = None) -> int:
+    """Write the page of a tuned file and print its summary; returns the exit code."""
+    parser = Parser(prog=program, description=text or f"{_REPORT[0].upper()}{_REPORT[1:]}.", formatter_class=Help)
+    parser.add_argument("tuned", metavar="FILE", help="a tuned file (.pt); its statistics (.json) stand beside it")
+    parser.add_argument("--out_path", metavar="PAGE", help="where the page goes (left out: FILE.html)")
+    args = parser.parse_args(list(arguments))
+
+    def work() -> int:
+        page = str(args.out_path or report.page_path(args.tuned))
+        check_output("out_path", page)
+        print(report.summary(args.tuned), f"page: {report.write_page(args.tuned, page)}", sep="\n\n")
+        return 0
+
+    return guarded(program, work)
 
 
 def _run(parser: Parser, given: list[str], program: list[str]) -> int:

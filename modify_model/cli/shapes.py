@@ -167,7 +167,7 @@ def _tune(subject: ShapeRun, conditions: Sequence[Tensor]) -> None:
     args.tuned.parent.mkdir(parents=True, exist_ok=True)
     statistics = calibration.save(str(args.tuned))
     print(report.table(calibration.statistics))
-    print(f"thresholds: {args.tuned}\nstatistics: {statistics}")
+    print(f"thresholds: {args.tuned}\nstatistics: {statistics}\npage: {report.page_path(args.tuned)}")
 
 
 def _ways(subject: ShapeRun) -> dict[str, Callable[[Tensor], tuple[Tensor, KeySelection | None]]]:
