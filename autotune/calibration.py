@@ -5,8 +5,9 @@
             model(prompt)
     calibration.save("models_dict/my_model.pt")
 
-Passes over the prompts: curves (all but the prompts kept aside), PV curves, then the check with the real kernel
-(both on those kept aside); heads that miss a bound in the check get tighter bounds and are checked again.
+Passes over the prompts: curves (all but the prompts kept aside); where it is asked for, the sensitivity of every layer
+(on one or two of them); PV curves, then the check with the real kernel (both on those kept aside); heads that miss a
+bound in the check get tighter bounds and are checked again.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ from spas_attn.call import Call
 from . import block_maps, report
 from .accumulate import Grid
 from .checkpoint import Checkpoint
-from .choose import SKIPPED_STEP, Layer, check_layers
 from .conditions import eagerly, float32
 from .files import extract_sparse_attention_state_dict, save
+from .layer import SKIPPED_STEP, Layer, check_layers
 from .module import SHORT, Mode, sparse_modules, transformers_of
+from .objective import bounds_of, objective_of, prompts_for_sensitivity
 from .passes import CheckPass, CurvePass, FreePass, Pass, Work
+from .rerun import Repeater
 from .sampling import Sampler, Steps
-from .tuned import Bounds, Tuned, check_bounds
+from .tradeoff import Target, Tradeoff
+from .tuned import Bounds, Tuned
 
 Item = TypeVar("Item")
 RESERVOIR_BYTES = 2 << 30  # for all layers together
@@ -47,9 +51,20 @@ class Calibration:
     Args:
         model: a patched model, or a pipeline with patched transformers; it runs dense, uncompiled and otherwise
             unchanged meanwhile.
-        l1, pv_l1: bounds of the mean relative L1 error, per head; None takes the modules' own.
+        l1, pv_l1: bounds of the mean relative L1 error, per head; None takes the modules' own. With a budget they are
+            guards beside it: None is no guard, and l1 alone brings its pv_l1 (7/6 of it). Without pv_l1 there is no PV
+            skip.
         tail: bound of the 99.5th percentile of one query's relative error; None switches it off, "module" takes the
-            modules' own.
+            modules' own, and with a budget none.
+        objective: "bounds": every head drops what its bounds allow. "budget": one budget for the whole model, spent
+            where it costs least (``autotune/budget.py``), for the one target that is named:
+        sparsity: least mean sparsity, in (0, 1).
+        speedup: least speedup of all attention, above 1, by the cost model of this machine.
+        error: largest predicted error of the model's output (``autotune/rerun.py`` says of which kind).
+        sensitivity: on how many prompts the model's sensitivity to each layer is measured, by one more forward per
+            layer and prompt; 0 = not, all layers then count the same. Left out: 1 with a budget, else 0. It needs the
+            loop over prompts.
+        share: with a budget, weigh a head by its share of its layer's squared output, instead of all the same.
         grid: candidate thresholds.
         query_blocks: query blocks looked at per call, at random, for the curves; None = all. Errors are sums over
             queries, so a sample estimates them without bias; the check looks at all.
@@ -63,9 +78,12 @@ class Calibration:
 
     Attributes:
         statistics: after it has finished, one entry per layer (see ``autotune/report.py``).
+        tradeoff: after it has finished, what every candidate of every head costs and errs, and what was chosen.
 
     Raises:
-        ValueError: when the model is not patched, a layer cannot be sparse, or a bound or option is invalid.
+        ValueError: when the model is not patched, a layer cannot be sparse, a bound or option is invalid, or a target
+            needs what is not known here.
+        TypeError: for bounds and targets that are no numbers.
     """
 
     def __init__(
@@ -75,6 +93,12 @@ class Calibration:
         pv_l1: float | None = None,
         tail: float | str | None = "module",
         *,
+        objective: str = "bounds",
+        sparsity: float | None = None,
+        speedup: float | None = None,
+        error: float | None = None,
+        sensitivity: int | None = None,
+        share: bool = True,
         grid: Grid | None = None,
         query_blocks: int | None = QUERY_BLOCKS,
         kept_aside: float = 0.25,
@@ -97,23 +121,21 @@ class Calibration:
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=<path>, got None")
         grid, modules = grid or Grid(), sparse_modules(model)
+        plan = objective_of(objective, Target.of(sparsity=sparsity, speedup=speedup, error=error), share)
+        measured = prompts_for_sensitivity(sensitivity, plan)
         layers: list[Layer] = []
         for path, module in modules.items():
-            bounds = (
-                module.l1 if l1 is None else l1,
-                module.pv_l1 if pv_l1 is None else pv_l1,
-                module.tail if isinstance(tail, str) else tail,
-            )
-            check_bounds(*bounds)
+            bounds = bounds_of(module, l1, pv_l1, tail, plan)
             grid.check(module.selector)
             layers.append(Layer(len(layers), path, module, bounds))
         check_layers(model, layers)
         self.model, self.layers = model, layers
         self.statistics: list[dict[str, Any]] = []
+        self.tradeoff: Tradeoff | None = None
         self.sampler, self.steps = Sampler(query_blocks, seed), Steps(every)
         self.kept_aside, self.skip_not_finite = kept_aside, skip_not_finite
         self.checkpoint, self.resume = checkpoint, resume
-        self._work = Work(layers, grid, rounds)
+        self._work = Work(layers, grid, rounds, plan, measured)
         self._pass: Pass | None = FreePass(self._work, RESERVOIR_BYTES, seed)
         self._prompt = self._expected = 0
         self._left_out: set[int] = set()
@@ -121,11 +143,12 @@ class Calibration:
         self._fallbacks: Counter[str] = Counter()
         self._files: Checkpoint | None = None
         self._before: list[tuple[Tuned | None, Mode]] = []
+        self._repeaters: list[Repeater] = []
         self._open = contextlib.ExitStack()
 
     @property
     def phase(self) -> str:
-        """The pass in progress: "free" (no loop over prompts), "curves", "pv", "check" or "finished"."""
+        """The pass in progress: "free" (no loop over prompts), "curves", "sensitivity", "pv", "check" or "finished"."""
         return "finished" if self._pass is None else self._pass.name
 
     @property
@@ -148,6 +171,8 @@ class Calibration:
         if self.steps.every > 1:
             for _, part in transformers_of(self.model):
                 self._open.callback(part.register_forward_pre_hook(self.steps.begin, with_kwargs=True).remove)
+        if self._work.sensitivity:
+            self._watch_outputs()
         for layer in self.layers:
             module = layer.module
             self._before.append((module.tuned, module.mode))
@@ -173,10 +198,20 @@ class Calibration:
                 if self._pass is not None:
                     layer.module.tuned, layer.module.mode = before
 
+    def _watch_outputs(self) -> None:
+        """Hook the transformers, so that their calls can be repeated with some layers sparse."""
+        for _, part in transformers_of(self.model):
+            inside = set(part.modules())
+            repeater = Repeater([layer for layer in self.layers if layer.module in inside])
+            self._repeaters.append(repeater)
+            self._open.callback(part.register_forward_pre_hook(repeater.before, with_kwargs=True).remove)
+            self._open.callback(part.register_forward_hook(repeater.after, with_kwargs=True).remove)
+
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def prompts(self, prompts: Sequence[Item]) -> Iterator[Item]:
-        """Yield prompts to run, first all but those kept aside, then those kept aside for PV pass and check.
+        """Yield prompts to run, first all but those kept aside, the first of them once more for sensitivities (if asked
+        for), then those kept aside for PV pass and check. They are to be run the same way every time.
 
         Prompts are shared out over ranks by index. Finished ones of an interrupted run are skipped on resume. What
         the model saw before the loop does not count.
@@ -195,7 +230,9 @@ class Calibration:
             layer.lengths = None
         self._pass = curves = CurvePass(work)
         done = self._begin_checkpoint(curves, items)
-        self._expected = sum(i not in done for i in self._mine(work.fitted)) + 2 * len(self._mine(work.checked))
+        again = 2 if any(layer.bounds[1] is not None for layer in self.layers) else 1
+        self._expected = sum(i not in done for i in self._mine(work.fitted)) + again * len(self._mine(work.checked))
+        self._expected += len(self._mine(work.fitted[: work.sensitivity]))
         while self._pass is not None:
             current = self._pass
             for i in self._mine(current.prompts):
@@ -224,12 +261,15 @@ class Calibration:
         self._prompt, self._problem = prompt, None
         self._fallbacks = Counter(fallback_counts())
         self.steps.restart()
+        for repeater in self._repeaters:
+            repeater.restart()
+            repeater.compare = self._pass.compare if self._pass is not None and self._pass.compares else None
         for layer in self.layers:
             layer.calls, layer.unseen = 0, Counter()
 
     def _end(self) -> None:
         assert self._pass is not None
-        blind = [layer for layer in self.layers if self._pass.open[layer.index] is None]
+        blind = [layer for layer in self.layers if not layer.calls]
         if self._problem is None and blind:
             self._problem = self._cause(blind[0])
             # Too short, or of another kind than the prompts before: there may be good ones to come.
@@ -278,8 +318,7 @@ class Calibration:
         module = layer.module
         if module.heads is None:
             module.set_heads(call.q.shape[1])
-        real = [call.k_len] if call.key_mask is None else call.key_mask.sum(-1).tolist()
-        layer.saw(*(length for length in real if length))
+        layer.note(call)
         blocks = self.sampler.blocks(call, module.selector.block_q, layer.index, self._prompt, layer.calls)
         layer.calls += 1
         with float32(call.q.device.type):
@@ -303,8 +342,10 @@ class Calibration:
     # -- results ------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
+        work = self._work
+        self.tradeoff = work.objective.tradeoff(self.layers, work.grid, work.measured)
         for layer in self.layers:
-            layer.finish()
+            layer.finish(tradeoff=self.tradeoff)
             assert layer.curves is not None and layer.check is not None
             facts = {
                 "query_blocks_per_call": self.sampler.limit,

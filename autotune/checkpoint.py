@@ -18,8 +18,10 @@ from .accumulate import Tally
 from .module import sparse_modules, transformers_of
 from .passes import CurvePass
 from .storage import digest, read, write
+from .tradeoff import Shape
 
-Saved = list[tuple[Tally | None, tuple[int, int] | None]]  # curves and lengths, layer by layer
+# Curves, lengths and the shape of the longest call, layer by layer.
+Saved = list[tuple[Tally | None, tuple[int, int] | None, Shape | None]]
 _SAMPLE = 64  # values of each parameter that tell one model from another
 
 
@@ -51,15 +53,16 @@ class Checkpoint:
     def save(self, curves: CurvePass) -> None:
         """Write this rank's file."""
         pairs = zip(curves.sums, curves.work.layers, strict=True)
-        plain = [(None if tally is None else dict(vars(tally)), layer.lengths) for tally, layer in pairs]
+        plain = [(None if tally is None else dict(vars(tally)), layer.lengths, layer.shape) for tally, layer in pairs]
         write({"fingerprint": self.fingerprint, "layers": plain, "digest": digest(plain)}, self.file(curves.work.rank))
 
     def begin(self, curves: CurvePass, resume: bool) -> set[int]:
         """Take over the finished prompts of an interrupted run, or drop them; returns their numbers."""
         work, done = curves.work, set[int]()
         for saved in self.load() if resume else []:
-            for layer, (tally, lengths) in zip(work.layers, saved, strict=True):
+            for layer, (tally, lengths, shape) in zip(work.layers, saved, strict=True):
                 layer.saw(*(lengths or ()))
+                layer.grow(shape)
                 if tally is not None:
                     done |= tally.sums.keys()
                     if work.rank == 0:  # the sum over ranks has each prompt once
@@ -83,7 +86,7 @@ class Checkpoint:
         found: list[tuple[set[int], Saved]] = []
         for path in self._files():
             layers = self._load(path)
-            prompts = {prompt for tally, _ in layers if tally is not None for prompt in tally.sums}
+            prompts = {prompt for tally, *_ in layers if tally is not None for prompt in tally.sums}
             found.append((prompts, layers))
         found.sort(key=lambda pair: -len(pair[0]))
         known: set[int] = set()
@@ -113,7 +116,7 @@ class Checkpoint:
             )
         if content["digest"] != digest(content["layers"]):
             raise ValueError(damaged)
-        return [(None if plain is None else _tally(plain), lengths) for plain, lengths in content["layers"]]
+        return [(None if plain is None else _tally(plain), *seen) for plain, *seen in content["layers"]]
 
     def remove(self, *, but: Path | None = None) -> None:
         """Delete the files of all ranks, except one, and what killed processes left of them."""

@@ -1,9 +1,10 @@
 """The tuned file: extract, save and load thresholds; everything is checked before anything is installed.
 
 A file is a flat dict ``"<path of the module>.<key>": tensor`` plus ``"_metadata"``, read with
-``torch.load(weights_only=True)`` and matched by exact path. Read are formats 1 and 2, and files of the original
+``torch.load(weights_only=True)`` and matched by exact path. Read are formats 1 to 3, and files of the original
 SpargeAttn (the same keys plus an unused ``simthreshd2``, no metadata), whose thresholds belong to 128 × 64 blocks
-scored by block means.
+scored by block means. A file that keeps its trade-off (``autotune/tradeoff.py``) can be loaded for another target than
+it was calibrated for.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from .metadata import Info, metadata_of, read_metadata
 from .module import SparseAttention, clean_path, sparse_modules
+from .retarget import choose_at_load
 from .storage import digest, read, write
+from .tradeoff import Target
 from .tuned import FILE_KEYS, Tuned
 
 _UNUSED = "simthreshd2"  # a buffer of the original's files that nothing reads
@@ -89,11 +92,13 @@ def load(path: str | os.PathLike[str]) -> State:
 
 
 def is_verified(state: State) -> bool:
-    """Whether the bounds of a file were checked by this library.
+    """Whether the thresholds of a file, and the bounds they were chosen for, were checked by this library.
 
-    Files of the original SpargeAttn never were, nor are those of models patched with ``calibrated=False``.
+    Files of the original SpargeAttn never were, nor are those of models patched with ``calibrated=False``, or saved
+    with thresholds that were chosen from a trade-off at load time.
     """
-    return "_metadata" in state and state["_metadata"].get("calibrated", True) is not False
+    info = state.get("_metadata")
+    return info is not None and all(info.get(name, True) is not False for name in ("calibrated", "checked"))
 
 
 def load_sparse_attention_state_dict(
@@ -102,6 +107,9 @@ def load_sparse_attention_state_dict(
     *,
     block_q: int | None = None,
     block_k: int | None = None,
+    sparsity: float | None = None,
+    speedup: float | None = None,
+    error: float | None = None,
     verbose: bool = False,
 ) -> Any:
     """Install tuned thresholds in a patched model and switch its layers to mode "sparse".
@@ -113,19 +121,27 @@ def load_sparse_attention_state_dict(
         model: a patched model, or a pipeline with patched transformers.
         state: a tuned file's path or its content.
         block_q, block_k: override the block sizes of a file of the original SpargeAttn (128 × 64 by default).
+        sparsity, speedup, error: choose other thresholds than the file's, for one target as in
+            :func:`autotune.calibrate` (a speedup by the cost model of the machine that the model is on). The file's
+            trade-off says what each candidate costs and errs, and which of them hold the calibration's bounds; their
+            errors are those of its curves, and the real kernel was not checked with this choice (``Tuned.checked`` is
+            False, and so is :func:`is_verified` of a file saved from it), unless it is the one that was. PV skip is off
+            where the choice differs.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: when the file was made for another family of models or another head dim, or a layer is missing,
+        ValueError: when a target is out of range or reach, or the file holds no trade-off to choose from; when the file
+            was made for another family of models or another head dim, or a layer is missing,
             left over, has another number of heads, or a value is out of range; the message names file and layer.
             Nothing is installed then.
         RuntimeError: while the model is being calibrated.
     """
+    target = Target.of(sparsity=sparsity, speedup=speedup, error=error)
     content = load(state) if isinstance(state, (str, os.PathLike)) else state
     try:
-        _install(model, content, block_q, block_k, verbose)
+        _install(model, content, block_q, block_k, target, verbose)
     except ValueError as error:
         if content is state:
             raise
@@ -133,7 +149,9 @@ def load_sparse_attention_state_dict(
     return model
 
 
-def _install(model: Any, state: State, block_q: int | None, block_k: int | None, verbose: bool) -> None:
+def _install(
+    model: Any, state: State, block_q: int | None, block_k: int | None, target: Target | None, verbose: bool
+) -> None:
     modules = sparse_modules(model)
     if any(module.observer is not None for module in modules.values()):
         raise RuntimeError("the model is being calibrated: load a tuned file before or after that")
@@ -143,11 +161,14 @@ def _install(model: Any, state: State, block_q: int | None, block_k: int | None,
     if modules.keys() != layers.keys():
         raise ValueError(_mismatch(model, info, modules, layers))
     tuned = {path: _tuned(path, module, layers[path], info) for path, module in modules.items()}
+    if target is not None:
+        tuned = choose_at_load(tuned, info.tradeoff, target, modules, info)
     for path, module in modules.items():  # nothing fails from here on
         module.selector = info.selector_of(path)
         module.precision, module.text_sink = info.precision or module.precision, info.text_sink
-        if info.checked is not None:
-            module.l1, module.pv_l1, module.tail = info.checked
+        l1, pv_l1, tail = info.checked or (None, None, None)
+        if l1 is not None and pv_l1 is not None:
+            module.l1, module.pv_l1, module.tail = l1, pv_l1, tail
         module.set_thresholds(tuned[path])
         _say(verbose, path, tuned[path])
 
@@ -190,7 +211,8 @@ def _tuned(path: str, module: SparseAttention, entry: dict[str, Any], info: Info
     flags = values["is_sparse"]
     if not bool(((flags == 0) | (flags == 1)).all()):
         raise ValueError(f"layer {path!r}: is_sparse must be true or false (1 or 0), got {flags.tolist()}")
-    facts: dict[str, Any] = {"lengths": info.lengths, "bounds": info.checked, "calibrated": info.calibrated}
+    facts: dict[str, Any] = {name: getattr(info, name) for name in ("lengths", "calibrated", "tradeoff")}
+    facts |= {"bounds": info.checked, "checked": info.thresholds_checked}
     tuned = Tuned(**values, expected_density=info.layer_density.get(path), **facts)
     try:
         tuned.serve(selector, torch.device("cpu"))

@@ -13,9 +13,10 @@ from spas_attn.call import ALIASES, PRECISIONS
 from spas_attn.selectors import MeanSimilarity, Selector
 
 from .module import DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL, SparseAttention, transformers_of
+from .tradeoff import Tradeoff
 from .tuned import Bounds, check_bounds
 
-FORMAT = 2
+FORMAT = 3  # written where a file holds what readers of format 2 must not pass over, such as a budget without bounds
 _PACKAGES = ("spas-attn", "torch", "transformers", "diffusers", "triton")
 _REQUIRED = ("model_class", "selector", "l1", "pv_l1", "tail")
 _FORMAT_1_FIELDS = ("block_q", "block_k", "pool", "sink", "local")  # of its selector, beside the class's name
@@ -34,13 +35,16 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
     densities = {path: t.expected_density for path, t in tuned.items() if t.expected_density is not None}
     lengths = [length for t in tuned.values() for length in t.lengths or ()]
     head_dims = {module.head_dim for module in modules.values()}
-    checked = next(iter(tuned.values())).bounds or (module.l1, module.pv_l1, module.tail)
+    first = next(iter(tuned.values()))
+    checked = first.bounds or (module.l1, module.pv_l1, module.tail)
     return {
-        "format": FORMAT,
+        "format": 2 if None not in checked[:2] else FORMAT,
         "model_class": _model_class(model),
         "family": module.family,
         "head_dim": head_dims.pop() if len(head_dims) == 1 else None,
         "calibrated": all(t.calibrated for t in tuned.values()),
+        "checked": all(t.checked for t in tuned.values()),
+        "tradeoff": None if first.tradeoff is None else first.tradeoff.to_dict(),
         "selector": _without_thresholds(module.selector),
         "layer_selectors": _layer_selectors(modules),
         "precision": module.precision,
@@ -94,6 +98,8 @@ class Info:
     layer_density: Mapping[str, float] = field(default_factory=dict)
     layer_selectors: Mapping[str, Selector] = field(default_factory=dict)  # empty: all layers have `selector`
     calibrated: bool = True
+    thresholds_checked: bool = True
+    tradeoff: Tradeoff | None = None
 
     def selector_of(self, path: str) -> Selector:
         """The selector of a layer."""
@@ -130,7 +136,7 @@ class Info:
             )
         own = {(module.l1, module.pv_l1, module.tail) for module in modules}
         other = own - {self.bounds, (DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL)}
-        if self.checked is not None and other:
+        if self.checked is not None and None not in self.checked[:2] and other:
             _warn(
                 f"the model was patched with l1, pv_l1, tail = {sorted(other, key=str)[0]} and the file was tuned with "
                 f"{self.bounds}: the file's hold now, for later calibrations too; name bounds in calibrate() for others"
@@ -153,8 +159,8 @@ def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
         return Info(MeanSimilarity(pool=min(q, k), block_q=q, block_k=k, local=0))
     if not isinstance(info, dict):
         raise ValueError(f"_metadata of the tuned file must be a dict, got {type(info).__name__}")
-    if repr(info.get("format")) not in ("1", str(FORMAT)):
-        raise ValueError(f"the tuned file has format {info.get('format')!r}, this version reads formats 1 and {FORMAT}")
+    if repr(info.get("format")) not in ("1", "2", str(FORMAT)):
+        raise ValueError(f"the tuned file has format {info.get('format')!r}, this version reads formats 1 to {FORMAT}")
     absent = [name for name in _REQUIRED if name not in info]
     if absent:
         raise ValueError(f"_metadata of the tuned file lacks {absent}")
@@ -166,7 +172,7 @@ def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
         )
     bounds = (info["l1"], info["pv_l1"], info["tail"])
     try:
-        check_bounds(*bounds)
+        check_bounds(*bounds, guards=info["format"] == FORMAT)
     except (TypeError, ValueError) as error:
         raise ValueError(f"_metadata of the tuned file holds invalid bounds: {error}") from error
     values: dict[str, Any] = {}
@@ -180,7 +186,9 @@ def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
         values["precision"] = ALIASES.get(values["precision"], values["precision"])
     if "layer_selectors" in values:
         values["layer_selectors"] = {path: _made(content) for path, content in values["layer_selectors"].items()}
-    return Info(selector, bounds=bounds, **values)
+    values["thresholds_checked"] = values.pop("checked", True)
+    tradeoff = None if info.get("tradeoff") is None else Tradeoff.read(info["tradeoff"])
+    return Info(selector, bounds=bounds, tradeoff=tradeoff, **values)
 
 
 def _selector(info: dict[str, Any]) -> Selector:
@@ -226,4 +234,5 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layer_density": ("a dict of shares by layer", _shares),
     "layer_selectors": ("a dict of selectors by layer", lambda x: isinstance(x, dict)),
     "calibrated": ("True or False", lambda x: isinstance(x, bool)),
+    "checked": ("True or False", lambda x: isinstance(x, bool)),
 }

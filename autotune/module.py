@@ -141,6 +141,7 @@ class SparseAttention(nn.Module):
         sinks: Tensor | None = None,
         text: Ranges = (),
         scheduled: bool = False,
+        share: tuple[int, int] | None = None,
     ) -> Tensor:
         """Attention of one call.
 
@@ -156,6 +157,8 @@ class SparseAttention(nn.Module):
             text: (start, stop) of text tokens among queries and keys; their blocks are kept (see ``text_sink``).
             scheduled: run this call dense whatever the mode, unwatched by a calibration (dense steps); an argument,
                 because threads share the module.
+            share: (rank, size) where q, k and v hold the heads of one of ``size`` ranks (sequence parallelism by
+                exchange of heads): its heads' thresholds are taken.
 
         Returns:
             ``[B, Hq, Lq, D]``; in the modes "dense" and "tune", and for fewer queries than a block (decode), exactly
@@ -167,7 +170,7 @@ class SparseAttention(nn.Module):
             cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
         )  # fmt: skip
         if self.mode == "sparse" and unfit is None and not (self.always_dense or self._in_force().all_dense):
-            return self._sparse(self._call(q, k, v, **options))
+            return self._sparse(self._call(q, k, v, **options), share)
         out = dense()
         if self.mode == "tune" and self.observer is not None:
             with torch.no_grad():
@@ -195,10 +198,11 @@ class SparseAttention(nn.Module):
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))  # as dense attention does
         return Call.make(q, k, v, precision=self.precision, error_bound=self.pv_l1, **options)
 
-    def _sparse(self, call: Call) -> Tensor:
+    def _sparse(self, call: Call, share: tuple[int, int] | None = None) -> Tensor:
         tuned, device = self._in_force(), call.q.device.type
         self._check_length(call, tuned.lengths)
-        selector, pv = self.serving(call)
+        tuned = tuned if share is None else tuned.share(*share)
+        selector, pv = self.serving(call, tuned)
         # On a CPU PV skip saves no time: leaving it out is faster and more exact. The calibration's check, which calls
         # the kernels itself, carries it out, so that a file tuned here holds its bounds on a GPU too.
         skip = pv if tuned.skips and device != "cpu" else None
@@ -208,9 +212,12 @@ class SparseAttention(nn.Module):
             self._record(stats.density, call.q.device)
         return out
 
-    def serving(self, call: Call) -> tuple[Selector, Tensor]:
-        """What serves a call: the selector with this layer's thresholds and text sink, and PV thresholds ``[Hq]``."""
-        selector, pv = self._in_force().serve(self.selector, call.q.device)
+    def serving(self, call: Call, tuned: Tuned | None = None) -> tuple[Selector, Tensor]:
+        """What serves a call: the selector with this layer's thresholds and text sink, and PV thresholds ``[Hq]``.
+
+        ``tuned`` names others than those in force.
+        """
+        selector, pv = (tuned or self._in_force()).serve(self.selector, call.q.device)
         return self.with_text(selector, call.text), pv
 
     def with_text(self, selector: Selector, text: Ranges) -> Selector:

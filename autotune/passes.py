@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.distributed as dist
 
 from spas_attn.call import Call
 
 from .accumulate import Grid, PromptTally, Tally, add_check, add_curves, add_pv_curves
-from .choose import Layer
+from .budget import layer_error
+from .layer import Layer
+from .objective import Objective
 from .sampling import Reservoir
+from .tradeoff import KL
+
+if TYPE_CHECKING:
+    from .rerun import Rerun
 
 
 @dataclass
@@ -20,20 +27,40 @@ class Work:
     """What all passes of one calibration share.
 
     Attributes:
+        objective: how thresholds follow from the curves.
+        sensitivity: how many of the fitted prompts the layers' sensitivities are measured on; 0 = none.
         fitted, checked: numbers of the prompts for the curves, and of those kept aside for PV pass and check.
+        measured: the model's error with all layers sparse, of each comparison on prompts kept aside.
     """
 
     layers: list[Layer]
     grid: Grid
     rounds: int
+    objective: Objective
+    sensitivity: int = 0
     fitted: list[int] = field(default_factory=list)
     checked: list[int] = field(default_factory=list)
+    measured: list[float] = field(default_factory=list)
     rank: int = 0
     world: int = 1
 
     def __post_init__(self) -> None:
         if dist.is_available() and dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What every process gives."""
+        if self.world == 1:
+            return [mine]
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, mine)
+        return gathered
+
+    def chosen(self) -> Pass:
+        """Choose thresholds from the curves; returns the pass that follows."""
+        self.objective.choose(self.layers, self.grid)
+        skips = any(layer.bounds[1] is not None for layer in self.layers)
+        return PVPass(self) if skips else CheckPass(self, 1)
 
 
 class Pass:
@@ -44,9 +71,11 @@ class Pass:
         prompts: numbers of the prompts that it goes over.
         sums: what was counted, layer by layer; None where nothing was.
         open: the same of the prompt in progress.
+        compares: whether it looks at what the model gives (``compare``).
     """
 
     name: ClassVar[str]
+    compares: ClassVar[bool] = False
 
     def __init__(self, work: Work) -> None:
         self.work, self.prompts = work, work.checked
@@ -70,6 +99,9 @@ class Pass:
         tally = self.open[layer.index] or PromptTally(call.q.shape[1], self.candidates(layer), call.q.device)
         self.open[layer.index] = tally
         self.add(tally, layer, call, blocks)
+
+    def compare(self, layers: list[Layer], rerun: Rerun) -> None:
+        """Look at one call of a transformer with these layers, which has just run dense and can be run again."""
 
     def count(self, layer: Layer, tally: Tally) -> None:
         """Add what a prompt, or another process, saw."""
@@ -99,15 +131,15 @@ class Pass:
             yield layer, total
 
     def _merge_ranks(self) -> None:
-        gathered: list[Any] = [None] * self.work.world
-        mine = [(self.sums[layer.index], layer.lengths, layer.check_backend) for layer in self.work.layers]
-        dist.all_gather_object(gathered, mine)
-        for layer, parts in zip(self.work.layers, zip(*gathered, strict=True), strict=True):
+        layers = self.work.layers
+        gathered = self.work.gather([(self.sums[x.index], x.lengths, x.shape, x.check_backend) for x in layers])
+        for layer, parts in zip(layers, zip(*gathered, strict=True), strict=True):
             self.sums[layer.index] = None
-            for tally, lengths, backend in parts:
+            for tally, lengths, shape, backend in parts:
                 if tally is not None:
                     self.count(layer, tally)
                 layer.saw(*(lengths or ()))
+                layer.grow(shape)
                 layer.check_backend = layer.check_backend or backend
 
 
@@ -128,8 +160,8 @@ class CurvePass(Pass):
 
     def conclude(self) -> Pass:
         for layer, total in self.totals():
-            layer.choose_first(total, self.work.grid)
-        return PVPass(self.work)
+            layer.begin(total)
+        return SensitivityPass(self.work) if self.work.sensitivity else self.work.chosen()
 
 
 class FreePass(CurvePass):
@@ -158,6 +190,54 @@ class FreePass(CurvePass):
                 into.close(number)
 
 
+class SensitivityPass(Pass):
+    """The error of the model's output when one layer alone is sparse, over the square of that layer's own error."""
+
+    name = "sensitivity"
+    compares = True
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.prompts = work.fitted[: work.sensitivity]
+        self.found: list[list[float]] = [[] for _ in work.layers]
+        self.measure = ""
+
+    def observe(self, layer: Layer, call: Call, blocks: list[int]) -> None:
+        """Nothing is counted of a layer's call; the transformer is run again when it has returned."""
+
+    def compare(self, layers: list[Layer], rerun: Rerun) -> None:
+        for layer in layers:
+            _, tuned = layer.probe(self.work.grid)
+            if not tuned.all_dense:
+                self.found[layer.index].append(rerun.error({layer.module: tuned}))
+        self.measure = rerun.measure
+
+    def conclude(self) -> Pass:
+        gathered = self.work.gather((self.measure, self.found))
+        self.work.objective.measure = next((measure for measure, _ in gathered if measure), None)
+        if self.work.objective.measure is None:
+            warnings.warn(
+                "the sensitivities of the layers could not be measured, and all count the same: no call of the model "
+                "itself was seen (a part of it was called, or it went on from a cache)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        for layer in self.work.layers:
+            errors = [error for _, found in gathered for error in found[layer.index]]
+            layer.sensitivity = self._of(layer, errors)
+        return self.work.chosen()
+
+    def _of(self, layer: Layer, errors: list[float]) -> float | None:
+        """Squares of relative errors, and divergences, grow with the square of the layer's error."""
+        if self.work.objective.measure is None:
+            return None
+        own = layer_error(layer.tradeoff(self.work.grid), layer.probe(self.work.grid)[0])
+        if not errors or not own:  # no candidate errs: whatever is chosen costs the model nothing
+            return 0.0
+        squares = errors if self.work.objective.measure == KL else [error * error for error in errors]
+        return sum(squares) / len(squares) / own**2
+
+
 class PVPass(Pass):
     """Errors of the chosen selection under every PV threshold."""
 
@@ -171,7 +251,8 @@ class PVPass(Pass):
 
     def conclude(self) -> Pass:
         for layer, total in self.totals():
-            layer.choose_pv(total, self.work.grid)
+            if layer.bounds[1] is not None:
+                layer.choose_pv(total, self.work.grid)
         return CheckPass(self.work, 1)
 
 
@@ -179,19 +260,29 @@ class CheckPass(Pass):
     """Errors of the real kernel; heads that miss a bound get tighter ones, and after the last round run dense."""
 
     name = "check"
+    compares = True
 
     def __init__(self, work: Work, number: int) -> None:
         super().__init__(work)
         self.number = number
+        self.found: list[float] = []
 
     def candidates(self, layer: Layer) -> int:
         return 2
 
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
-        layer.check_backend = add_check(tally, layer.module, call.replace(error_bound=layer.bounds[1]))
+        bound = layer.bounds[1] or layer.module.pv_l1
+        layer.check_backend = add_check(tally, layer.module, call.replace(error_bound=bound))
+
+    def compare(self, layers: list[Layer], rerun: Rerun) -> None:
+        self.found.append(rerun.error({layer.module: layer.in_force() for layer in layers}))
 
     def conclude(self) -> Pass | None:
         last = self.number if self.number == self.work.rounds else 0
-        missed = [layer.back_off(total, self.work.grid, last) for layer, total in self.totals()]
+        missed = [layer.back_off(total, last) for layer, total in self.totals()]
+        self.work.measured = [error for found in self.work.gather(self.found) for error in found]
+        if not any(bool(wrong.any()) for wrong in missed):
+            return None
+        self.work.objective.choose_again(self.work.layers, self.work.grid, missed, bool(last))
         # All are checked again after a miss: what they record belongs to the final thresholds.
-        return CheckPass(self.work, self.number + 1) if any(missed) and not last else None
+        return None if last else CheckPass(self.work, self.number + 1)

@@ -11,7 +11,8 @@ import torch
 
 from . import files, page
 from .accumulate import Grid
-from .choose import Layer, mean_error, tail_error
+from .choose import mean_error, tail_error
+from .layer import Layer
 from .module import SparseAttention
 from .storage import write_text
 from .tuned import FILE_KEYS

@@ -189,20 +189,20 @@ def _layer(entry: dict[str, Any]) -> LayerTradeoff:
         raise ValueError(f"chosen of layer {path!r} must be in [0, {size['C']}], got {entry['chosen'].tolist()}")
     if not bool(((entry["density"] >= 0) & (entry["density"] <= 1) & (entry["error"] >= 0)).all()):
         raise ValueError(f"density of layer {path!r} must be in [0, 1], and error 0 or more")
-    shape = None if entry["shape"] is None else tuple(entry["shape"])
-    if shape is not None and not (len(shape) == 5 and all(isinstance(x, int) and x >= 0 for x in shape)):
-        raise ValueError(f"shape of layer {path!r} must be (B · Hq, Lq, Lk, D, causal) or None, got {shape!r}")
+    work = None if entry["shape"] is None else tuple(entry["shape"])
+    if work is not None and not (len(work) == 5 and all(isinstance(x, int) and x >= 0 for x in work)):
+        raise ValueError(f"shape of layer {path!r} must be (B · Hq, Lq, Lk, D, causal) or None, got {work!r}")
     phase = entry["phase"]
     if isinstance(phase, bool) or not isinstance(phase, int) or phase < 0:
         raise ValueError(f"phase of layer {path!r} must be a number from 0 on, got {phase!r}")
-    arrays = {name: entry[name] for name in _ARRAYS}
-    return LayerTradeoff(path, **arrays, sensitivity=_number("sensitivity", entry["sensitivity"]), shape=shape, phase=phase)  # type: ignore[arg-type]  # fmt: skip
+    facts = {"sensitivity": _number("sensitivity", entry["sensitivity"]), "shape": work, "phase": phase}
+    return LayerTradeoff(path, **{name: entry[name] for name in _ARRAYS}, **facts)  # type: ignore[arg-type]
 
 
 def _number(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number, 0 or more, or None, got {value!r}")
     return float(value)
 

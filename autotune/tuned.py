@@ -13,17 +13,24 @@ from torch import Tensor
 from spas_attn.checks import per_head
 from spas_attn.selectors import Selector
 
-Bounds = tuple[float, float, float | None]  # l1, pv_l1, tail
+from .tradeoff import Tradeoff
+
+Bounds = tuple[float | None, float | None, float | None]  # l1, pv_l1, tail; l1 and pv_l1 are None for a budget without
 PV_OFF = 50.0  # log2 of a probability ratio; far below float32 resolution, so nothing is skipped
 # What a tuned file, and users of the original, call the fields of Tuned.
 FILE_KEYS = {"is_sparse": "is_sparse", "cdfthreshd": "threshold", "simthreshd1": "sim", "pvthreshd": "pv"}
 
 
-def check_bounds(l1: float, pv_l1: float, tail: float | None) -> None:
-    """Reject invalid bounds; valid are 0 < l1 < pv_l1, and tail > 0 or None."""
+def check_bounds(l1: float | None, pv_l1: float | None, tail: float | None, *, guards: bool = False) -> None:
+    """Reject invalid bounds; valid are 0 < l1 < pv_l1, and tail > 0 or None; as guards of a budget l1 and pv_l1 may be
+    None together.
+    """
+    if guards and l1 is None and pv_l1 is None:
+        l1, pv_l1 = 1.0, 2.0  # nothing to check
     for name, bound in (("l1", l1), ("pv_l1", pv_l1), ("tail", 1.0 if tail is None else tail)):
         if isinstance(bound, bool) or not isinstance(bound, Real):
             raise TypeError(f"{name} must be a number (a relative error){' or None' * (name == 'tail')}, got {bound!r}")
+    assert l1 is not None and pv_l1 is not None  # else there was a TypeError
     if not l1 > 0:
         raise ValueError(f"l1 must be above 0 (a relative error), got {l1}")
     if not pv_l1 > l1:
@@ -47,6 +54,9 @@ class Tuned:
         lengths: fewest and most keys that were calibrated, None when unknown.
         bounds: l1, pv_l1 and tail that the thresholds were checked against, None when they were not.
         calibrated: False for a selector's own thresholds, which nothing was measured for.
+        checked: False for thresholds that were chosen from a trade-off afterwards: their errors are those of the
+            calibration's curves, and the real kernel was not checked with them.
+        tradeoff: the whole model's, from which they were chosen, for files; None when unknown.
         all_dense, filters, skips: no head is sparse; some sparse head has a similarity filter; some has PV skip.
 
     Raises:
@@ -61,10 +71,13 @@ class Tuned:
     lengths: tuple[int, int] | None = None
     bounds: Bounds | None = None
     calibrated: bool = True
+    checked: bool = True
+    tradeoff: Tradeoff | None = field(default=None, repr=False)
     all_dense: bool = field(init=False)
     filters: bool = field(init=False)
     skips: bool = field(init=False)
     _served: dict[torch.device, tuple[Selector, Selector, Tensor]] = field(init=False, repr=False)
+    _shares: dict[tuple[int, int], Tuned] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name).detach() for name in FILE_KEYS.values()}
@@ -81,6 +94,7 @@ class Tuned:
         object.__setattr__(self, "filters", bool((self.sim[sparse] > 0).any()))  # no similarity is negative
         object.__setattr__(self, "skips", bool((self.pv[sparse] < PV_OFF).any()))
         object.__setattr__(self, "_served", {})
+        object.__setattr__(self, "_shares", {})
 
     @classmethod
     def dense(cls, heads: int) -> Tuned:
@@ -101,6 +115,22 @@ class Tuned:
     def to(self, device: torch.device) -> Tuned:
         """The same on another device."""
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in FILE_KEYS.values()})
+
+    def share(self, rank: int, size: int) -> Tuned:
+        """The state of the heads that one of ``size`` ranks holds, equal parts in order.
+
+        Raises:
+            ValueError: when the heads do not divide.
+        """
+        known = self._shares.get((rank, size))
+        if known is None:
+            heads = len(self.is_sparse)
+            if heads % size or not 0 <= rank < size:
+                raise ValueError(f"rank {rank} of {size} has no equal share of {heads} heads")
+            part = slice(rank * heads // size, (rank + 1) * heads // size)
+            known = dataclasses.replace(self, **{name: getattr(self, name)[part] for name in FILE_KEYS.values()})
+            self._shares[rank, size] = known
+        return known
 
     def serve(self, selector: Selector, device: torch.device) -> tuple[Selector, Tensor]:
         """``selector`` with these thresholds, and the PV thresholds ``[heads]``, on ``device``; dense heads keep all.
@@ -123,4 +153,7 @@ class Tuned:
         return selector.tuned_to(self.threshold.to(device), sparse), pv
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_served": {}}  # tensors on devices that a copy in another process may not have
+        return vars(self) | {
+            "_served": {},
+            "_shares": {},
+        }  # tensors on devices that a copy in another process may not have

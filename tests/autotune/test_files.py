@@ -191,7 +191,7 @@ def test_thresholds_that_the_selector_rejects(state: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 3}, "has format 3, this version reads formats 1 and 2"),
+        ({"format": 4}, "has format 4, this version reads formats 1 to 3"),
         ({"format": None}, "has format None"),
         ({"l1": 0.5}, "invalid bounds.*pv_l1"),
         ({"tail": "high"}, "invalid bounds"),

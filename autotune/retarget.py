@@ -1,0 +1,83 @@
+"""Thresholds for another target, chosen from the trade-off that a tuned file keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .budget import Outcome, choose_for
+from .machine import Times, times
+from .module import SparseAttention
+from .tradeoff import LayerTradeoff, Target, Tradeoff
+from .tuned import FILE_KEYS, PV_OFF, Tuned
+
+
+def choose_at_load(
+    tuned: Mapping[str, Tuned],
+    tradeoff: Tradeoff | None,
+    target: Target,
+    modules: Mapping[str, SparseAttention],
+    info: Any,
+) -> dict[str, Tuned]:
+    """The states of all layers for a target.
+
+    Args:
+        tuned: as the file has them.
+        tradeoff: the file's.
+        modules: the layers of the model.
+        info: the file's ``_metadata``, which knows selectors and precision.
+
+    Raises:
+        ValueError: when the file has no trade-off, or one of other layers, or the target is out of reach.
+    """
+    if tradeoff is None:
+        raise ValueError(f"the file holds no trade-off that {target} could be chosen from: calibrate with this version")
+    layers = {layer.path: layer for layer in tradeoff.layers}
+    wrong = [path for path, state in tuned.items() if path not in layers or layers[path].heads != len(state.is_sparse)]
+    if wrong or len(layers) != len(tuned):
+        raise ValueError(f"the trade-off of the file is not that of its layers, first {(wrong or [*layers])[0]!r}")
+    expected = _times(tradeoff, modules, info)
+    return _states(tuned, tradeoff, target, choose_for(tradeoff, target, expected))
+
+
+def _times(tradeoff: Tradeoff, modules: Mapping[str, SparseAttention], info: Any) -> list[Times] | None:
+    """Expected times of the layers on the machine that the model is on; None where the cost model has no row."""
+    found = []
+    for layer in tradeoff.layers:
+        module, selector = modules[layer.path], info.selector_of(layer.path)
+        precision = info.precision or module.precision
+        expected = layer.shape and times(layer.shape, module._device, precision, selector.selection_ms)
+        if expected is None:
+            return None
+        found.append(expected)
+    return found
+
+
+def _states(tuned: Mapping[str, Tuned], tradeoff: Tradeoff, target: Target, found: Outcome) -> dict[str, Tuned]:
+    made = {}
+    for layer, chosen in zip(tradeoff.layers, found.chosen, strict=True):
+        made[layer.path] = _state(tuned[layer.path], layer, chosen)
+    same = all(_equal(made[path], tuned[path]) for path in made)
+    facts: dict[str, Any] = {"checked": same and all(state.checked for state in tuned.values())}
+    errors = {} if same else {"predicted": found.error if tradeoff.measure else None, "measured": None}
+    facts["tradeoff"] = tradeoff.with_choice(found.chosen, target=target, **errors)
+    return {path: dataclasses.replace(state, **facts) for path, state in made.items()}
+
+
+def _state(before: Tuned, layer: LayerTradeoff, chosen: Tensor) -> Tuned:
+    """A layer's state with other candidates; PV skip stays where the candidate does."""
+    sparse, threshold, sim, density = layer.thresholds_of(chosen)
+    stays = (before.threshold == threshold) & (before.sim == sim) & (before.is_sparse == sparse)
+    state = dataclasses.replace(before, is_sparse=sparse, threshold=threshold, sim=sim,
+                                pv=torch.where(stays, before.pv, PV_OFF))  # fmt: skip
+    if bool(stays.all()):  # its density was measured by the check
+        return state
+    return dataclasses.replace(state, expected_density=float(density.mean()))
+
+
+def _equal(a: Tuned, b: Tuned) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in FILE_KEYS.values())
