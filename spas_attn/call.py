@@ -79,7 +79,7 @@ class Call:
         error_bound: relative L1 that the call may have, for ``precision="auto"``.
         expected_density: share of blocks expected to be kept, None when unknown; never read off this call's mask.
         text: (start, stop) of text tokens among queries and keys.
-        keys: K in 8 bits, where the pass that selected the blocks has made it (``kernels.launch.Keys``).
+        keys, values: K and V in 8 bits, where selection has made them (``kernels.operands.Keys``, ``Values``).
         cu_seqlens_q, cu_seqlens_k: int32 ``[n + 1]`` of packed sequences, else None; one tensor where they are equal.
         sinks: float32 ``[Hq]``, logits added to the softmax's denominator, or None.
         document_start: int32 ``[L / 128]`` in a call of packed sequences that :meth:`aligned` made: the first row of
@@ -102,6 +102,7 @@ class Call:
     expected_density: float | None = None
     text: Ranges = ()
     keys: tuple[Tensor, ...] | None = None
+    values: tuple[Tensor, ...] | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     sinks: Tensor | None = None

@@ -15,12 +15,14 @@ from .call import Call
 from .checks import PerHead, per_head
 from .kernels import prepare as kernels
 from .kernels.head_cut import head_cuts
+from .kernels.key_scores import key_scores, row_sums
 from .kernels.last_queries import last_masses
+from .kernels.prepare import Prepared
 from .kernels.probabilities import pooled_probabilities
 from .kernels.row_scores import row_scores
 from .kernels.select import Facts, Rule, keep_blocks
 from .kernels.strided import strided_probabilities
-from .selectors import FlashPrefill, FlexPrefill, MeanSimilarity, MInference, Selector, TopK, XAttention
+from .selectors import ExactKeys, FlashPrefill, FlexPrefill, MeanSimilarity, MInference, Selector, TopK, XAttention
 from .selectors.last_queries import LastQueries, first_distance, last_query, last_rows, lowest_across
 from .selectors.minference import LAST_QUERIES
 
@@ -46,16 +48,13 @@ class Parts:
     touched_k: Tensor | None = None
 
 
-Keys = tuple[Tensor, ...]  # K in 8 bits: the fields of ``kernels.launch.Keys``, or nothing
-
-
-def run_fused(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
-    """The blocks, and with ``quantise`` K in 8 bits with one scale per key block, from one pass over K if possible."""
+def run_fused(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
+    """The blocks, and with ``quantise`` K (and V, as ``call.precision`` says) in 8 bits, made by the same launch."""
     with torch.cuda.device(call.q.device) if call.q.is_cuda else contextlib.nullcontext():
         return _SELECT[type(parts.ranking)](parts, call, quantise)
 
 
-def _by_means(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+def _by_means(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
     """MeanSimilarity, TopK. K is read twice only if a similarity filter needs its exact mean (not under causality)."""
     ranking, causal = parts.ranking, call.is_causal
     assert isinstance(ranking, (MeanSimilarity, TopK))
@@ -63,24 +62,57 @@ def _by_means(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys
     if isinstance(ranking, MeanSimilarity) and ranking.filters:
         sim = _checked(ranking.sim_threshold, call, "sim_threshold")
     filters = sim is not None
-    side_q = kernels.prepare(
-        call.q, _dim(call), pool=ranking.pool, block=ranking.block_q, similarity=filters,
-        valid=None if call.document_start is None else kernels.as_bytes(call.key_mask),
-    )  # fmt: skip
     # Under causality means and similarities stay unsmoothed: the smoothing vector would carry later tokens into them.
-    side_k, keys = _prepare_keys(parts, call, quantise, ranking.pool, similarity=filters, smooth=not causal)
+    made = _prepare(
+        parts, call, quantise, pool_q=ranking.pool, pool_k=ranking.pool, similarity=filters, smooth=not causal
+    )
     scores = _scores(parts, call)
-    _pooled(ranking, call, side_q, side_k, scores, ranking.pool, sim)
-    facts = Facts(side_k.block_filled, side_q.similarity, side_k.similarity, documents=call.document_start)
+    _pooled(ranking, call, made, scores, ranking.pool, sim)
+    facts = Facts(made.k.block_filled, made.q.similarity, made.k.similarity, documents=call.document_start)
     kind = "rank" if isinstance(ranking, TopK) else "mass"
-    return _keep(parts, call, scores, kind, facts, sim_threshold=sim), keys
+    return _keep(parts, call, scores, kind, facts, sim_threshold=sim), made
 
 
-def _by_strides(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+def _by_keys(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
+    """ExactKeys; of a long call some query blocks at a time, so that scores take no more memory than the lists."""
+    ranking, group = parts.ranking, call.group
+    assert isinstance(ranking, ExactKeys)
+    queries = kernels.as_bytes(call.query_mask()) if call.is_causal else None
+    vectors, filled, step = call.q, None, ranking.pool
+    made = Prepared()
+    if ranking.queries == "mean":
+        pairs = call.q.dtype != torch.bfloat16  # which rounds means as finely as the keys
+        made = _prepare(parts, call, quantise, pool_q=ranking.pool, pairs=pairs, valid_q=queries)
+        assert made.q.means is not None
+        vectors, filled, step = made.q.means, made.q.filled, 1
+    elif quantise:
+        made = _prepare(parts, call, quantise)
+    if ranking.queries == "sample" and queries is not None:
+        vectors, filled = ranking.vectors(call)
+        vectors, filled, step = vectors.to(call.k.dtype), kernels.as_bytes(filled), 1
+    block_filled = None
+    if call.key_mask is not None:
+        block_filled = blockwise(call.key_mask, ranking.block_k).any(-1).view(torch.uint8)
+    facts = Facts(block_filled, documents=call.document_start)
+    lists, per_q = _scores(parts, call), ranking.block_q // ranking.pool
+    mask = None
+    for sums in row_sums(lists, per_q, group):
+        key_scores(
+            vectors, call.k, sums, call.q_len, step=step, pool=ranking.pool, block_q=ranking.block_q,
+            block_k=ranking.block_k, is_causal=call.is_causal, scale=call.scale, window=call.window,
+            valid=kernels.as_bytes(call.key_mask), filled=filled, documents=call.document_start,
+        )  # fmt: skip
+        counts = None if mask is None else mask.counts
+        mask = _keep(parts, call, lists, "mass", facts, sums=sums, per_q=per_q, counts=counts)
+    assert mask is not None
+    return mask, made
+
+
+def _by_strides(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
     """XAttention."""
     ranking = parts.ranking
     assert isinstance(ranking, XAttention)
-    _, keys = _prepare_keys(parts, call, quantise, None)
+    made = _prepare(parts, call, quantise)
     scores = _scores(parts, call)
     filled = block_filled = None
     if call.key_mask is not None:
@@ -91,38 +123,37 @@ def _by_strides(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Ke
         is_causal=call.is_causal, scale=call.scale, window=call.window, valid=kernels.as_bytes(call.key_mask),
         filled=filled,
     )  # fmt: skip
-    return _keep(parts, call, scores, "mass", Facts(block_filled)), keys
+    return _keep(parts, call, scores, "mass", Facts(block_filled)), made
 
 
-def _by_rows(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+def _by_rows(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
     """FlashPrefill. Its means stay unsmoothed: sums of exponentials over queries know no common factor."""
     ranking = parts.ranking
     assert isinstance(ranking, FlashPrefill)
-    side_k, keys = _prepare_keys(parts, call, quantise, ranking.block_k)
-    assert side_k.means is not None
+    made = _prepare(parts, call, quantise, pool_k=ranking.block_k)
+    assert made.k.means is not None
     scores = _scores(parts, call)
     row_scores(
-        call.q, side_k.means, scores, block_q=ranking.block_q, block_k=ranking.block_k, k_len=call.k_len,
-        is_causal=call.is_causal, scale=call.scale, window=call.window, block_filled=side_k.block_filled,
+        call.q, made.k.means, scores, block_q=ranking.block_q, block_k=ranking.block_k, k_len=call.k_len,
+        is_causal=call.is_causal, scale=call.scale, window=call.window, block_filled=made.k.block_filled,
     )  # fmt: skip
     last_row = None if call.query_mask() is None else last_query(call).to(torch.int32)
-    facts = Facts(side_k.block_filled, last_row=last_row)
+    facts = Facts(made.k.block_filled, last_row=last_row)
     sink = max(1, ranking.sink_blocks) if ranking.sink else 0
-    return _keep(parts, call, scores, "share", facts, sink=sink, last_blocks=ranking.last_blocks), keys
+    return _keep(parts, call, scores, "share", facts, sink=sink, last_blocks=ranking.last_blocks), made
 
 
-def _by_heads(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+def _by_heads(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
     """FlexPrefill."""
     ranking = parts.ranking
     assert isinstance(ranking, FlexPrefill)
     pool = min(ranking.block_q, ranking.block_k)
-    side_q = kernels.prepare(call.q, _dim(call), pool=pool, block=ranking.block_q)
-    side_k, keys = _prepare_keys(parts, call, quantise, pool, smooth=not call.is_causal)
+    made = _prepare(parts, call, quantise, pool_q=pool, pool_k=pool, smooth=not call.is_causal)
     scores = _scores(parts, call)
-    _pooled(ranking, call, side_q, side_k, scores, pool, None)
-    blocks = side_k
+    _pooled(ranking, call, made, scores, pool, None)
+    blocks = made.k
     if pool != ranking.block_k:
-        blocks, _ = _prepare_keys(parts, call, False, ranking.block_k)
+        blocks = _prepare(parts, call, False, pool_k=ranking.block_k).k
     assert blocks.means is not None
     means = blocks.means.float().sum(3)[..., : call.q.shape[-1]]
     filled = None if blocks.block_filled is None else blocks.block_filled.view(torch.bool)
@@ -138,14 +169,14 @@ def _by_heads(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys
     diagonals = lowest_across(ranking, call, by_distance).contiguous()
     facts = Facts(blocks.block_filled, columns=columns.contiguous(), diagonals=diagonals, aware=aware, cuts=cuts)
     least, most = ranking.budgets
-    return _keep(parts, call, scores, "lines", facts, least=least or None, most=most), keys
+    return _keep(parts, call, scores, "lines", facts, least=least or None, most=most), made
 
 
-def _by_lines(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys]:
+def _by_lines(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
     """MInference without block-sparse heads."""
     ranking, heads = parts.ranking, call.q.shape[1]
     assert isinstance(ranking, MInference)
-    _, keys = _prepare_keys(parts, call, quantise, None)
+    made = _prepare(parts, call, quantise)
     patterns = ranking.patterns(heads)
     last = None if set(patterns) == {"a_shape"} else fused_last_queries(call, LAST_QUERIES)
     columns, by_distance = ranking.lines(call, patterns, last)
@@ -156,12 +187,12 @@ def _by_lines(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Keys
     if call.key_mask is not None:
         block_filled = blockwise(call.key_mask, ranking.block_k).any(-1).view(torch.uint8)
     facts = Facts(block_filled, columns=columns, diagonals=diagonals)
-    return _keep(parts, call, _scores(parts, call), "lines", facts), keys
+    return _keep(parts, call, _scores(parts, call), "lines", facts), made
 
 
-_SELECT: dict[type[Selector], Callable[[Parts, Call, bool], tuple[BlockMask, Keys]]] = {
-    MeanSimilarity: _by_means, TopK: _by_means, XAttention: _by_strides, FlashPrefill: _by_rows, FlexPrefill: _by_heads,
-    MInference: _by_lines,
+_SELECT: dict[type[Selector], Callable[[Parts, Call, bool], tuple[BlockMask, Prepared]]] = {
+    MeanSimilarity: _by_means, TopK: _by_means, ExactKeys: _by_keys, XAttention: _by_strides, FlashPrefill: _by_rows,
+    FlexPrefill: _by_heads, MInference: _by_lines,
 }  # fmt: skip
 
 
@@ -201,29 +232,21 @@ def _scores(parts: Parts, call: Call) -> Tensor:
     return torch.empty(*call.q.shape[:2], nq, nk, dtype=torch.int32, device=call.q.device)
 
 
-def _prepare_keys(
-    parts: Parts, call: Call, quantise: bool, pool: int | None, *, similarity: bool = False, smooth: bool = False
-) -> tuple[kernels.Side, Keys]:
-    """Means of ``pool`` keys (None for none) and what else is made of K in one pass, and K in 8 bits if wanted."""
-    if pool is None and not quantise:
-        return kernels.Side(), ()
-    k, valid, block = call.k, kernels.as_bytes(call.key_mask), parts.ranking.block_k
-    sums = kernels.key_sums(k, _dim(call), valid, exact=similarity and smooth) if quantise or smooth else None
-    side = kernels.prepare(
-        k, _dim(call), pool=pool, block=block, similarity=similarity, tile=block if quantise else None, sums=sums,
-        smooth_pooled=smooth, valid=valid,
+def _prepare(parts: Parts, call: Call, quantise: bool, **wanted: Any) -> Prepared:
+    """What is wanted of Q, K and V (see ``prepare``), with ``quantise`` the 8 bits of the call's precision, too."""
+    ranking, valid = parts.ranking, kernels.as_bytes(call.key_mask)
+    return kernels.prepare(
+        call.q if wanted.get("pool_q") else None,
+        call.k if quantise or wanted.get("pool_k") else None,
+        call.v if quantise and call.precision == "int8_fp8" else None,
+        block_q=ranking.block_q, block_k=ranking.block_k, int8=quantise, valid=valid,
+        **{"valid_q": None if call.document_start is None else valid, **wanted},
     )  # fmt: skip
-    if not quantise:
-        return side, ()
-    assert side.int8 is not None and side.scale is not None and sums is not None
-    return side, (side.int8, side.scale, *sums)
 
 
-def _pooled(
-    ranking: Selector, call: Call, q: kernels.Side, k: kernels.Side, scores: Tensor, pool: int, sim: PerHead | None
-) -> None:
+def _pooled(ranking: Selector, call: Call, made: Prepared, scores: Tensor, pool: int, sim: PerHead | None) -> None:
     pooled_probabilities(
-        q, k, scores, call.q_len, call.k_len, pool=pool, block_q=ranking.block_q, block_k=ranking.block_k,
+        made.q, made.k, scores, call.q_len, call.k_len, pool=pool, block_q=ranking.block_q, block_k=ranking.block_k,
         is_causal=call.is_causal, scale=call.scale, window=call.window, sim_threshold=sim,
         documents=call.document_start,
     )  # fmt: skip
@@ -231,6 +254,7 @@ def _pooled(
 
 def _keep(parts: Parts, call: Call, scores: Tensor, kind: str, facts: Facts, **more: Any) -> BlockMask:
     ranking = parts.ranking
+    scored = {name: more.pop(name) for name in ("sums", "per_q", "counts") if name in more}
     rule = Rule(
         kind, _checked(ranking.threshold, call, ranking.tuned), ranking.block_q, ranking.block_k,
         more.pop("sink", int(ranking.sink)), ranking.local, dense=parts.dense, tokens=parts.tokens,
@@ -238,8 +262,9 @@ def _keep(parts: Parts, call: Call, scores: Tensor, kind: str, facts: Facts, **m
         touched_k=parts.touched_k, **more,
     )  # fmt: skip
     return keep_blocks(
-        scores, rule, facts, call.q_len, call.k_len, call.k.shape[1], is_causal=call.is_causal, window=call.window
-    )
+        scores, rule, facts, call.q_len, call.k_len, call.k.shape[1], is_causal=call.is_causal, window=call.window,
+        **scored,
+    )  # fmt: skip
 
 
 def _checked(value: PerHead, call: Call, name: str) -> PerHead:

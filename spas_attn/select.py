@@ -1,7 +1,8 @@
 """Select the blocks of a call: by fused kernels on a GPU where they serve the selector, else by its levels.
 
-The kernels serve MeanSimilarity, TopK, XAttention, FlexPrefill, FlashPrefill, MInference without block-sparse heads,
-and any of them joined with Tokens; their result is that of the torch code, up to ties between scores.
+The kernels serve MeanSimilarity, TopK, ExactKeys, XAttention, FlexPrefill, FlashPrefill, MInference without
+block-sparse heads, and any of them joined with Tokens; their result is that of the torch code, up to ties between
+scores.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor
 from .block_mask import BlockMask, cdiv
 from .call import Call
 from .kernels.config import capability, shared_memory_limit
+from .kernels.recorded import constant
 from .selectors import (
+    ExactKeys,
     FlashPrefill,
     FlexPrefill,
     MeanSimilarity,
@@ -29,13 +32,14 @@ from .selectors import (
     Union,
     XAttention,
 )
+from .selectors.exact_keys import QUERIES
 from .selectors.minference import PATTERNS
 
 if TYPE_CHECKING:
     from .fused import Parts
 
 MAX_BLOCKS = 4096  # key blocks that the kernels serve
-_PACKS = (MeanSimilarity, TopK)
+_PACKS = (ExactKeys, MeanSimilarity, TopK)
 _WIDE, _WIDE_MEMORY = (FlexPrefill, MInference), 135_168  # bytes of tiles of exact scores in fp32 or of wide heads
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)  # matrix products in bf16
@@ -46,20 +50,27 @@ _touched: dict[tuple[object, ...], Tensor] = {}  # see _touched_blocks
 _RANKING: tuple[tuple[type[Selector], tuple[str, ...], tuple[str, ...]], ...] = (
     (MeanSimilarity, ("cdf_threshold", "sim_threshold"), ("pool",)),
     (TopK, ("keep",), ("pool",)),
+    (ExactKeys, ("cdf_threshold",), ("pool", "queries")),
     (XAttention, ("threshold",), ("stride",)),
     (FlashPrefill, ("alpha",), ("sink_blocks", "last_blocks")),
     (FlexPrefill, ("gamma", "tau"), ("min_budget", "max_budget")),
     (MInference, ("vertical_size", "slash_size", "adaptive_budget"), ()),
 )
 _ABSENT = -1  # a whole number that is None
+_WORDS = {"queries": QUERIES}  # fields whose whole number is the place of a word
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected blocks, and K in 8 bits (``kernels.launch.Keys``) if the pass that scored its blocks made it."""
+    """The selected blocks, and what the launch that made ready for them has made of K and V in 8 bits.
+
+    Attributes:
+        keys, values: the fields of ``kernels.operands.Keys`` and ``Values``, None for what was not made.
+    """
 
     mask: BlockMask
     keys: tuple[Tensor, ...] | None = None
+    values: tuple[Tensor, ...] | None = None
 
 
 def select(selector: Selector, call: Call, *, quantise: bool = False) -> Selection:
@@ -68,13 +79,13 @@ def select(selector: Selector, call: Call, *, quantise: bool = False) -> Selecti
     Args:
         selector: the rule.
         call: what to select for.
-        quantise: the kernel that follows takes K in 8 bits: make it in the same pass where that is possible.
+        quantise: the kernel that follows takes 8 bits: make them of K, and for ``call.precision`` "int8_fp8" of V, in
+            the launch that makes ready for the scores.
     """
     if not fused_serves(selector, call):
         return Selection(selector.mask_of(call))
     parts = parts_of(selector, call)
-    mask, keys = (_fused_traced if torch.compiler.is_compiling() else _fused_now)(parts, call, quantise)
-    return Selection(mask, keys if quantise else None)
+    return (_fused_traced if torch.compiler.is_compiling() else _fused_now)(parts, call, quantise)
 
 
 def fused_serves(selector: Selector, call: Call) -> bool:
@@ -135,8 +146,8 @@ def parts_of(selector: Selector, call: Call) -> Parts:
     known = _known(selector)
     if known is None:
         raise ValueError(
-            "the fused kernels serve MeanSimilarity, TopK, XAttention, FlexPrefill, FlashPrefill, MInference without "
-            f"block-sparse heads, and one of them joined with Tokens, not {type(selector).__name__}"
+            "the fused kernels serve MeanSimilarity, TopK, ExactKeys, XAttention, FlexPrefill, FlashPrefill, MInference "
+            f"without block-sparse heads, and one of them joined with Tokens, not {type(selector).__name__}"
         )
     ranking, tokens = known
     device = call.q.device
@@ -162,16 +173,17 @@ def _dense_heads(leaves: list[Selector], call: Call) -> Tensor | None:
             raise ValueError(f"dense_heads must be a boolean tensor [{heads}], got shape {shape}")
         named = leaf.dense_heads.to(call.q.device)
         dense = named if dense is None else dense | named
-    return None if dense is None else dense.to(torch.uint8)
+    return None if dense is None else dense.view(torch.uint8)
 
 
-def _fused_now(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, tuple[Tensor, ...]]:
+def _fused_now(parts: Parts, call: Call, quantise: bool) -> Selection:
     from .fused import run_fused
 
-    return run_fused(parts, call, quantise)
+    mask, made = run_fused(parts, call, quantise)
+    return Selection(mask, made.keys, made.values)
 
 
-def _fused_traced(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, tuple[Tensor, ...]]:
+def _fused_traced(parts: Parts, call: Call, quantise: bool) -> Selection:
     """Through a custom op, which torch.compile does not look into."""
     ranking = parts.ranking
     number = _number_of(ranking)
@@ -180,6 +192,7 @@ def _fused_traced(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, 
     values = [getattr(ranking, name) for name in per_head]
     numbers = [0.0 if isinstance(x, Tensor) or x is None else float(x) for x in values]
     counts = [getattr(ranking, name) for name in whole]
+    counts = [_WORDS[name].index(x) if name in _WORDS else x for name, x in zip(whole, counts, strict=True)]
     flags = [
         number, ranking.block_q, ranking.block_k, int(ranking.sink), ranking.local, int(parts.tokens),
         int(parts.tokens_sink), parts.tokens_local, *[_ABSENT if x is None else x for x in counts],
@@ -188,12 +201,13 @@ def _fused_traced(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, 
     if isinstance(ranking, MInference):
         flags += [PATTERNS.index(name) for name in ranking.patterns(call.q.shape[1])]
     tensors = [x if isinstance(x, Tensor) else None for x in values]
-    kept, indices, *keys = _fused_op(
-        call.q, call.k, call.key_mask, [*tensors, parts.touched_q, parts.touched_k, parts.dense], call.document_start,
-        numbers, flags, call.is_causal, call.scale, call.window, quantise,
+    v = call.v if quantise and call.precision == "int8_fp8" else None
+    kept, indices, *made = _fused_op(
+        call.q, call.k, v, call.key_mask, [*tensors, parts.touched_q, parts.touched_k, parts.dense],
+        call.document_start, numbers, flags, call.is_causal, call.scale, call.window, quantise,
     )  # fmt: skip
     mask = BlockMask(kept, indices, ranking.block_q, ranking.block_k, call.q_len, call.k_len, trusted=True)
-    return mask, tuple(keys)
+    return Selection(mask, tuple(made[:3]) if quantise else None, tuple(made[3:]) if v is not None else None)
 
 
 def _parts_again(tensors: list[Tensor | None], numbers: list[float], flags: list[int]) -> Parts:
@@ -205,7 +219,8 @@ def _parts_again(tensors: list[Tensor | None], numbers: list[float], flags: list
     counts, absent, patterns = rest[: len(whole)], rest[len(whole) :][: len(per_head)], rest[len(whole + per_head) :]
     values: dict[str, Any] = dict(zip(("block_q", "block_k"), flags[1:3], strict=True))
     values |= {"sink": bool(flags[3]), "local": flags[4]}
-    values |= {name: None if x == _ABSENT else x for name, x in zip(whole, counts, strict=True)}
+    for name, x in zip(whole, counts, strict=True):
+        values[name] = _WORDS[name][x] if name in _WORDS else None if x == _ABSENT else x
     for place, name in enumerate(per_head):
         tensor = tensors[place]
         values[name] = None if absent[place] else numbers[place] if tensor is None else tensor
@@ -227,38 +242,47 @@ def _unchecked(kind: type[Selector], values: dict[str, Any]) -> Selector:
 
 @torch.library.custom_op("spas_attn::select_blocks", mutates_args=())
 def _fused_op(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, tensors: list[Tensor | None], document_start: Tensor | None,
-    numbers: list[float], flags: list[int], is_causal: bool, scale: float, window: int | None, quantise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Counts and indices of the kept blocks, and the fields of ``Keys`` (empty without ``quantise``)."""
-    call = Call(q, k, k, is_causal, scale, key_mask, window, document_start=document_start)
-    mask, keys = _fused_now(_parts_again(tensors, numbers, flags), call, quantise)
-    none = [q.new_empty(0) for _ in range(4)]
-    k_int8, k_scale, k_total, k_count = keys or none
-    return mask.counts, mask.indices, k_int8, k_scale, k_total, k_count
+    q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, tensors: list[Tensor | None],
+    document_start: Tensor | None, numbers: list[float], flags: list[int], is_causal: bool, scale: float,
+    window: int | None, quantise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Counts and indices of the kept blocks, the fields of ``Keys`` (empty without ``quantise``), those of ``Values``.
+
+    v: given where it is wanted in 8 bits.
+    """
+    call = Call(q, k, k if v is None else v, is_causal, scale, key_mask, window, document_start=document_start)
+    call = call.replace(precision="native" if v is None else "int8_fp8")
+    selection = _fused_now(_parts_again(tensors, numbers, flags), call, quantise)
+    k_int8, k_scale, k_mean = selection.keys or [q.new_empty(0) for _ in range(3)]
+    v_fp8, v_scale = selection.values or [q.new_empty(0) for _ in range(2)]
+    return selection.mask.counts, selection.mask.indices, k_int8, k_scale, k_mean, v_fp8, v_scale
 
 
 @_fused_op.register_fake
 def _fused_shapes(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, tensors: list[Tensor | None], document_start: Tensor | None,
-    numbers: list[float], flags: list[int], is_causal: bool, scale: float, window: int | None, quantise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, tensors: list[Tensor | None],
+    document_start: Tensor | None, numbers: list[float], flags: list[int], is_causal: bool, scale: float,
+    window: int | None, quantise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, heads, q_len, dim), (_, k_heads, k_len, _) = q.shape, k.shape
     nq, nk = cdiv(q_len, flags[1]), cdiv(k_len, flags[2])
     counts = q.new_empty(batch, heads, nq, dtype=torch.int32)
     indices = q.new_empty(batch, heads, nq, nk, dtype=torch.int32)
-    if not quantise:
-        none = [q.new_empty(0) for _ in range(4)]
-        return (counts, indices, none[0], none[1], none[2], none[3])
-    padded = max(32, 1 << (dim - 1).bit_length())
-    return (
-        counts,
-        indices,
-        q.new_empty(batch, k_heads, k_len, padded, dtype=torch.int8),
-        q.new_empty(batch, k_heads, nk, dtype=torch.float32),
-        q.new_empty(batch * k_heads, 1, padded, dtype=torch.float32),
-        q.new_empty(batch * k_heads, 1, dtype=torch.float32),
-    )
+    keys = [q.new_empty(0) for _ in range(3)]
+    values = [q.new_empty(0) for _ in range(2)]
+    padded, scale_shape = max(32, 1 << (dim - 1).bit_length()), (batch, k_heads, nk)
+    if quantise:
+        keys = [
+            q.new_empty(batch, k_heads, k_len, padded, dtype=torch.int8),
+            q.new_empty(scale_shape, dtype=torch.float32),
+            q.new_empty(batch, k_heads, padded, dtype=torch.float32),
+        ]
+    if v is not None:
+        values = [
+            q.new_empty(batch, k_heads, padded, cdiv(k_len, 128) * 128, dtype=torch.float8_e4m3fn),
+            q.new_empty(scale_shape, dtype=torch.float32),
+        ]
+    return (counts, indices, keys[0], keys[1], keys[2], values[0], values[1])
 
 
 def _touched_blocks(tokens: list[Tokens], length: int, block: int, device: torch.device) -> Tensor | None:
@@ -282,4 +306,4 @@ def _touched_blocks(tokens: list[Tokens], length: int, block: int, device: torch
         if len(_touched) >= 256:
             _touched.clear()
         _touched[key] = made()
-    return _touched[key]
+    return constant(_touched[key])

@@ -191,22 +191,22 @@ def _parts(call: Call, backend: str) -> dict[str, Callable[[], Tensor]]:
     """Quantisation where there is one, and the kernel with everything prepared."""
     if backend != "triton" or call.precision == "native":
         return {"ms_kernel": lambda: backends.get(backend).run(call)}
-    from spas_attn.kernels.launch import padded_dim, prepare_k, sparse_attention_fwd
-    from spas_attn.kernels.prepare import prepare_v
+    from spas_attn.kernels.launch import sparse_attention_fwd
+    from spas_attn.kernels.prepare import prepare
 
     mask = call.mask
     assert mask is not None
-    dim, fp8 = padded_dim(call.q.shape[-1], True), call.precision == "int8_fp8"
+    block_k, v = mask.block_k, call.v if call.precision == "int8_fp8" else None
 
     def quant() -> Any:
-        return prepare_k(call.k, mask.block_k, dim), prepare_v(call.v, dim, mask.block_k) if fp8 else None
+        return prepare(k=call.k, v=v, block_k=block_k, int8=True)
 
-    keys, values = quant()
+    made = quant()
 
     def kernel() -> Tensor:
         return sparse_attention_fwd(
             call.q, call.k, call.v, mask, scale=call.scale, is_causal=call.is_causal, precision=call.precision,
-            keys=keys, values=values,
+            keys=made.keys, values=made.values,
         )  # fmt: skip
 
     return {"ms_quant": quant, "ms_kernel": kernel}

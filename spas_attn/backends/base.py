@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import epoch
 from ..call import Call
 
 
@@ -25,10 +26,12 @@ class Backend:
             :meth:`compute`.
         skips_pv: whether PV skip is carried out (if not, the error only falls).
         skips_blocks: whether dropped blocks save time.
-        takes_keys: whether 8-bit precisions take ``Call.keys``, K as the selection has quantised it.
+        takes_keys: whether 8-bit precisions take ``Call.keys`` and ``Call.values``, as selection has quantised them.
         run_with_lse: as ``run``, and the natural log of the sum of each query's exponentials, float32 ``[B, Hq, Lq]``
             (-inf for a query that sees nothing); None where the backend does not tell.
         pv_skip_left_out: why PV skip is left out of a call that asks for it, None when it is carried out.
+        replays: all that it computes on a GPU goes through ``kernels.recorded.launch``, so that its calls can be
+            recorded (replay.py).
     """
 
     name: str
@@ -40,6 +43,7 @@ class Backend:
     takes_keys: bool = False
     run_with_lse: Callable[[Call], tuple[Tensor, Tensor]] | None = None
     pv_skip_left_out: Callable[[Call], str | None] = lambda call: None
+    replays: bool = False
 
     def why_not(self, call: Call) -> str | None:
         """Why this backend does not run the call here; None when it does."""
@@ -99,6 +103,7 @@ _REGISTRY: dict[str, Backend] = {}
 def register(backend: Backend) -> Backend:
     """Make a backend known under its name."""
     _REGISTRY[backend.name] = backend
+    epoch.advance()
     return backend
 
 

@@ -84,21 +84,22 @@ def run(call: Call, out: Tensor | None = None) -> Tensor:
 
 
 def _traced(call: Call, with_lse: bool) -> tuple[Tensor, Tensor]:
-    mask, keys = call.mask, call.keys or (None,) * 4
+    mask, keys, values = call.mask, call.keys or (None,) * 3, call.values or (None,) * 2
     return _triton_op(
         call.q, call.k, call.v, mask.counts if mask else None, mask.indices if mask else None,
-        mask.block_q if mask else 0, mask.block_k if mask else 0, call.key_mask, call.pv_threshold, *keys,
+        mask.block_q if mask else 0, mask.block_k if mask else 0, call.key_mask, call.pv_threshold, *keys, *values,
         call.scale, call.is_causal, call.window, call.precision, with_lse,
     )  # fmt: skip
 
 
 def _compute(call: Call, out: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
-    from ..kernels.launch import Keys, sparse_attention_fwd
+    from ..kernels.launch import Keys, Values, sparse_attention_fwd
 
     return sparse_attention_fwd(
         call.q, call.k, call.v, call.mask, scale=call.scale, is_causal=call.is_causal, window=call.window,
         key_mask=call.key_mask, pv_threshold=call.pv_threshold, precision=call.precision,
-        keys=None if call.keys is None else Keys(*call.keys), out=out, lse=lse,
+        keys=None if call.keys is None else Keys(*call.keys),
+        values=None if call.values is None else Values(*call.values), out=out, lse=lse,
     )  # fmt: skip
 
 
@@ -115,17 +116,18 @@ def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
 def _triton_op(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, indices: Tensor | None, block_q: int, block_k: int,
     key_mask: Tensor | None, pv_threshold: Tensor | None, k_int8: Tensor | None, k_scale: Tensor | None,
-    k_total: Tensor | None, k_count: Tensor | None, scale: float, is_causal: bool, window: int | None, precision: str,
-    with_lse: bool,
+    k_mean: Tensor | None, v_fp8: Tensor | None, v_scale: Tensor | None, scale: float, is_causal: bool,
+    window: int | None, precision: str, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The kernels as one operator, which torch.compile does not look into; an empty log-sum-exp unless asked for."""
     mask = None
     if counts is not None and indices is not None:
         mask = BlockMask(counts, indices, block_q, block_k, q.shape[2], k.shape[2], trusted=True)
-    keys = tuple(x for x in (k_int8, k_scale, k_total, k_count) if x is not None)
+    keys = tuple(x for x in (k_int8, k_scale, k_mean) if x is not None)
+    values = tuple(x for x in (v_fp8, v_scale) if x is not None)
     call = Call(
         q, k, v, is_causal, scale, key_mask, window, mask=mask, pv_threshold=pv_threshold, precision=precision,
-        keys=keys or None,
+        keys=keys or None, values=values or None,
     )  # fmt: skip
     lse = torch.empty(q.shape[:3] if with_lse else (0,), dtype=torch.float32, device=q.device)
     return _compute(call, lse=lse if with_lse else None), lse
@@ -146,5 +148,6 @@ register(
         takes_keys=True,
         run_with_lse=run_with_lse,
         pv_skip_left_out=pv_skip_left_out,
+        replays=True,
     )
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -13,40 +13,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..block_mask import BlockMask, cdiv
 from . import config as configs
 from .forward import sparse_attention_fwd_kernel
-from .operands import Blocks, Rows, Valid
-from .prepare import LOG2E, as_bytes, key_sums, prepare, prepare_v
+from .operands import Blocks, Keys, Rows, Valid, Values
+from .prepare import LOG2E, as_bytes, prepare
 from .prepare import padded_dim as padded_dim_8_bits
 from .recorded import launch
 
 KINDS = {"int8_fp8": "fp8", "int8_bf16": "int8"}  # other precisions compute in the inputs' own type
-
-
-class Keys(NamedTuple):
-    """K in 8 bits.
-
-    Attributes:
-        int8: ``[B, Hkv, Lk, dim]``, smoothed; scale: float32 ``[B, Hkv, key blocks]``.
-        total, number: float32 ``[B * Hkv, 1, dim]`` and ``[B * Hkv, 1]``: a sum of keys and how many: what was smoothed
-            away is their mean.
-    """
-
-    int8: Tensor
-    scale: Tensor
-    total: Tensor
-    number: Tensor
-
-    def mean(self) -> Tensor:
-        """What was subtracted from every key, float32 ``[B * Hkv, dim]``."""
-        return self.total[:, 0] / self.number.clamp(min=1)
-
-
-def prepare_k(k: Tensor, block: int, dim: int, *, valid: Tensor | None = None) -> Keys:
-    """K to int8, one scale for every ``block`` keys, for calls whose mask is given."""
-    sums = key_sums(k, dim, valid, exact=False)
-    side = prepare(k, dim, tile=block, sums=sums, valid=valid)
-    assert side.int8 is not None
-    assert side.scale is not None
-    return Keys(side.int8, side.scale, *sums)
 
 
 def kind_of(q: Tensor, precision: str) -> str:
@@ -86,7 +58,7 @@ def sparse_attention_fwd(
     pv_threshold: Tensor | None = None,
     precision: str = "native",
     keys: Keys | None = None,
-    values: tuple[Tensor, Tensor] | None = None,
+    values: Values | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     config: configs.Config | None = None,
@@ -104,8 +76,8 @@ def sparse_attention_fwd(
         precision: "native" (the inputs' own type), "int8_bf16" or "int8_fp8". In 8 bits K is smoothed by a mean over
             keys: under causality a later token reaches earlier outputs through that and the scales, within the
             quantisation error.
-        keys: K in int8 with one scale per key block of the mask, from ``prepare_k`` or a selection.
-        values: V in fp8 and its scales, from ``prepare_v``.
+        keys: K in int8 with one scale per key block of the mask, from ``prepare`` or a selection.
+        values: V in fp8, likewise.
         out: where to write, shaped like q.
         lse: float32 ``[B, Hq, Lq]``, contiguous: where to write the natural log of the sum of the exponentials (-inf
             for a query that sees nothing).
@@ -123,17 +95,18 @@ def sparse_attention_fwd(
         if precision not in KINDS:
             keys = values = None
         else:
-            dim = padded_dim(q.shape[-1], True)
-            keys = keys or prepare_k(k, blocks[1] if blocks else config.block_n, dim, valid=valid)
-            if precision == "int8_fp8":
-                values = values or prepare_v(v, dim, blocks[1] if blocks else config.block_n, valid=valid)
+            v_wanted = v if precision == "int8_fp8" and values is None else None
+            if keys is None or v_wanted is not None:
+                block_k, k_wanted = blocks[1] if blocks else config.block_n, k if keys is None else None
+                made = prepare(k=k_wanted, v=v_wanted, block_k=block_k, int8=True, valid=valid)
+                keys, values = keys or made.keys, values or made.values
         _launch(q, k, v, mask, scale, is_causal, window, valid, pv_threshold, keys, values, out, lse, config)
     return out
 
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, scale: float, is_causal: bool, window: int | None,
-    valid: Tensor | None, pv_threshold: Tensor | None, keys: Keys | None, values: tuple[Tensor, Tensor] | None,
+    valid: Tensor | None, pv_threshold: Tensor | None, keys: Keys | None, values: Values | None,
     out: Tensor, lse: Tensor | None, config: configs.Config,
 ) -> None:  # fmt: skip
     (batch, heads, q_len, d), k_len = q.shape, k.shape[2]
@@ -154,7 +127,7 @@ def _launch(
     launch(
         sparse_attention_fwd_kernel, (cdiv(q_len, config.block_m) * batch * heads,),
         Rows.of(q), k_rows, v_rows, Rows.of(out), lse, k_desc, v_desc,
-        keys.scale if keys else None, keys.mean() if keys and lse is not None else None, values[1] if values else None,
+        keys.scale if keys else None, keys.mean if keys and lse is not None else None, values[1] if values else None,
         _blocks(mask, batch, heads) if mask else None, Valid.of(valid), _tile_valid(valid, block_n), pv_threshold,
         heads, heads // k.shape[1], q_len, k_len, window if is_causal else None, scale * LOG2E,
         D=d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=block_n, MASK_Q=mask_q, MASK_K=mask_k,

@@ -50,6 +50,34 @@ class Blocks(NamedTuple):
     stride_q: int
 
 
+class Keys(NamedTuple):
+    """K in 8 bits.
+
+    Attributes:
+        int8: ``[B, Hkv, Lk, dim]``, contiguous, of the smoothed keys, zero in padding.
+        scale: float32 ``[B, Hkv, key blocks]``: largest magnitude / 127 of a block of keys.
+        mean: float32 ``[B, Hkv, dim]``, what was subtracted from every key.
+    """
+
+    int8: Tensor
+    scale: Tensor
+    mean: Tensor
+
+
+class Values(NamedTuple):
+    """V in 8 bits.
+
+    Attributes:
+        data: float8_e4m3fn ``[B, Hkv, dim, Lk padded to a multiple of 128]``, zero in all padding. The keys of every
+            group of 32 are permuted so that the accumulator of one product is the operand of the next without
+            exchanging registers between threads.
+        scale: float32 ``[B, Hkv, key blocks]``, above 0: largest magnitude / 448 of a block of keys.
+    """
+
+    data: Tensor
+    scale: Tensor
+
+
 class PerHead(NamedTuple):
     """A threshold: float32 ``[H]``, or ``[1]`` with stride 0; where ``data`` is None, one number for all heads."""
 

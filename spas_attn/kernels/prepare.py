@@ -1,13 +1,13 @@
-"""What is made from Q, K and V before attention, each tensor read once (K twice for an exact mean).
+"""Everything that is made from Q, K and V before attention, in one launch that reads each of them once.
 
-``prepare`` turns Q or K into the means of sub-blocks that selection scores, the self-similarity of blocks
-(SpargeAttn, arXiv 2502.18137) and K into int8 with one scale per tile (SageAttention, arXiv 2410.02367), in one pass.
-``prepare_v`` turns V into fp8 with one scale per block, transposed, as the Hopper matrix unit takes it.
+Q and K become the means of sub-blocks that selection scores and the self-similarity of blocks (SpargeAttn, arXiv
+2502.18137), K becomes int8 with one scale per block (SageAttention, arXiv 2410.02367), V becomes fp8 with one scale per
+block, transposed, as the Hopper matrix unit takes it. The programs of the launch share the three tensors among them; no
+program waits for another: what K is smoothed by, each works out for itself from a few keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,20 +17,46 @@ from torch import Tensor
 
 from ..block_mask import cdiv
 from .arithmetic import narrow, nearest_int8
-from .columns import column_sums
-from .operands import Rows, Valid, are_valid
+from .columns import CHUNKS, column_sums
+from .operands import Keys, Rows, Valid, Values, are_valid
 from .recorded import launch
 from .similarity import unit_rows
 
 LOG2E = 1.4426950408889634
-V_TILE = 128  # fp8 V is padded to whole tiles of so many keys
+ROWS = 128  # tokens of a program; fp8 V is padded to whole multiples
+SAMPLES = 64  # keys, at most, whose mean smooths K where nothing needs the exact mean
 V_FLOOR = tl.constexpr(2.0**-60)  # a block of zeros has a scale, too: large enough to divide by in float32
-SAMPLES = 256  # keys, at most, whose mean smooths K where nothing needs the exact mean: one program's work
+
+
+class Side(NamedTuple):
+    """What selection needs of Q or of K; None for what was not asked for.
+
+    Attributes:
+        means: bf16 ``[B, H, n, 2, dim]``: the means of sub-blocks, each as a sum of two bf16 numbers; without ``pairs``
+            ``[B, H, n, 1, dim]``, rounded.
+        similarity: float32 ``[B, H, blocks]``, mean pairwise cosine of the rows of a block.
+        filled, block_filled: uint8 ``[B, n]`` and ``[B, blocks]``: 1 where a (sub-)block has a valid token; None
+            without padding.
+    """
+
+    means: Tensor | None = None
+    similarity: Tensor | None = None
+    filled: Tensor | None = None
+    block_filled: Tensor | None = None
+
+
+class Prepared(NamedTuple):
+    """What ``prepare`` made: of Q and of K for selection, of K and of V in 8 bits; None for what was not asked for."""
+
+    q: Side = Side()
+    k: Side = Side()
+    keys: Keys | None = None
+    values: Values | None = None
 
 
 @triton.jit
 def _sum_rows(b_x, SIZE: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, DPAD: tl.constexpr):
-    """Sums over stretches of SIZE tokens, [ROWS // SIZE, DPAD], of rows in the order of ``_prepare_kernel``."""
+    """Sums over stretches of SIZE tokens, [ROWS // SIZE, DPAD], of rows in the order of ``_order``."""
     chains = tl.sum(tl.reshape(b_x, [CHAIN, ROWS // CHAIN, DPAD]), 0)
     return tl.sum(tl.reshape(chains, [ROWS // SIZE, SIZE // CHAIN, DPAD]), 1)
 
@@ -48,147 +74,191 @@ def _members(taken, first, length, SIZE: tl.constexpr, ROWS: tl.constexpr, CHAIN
 
 
 @triton.jit
-def _prepare_kernel(
-    x, valid, sums, means, filled, block_filled, similarity, int8, scale, heads, length,
-    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, POOL: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, SMOOTH_POOLED: tl.constexpr,
+def _rows(x, valid, b, h, first, offs, length, D: tl.constexpr, DPAD: tl.constexpr):
+    """Tokens ``first + offs`` of a head, float32 [offs, DPAD], zero where they take no part, and whether they do."""
+    offs_d = tl.arange(0, DPAD)
+    taken = are_valid(valid, b, first + offs, first + offs < length)
+    p_x = x.data + b * x.stride_b + h * x.stride_h + tl.cast(first, tl.int64) * x.stride_n
+    p_x += offs[:, None] * x.stride_n + offs_d[None, :] * x.stride_d
+    b_x = tl.load(p_x, mask=taken[:, None] & (offs_d < D)[None, :], other=0.0)
+    return b_x.to(tl.float32), taken
+
+
+@triton.jit
+def _centre(
+    k, valid, sums, b, h, head, length, every,
+    D: tl.constexpr, DPAD: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of one head; one function, because everything it makes comes from the rows that it holds.
+    """What K of a head is smoothed by, float32 [DPAD]: alike in all programs, which add in the same order.
+
+    Softmax does not change when any vector is subtracted from all keys of a head, so the mean of a few does.
+    """
+    if sums is not None:
+        chunk = tl.arange(0, CHUNKS)
+        p_sums = sums.total + (head * sums.chunks + chunk)[:, None] * DPAD + tl.arange(0, DPAD)[None, :]
+        total = tl.sum(tl.load(p_sums, mask=(chunk < sums.chunks)[:, None], other=0.0), 0)
+        number = tl.sum(tl.load(sums.number + head * sums.chunks + chunk, mask=chunk < sums.chunks, other=0.0), 0)
+    else:
+        # From the middle of the first stretch on: the first key is like no other in many models.
+        offs = tl.cast(tl.arange(0, SAMPLES), tl.int64) * every
+        b_k, taken = _rows(k, valid, b, h, every // 2, offs, length, D, DPAD)
+        total, number = tl.sum(b_k, 0), tl.sum(taken.to(tl.float32), 0)
+    return total / tl.maximum(number, 1.0)
+
+
+@triton.jit
+def _means(
+    b_x, taken, centre, out, b, h, head, part, length,
+    DPAD: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
+    PADDING: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Means of the sub-blocks of a tile, less ``centre`` where it is not None, and which of them are filled."""
+    n: tl.constexpr = ROWS // POOL
+    first, offs_d = part * ROWS, tl.arange(0, DPAD)
+    which, total = part * n + tl.arange(0, n), tl.cdiv(length, POOL)  # [n]
+    members = _members(taken, first, length, POOL, ROWS, CHAIN, PADDING)
+    mean = _sum_rows(b_x, POOL, ROWS, CHAIN, DPAD) * (1.0 / tl.maximum(members, 1.0))[:, None]  # [n, DPAD]
+    if centre is not None:
+        mean = tl.where((members > 0)[:, None], mean - centre[None, :], 0.0)
+    high = narrow(mean, tl.bfloat16)
+    p_means = out.means + (head * total + which)[:, None] * ((2 if PAIRS else 1) * DPAD) + offs_d[None, :]
+    tl.store(p_means, high, mask=(which < total)[:, None])
+    if PAIRS:  # 16 bits of the mean, enough for scores that agree with float32's to its rounding
+        low = narrow(mean - high.to(tl.float32), tl.bfloat16)
+        tl.store(p_means + DPAD, low, mask=(which < total)[:, None])
+    if PADDING:
+        if h == 0:
+            block, blocks = part * (ROWS // BLOCK) + tl.arange(0, ROWS // BLOCK), tl.cdiv(length, BLOCK)
+            tl.store(out.filled + b * total + which, (members > 0).to(tl.uint8), mask=which < total)
+            some = _members(taken, first, length, BLOCK, ROWS, CHAIN, PADDING) > 0
+            tl.store(out.block_filled + b * blocks + block, some.to(tl.uint8), mask=block < blocks)
+
+
+@triton.jit
+def _side(
+    x, valid, centre, out, keys, b, h, head, part, length,
+    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, POOL: tl.constexpr,
+    BLOCK: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """A tile of Q or of K: for selection, and to int8 where there is ``keys.int8``.
 
     Row r of a tile here is token ``r % (ROWS / CHAIN) * CHAIN + r // (ROWS / CHAIN)``, so that CHAIN tokens in
     succession lie in one thread, which adds them without asking another.
-
-    Args:
-        x: Rows [B, H, L, D]; valid: Valid or None.
-        sums: what K is smoothed by, a pair of float32 [B, H, DPAD] and [B, H]; or None.
-        means ... scale: the fields of ``Side``; None for what is not wanted.
-        POOL, BLOCK, TILE: tokens of a mean, of a self-similarity and of a scale.
-        SMOOTH_POOLED: means and similarities are of the smoothed rows.
     """
     PADDING: tl.constexpr = valid is not None
-    part = tl.program_id(0)
-    head = tl.cast(tl.program_id(1), tl.int64)
-    b, h = head // heads, head % heads
-    first = part * ROWS
-    offs_d, offs_r = tl.arange(0, DPAD), tl.arange(0, ROWS)
+    PARTS: tl.constexpr = ROWS // BLOCK
+    first, offs_r = part * ROWS, tl.arange(0, ROWS)
     order = offs_r % (ROWS // CHAIN) * CHAIN + offs_r // (ROWS // CHAIN)  # [ROWS]
-    taken = are_valid(valid, b, first + order, first + order < length)
-    take = taken[:, None] & (offs_d < D)[None, :]  # [ROWS, DPAD]
-    p_x = x.data + b * x.stride_b + h * x.stride_h + tl.cast(first, tl.int64) * x.stride_n
-    p_rows = p_x + order[:, None] * x.stride_n + offs_d[None, :] * x.stride_d
-    b_x = tl.load(p_rows, mask=take, other=0.0).to(tl.float32)  # [ROWS, DPAD]
-    centre = tl.zeros([DPAD], tl.float32)
+    b_x, taken = _rows(x, valid, b, h, first, order, length, D, DPAD)
     smooth = b_x
-    if sums is not None:
-        centre = tl.load(sums[0] + head * DPAD + offs_d) / tl.maximum(tl.load(sums[1] + head), 1.0)
+    if centre is not None:
+        take = taken[:, None] & (tl.arange(0, DPAD) < D)[None, :]  # [ROWS, DPAD]
         smooth = tl.where(take, b_x - centre[None, :], 0.0)
-    block, blocks = part * (ROWS // BLOCK) + tl.arange(0, max(1, ROWS // BLOCK)), tl.cdiv(length, BLOCK)
-    if means is not None:
-        n: tl.constexpr = ROWS // POOL
-        which, total = part * n + tl.arange(0, n), tl.cdiv(length, POOL)  # [n]
-        members = _members(taken, first, length, POOL, ROWS, CHAIN, PADDING)
-        mean = _sum_rows(b_x, POOL, ROWS, CHAIN, DPAD) * (1.0 / tl.maximum(members, 1.0))[:, None]  # [n, DPAD]
-        if SMOOTH_POOLED:
-            mean = tl.where((members > 0)[:, None], mean - centre[None, :], 0.0)
-        # A bf16 pair holds 16 bits of the mean, enough for scores that agree with float32's to its rounding.
-        high = narrow(mean, tl.bfloat16)
-        low = narrow(mean - high.to(tl.float32), tl.bfloat16)
-        p_means = means + (head * total + which)[:, None] * (2 * DPAD) + offs_d[None, :]
-        tl.store(p_means, high, mask=(which < total)[:, None])
-        tl.store(p_means + DPAD, low, mask=(which < total)[:, None])
-        if PADDING:
-            if h == 0:
-                tl.store(filled + b * total + which, (members > 0).to(tl.uint8), mask=which < total)
-                some = _members(taken, first, length, BLOCK, ROWS, CHAIN, PADDING) > 0
-                tl.store(block_filled + b * blocks + block, some.to(tl.uint8), mask=block < blocks)
-    if similarity is not None:
-        unit = unit_rows(smooth if SMOOTH_POOLED else b_x)
+    block, blocks = part * PARTS + tl.arange(0, PARTS), tl.cdiv(length, BLOCK)
+    if out.means is not None:
+        _means(
+            b_x, taken, centre if SMOOTH else None, out, b, h, head, part, length,
+            DPAD, ROWS, CHAIN, POOL, BLOCK, PADDING, PAIRS,
+        )  # fmt: skip
+    if out.similarity is not None:
+        unit = unit_rows(smooth if SMOOTH else b_x)
         members = _members(taken, first, length, BLOCK, ROWS, CHAIN, PADDING)
         mean = _sum_rows(unit, BLOCK, ROWS, CHAIN, DPAD) * (1.0 / tl.maximum(members, 1.0))[:, None]
-        tl.store(similarity + head * blocks + block, tl.sum(mean * mean, 1), mask=block < blocks)
-    if int8 is not None:
-        m: tl.constexpr = ROWS // TILE
+        tl.store(out.similarity + head * blocks + block, tl.sum(mean * mean, 1), mask=block < blocks)
+    if keys is not None:
         largest = tl.max(tl.reshape(tl.abs(smooth), [CHAIN, ROWS // CHAIN, DPAD]), 0)
-        largest = tl.max(tl.max(tl.reshape(largest, [m, TILE // CHAIN, DPAD]), 1), 1)
-        step = tl.maximum(largest, 1e-12) / 127.0  # [m]
-        tile, tiles = part * m + tl.arange(0, m), tl.cdiv(length, TILE)
-        tl.store(scale + head * tiles + tile, step, mask=tile < tiles)
-        p_int8 = int8 + (head * length + first) * DPAD
-        _store_int8(p_int8, x, p_x, valid, b, step, sums, centre, first, length, D, DPAD, ROWS, TILE)
+        largest = tl.max(tl.max(tl.reshape(largest, [PARTS, BLOCK // CHAIN, DPAD]), 1), 1)
+        step = tl.maximum(largest, 1e-12) / 127.0  # [PARTS]
+        tl.store(keys.scale + head * blocks + block, step, mask=block < blocks)
+        p_int8 = keys.int8 + (head * length + first) * DPAD
+        _store_int8(p_int8, x, valid, centre, 1.0 / step, b, h, first, length, D, DPAD, ROWS, BLOCK)
 
 
 @triton.jit
 def _store_int8(
-    p_int8, x, p_x, valid, b, step, sums, centre, first, length,
-    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    p_int8, x, valid, centre, factors, b, h, first, length,
+    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Reads the rows again, from the cache: held in registers they would leave room for one program at a time."""
-    STEP: tl.constexpr = min(TILE, 32)
+    STEP: tl.constexpr = min(BLOCK, 32)
     offs_d = tl.arange(0, DPAD)
-    steps = 1.0 / step  # [ROWS // TILE]
     for start in tl.static_range(0, ROWS, STEP):
         offs_r = start + tl.arange(0, STEP)  # [STEP]
-        inside = first + offs_r < length
-        take = are_valid(valid, b, first + offs_r, inside)[:, None] & (offs_d < D)[None, :]
-        b_x = tl.load(p_x + offs_r[:, None] * x.stride_n + offs_d[None, :] * x.stride_d, mask=take, other=0.0)
-        b_x = b_x.to(tl.float32)  # [STEP, DPAD]
-        if sums is not None:
-            b_x = tl.where(take, b_x - centre[None, :], 0.0)
-        factor = tl.sum(tl.where(tl.arange(0, ROWS // TILE) == start // TILE, steps, 0.0), 0)
+        b_x, taken = _rows(x, valid, b, h, first, offs_r, length, D, DPAD)
+        b_x = tl.where(taken[:, None] & (offs_d < D)[None, :], b_x - centre[None, :], 0.0)  # [STEP, DPAD]
+        factor = tl.sum(tl.where(tl.arange(0, ROWS // BLOCK) == start // BLOCK, factors, 0.0), 0)
         p_to = p_int8 + offs_r[:, None] * DPAD + offs_d[None, :]
-        tl.store(p_to, nearest_int8(b_x * factor), mask=inside[:, None])
+        tl.store(p_to, nearest_int8(b_x * factor), mask=(first + offs_r < length)[:, None])
 
 
 @triton.jit
-def _prepare_v_kernel(
-    v, valid, out, scale, heads, length, padded,
-    D: tl.constexpr, DPAD: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+def _values(
+    v, valid, out, b, h, head, part, length,
+    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """KEYS keys of one head to fp8, every BLOCK of them with a scale.
-
-    Args:
-        v: Rows [B, H, L, D]; valid: Valid or None.
-        out: fp8 [B, H, DPAD, padded]; scale: float32 [B, H, blocks].
-    """
-    PARTS: tl.constexpr = KEYS // BLOCK
-    tile = tl.program_id(0)
-    head = tl.cast(tl.program_id(1), tl.int64)
-    b, h = head // heads, head % heads
-    offs_d, offs_n = tl.arange(0, DPAD), tl.arange(0, KEYS)
+    """A tile of V to fp8."""
+    PARTS: tl.constexpr = ROWS // BLOCK
+    offs_d, offs_n = tl.arange(0, DPAD), tl.arange(0, ROWS)
     # Position [h:1][g:2][l:1][e:1] of a group of 32 takes key [h:1][l:1][g:2][e:1].
-    keys = (offs_n & ~15) | ((offs_n & 2) << 2) | ((offs_n & 12) >> 1) | (offs_n & 1)  # [KEYS]
-    rows = tile * KEYS + keys
-    taken = are_valid(valid, b, rows, rows < length)
-    p_v = v.data + b * v.stride_b + h * v.stride_h + tl.cast(tile * KEYS, tl.int64) * v.stride_n
-    p_v += keys[:, None] * v.stride_n + offs_d[None, :] * v.stride_d  # [KEYS, DPAD]
-    b_v = tl.load(p_v, mask=taken[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+    order = (offs_n & ~15) | ((offs_n & 2) << 2) | ((offs_n & 12) >> 1) | (offs_n & 1)  # [ROWS]
+    b_v, _ = _rows(v, valid, b, h, part * ROWS, order, length, D, DPAD)
     largest = tl.max(tl.max(tl.reshape(tl.abs(b_v), [PARTS, BLOCK, DPAD]), 1), 1)
     step = tl.maximum(largest, V_FLOOR) / 448.0  # [PARTS]
-    factor = tl.reshape(tl.broadcast_to((1.0 / step)[:, None], [PARTS, BLOCK]), [KEYS])
-    b_out = narrow(b_v * factor[:, None], out.dtype.element_ty)
-    tl.store(out + (head * DPAD + offs_d)[:, None] * padded + tile * KEYS + offs_n[None, :], tl.trans(b_out))
-    block, blocks = tile * PARTS + tl.arange(0, PARTS), tl.cdiv(length, BLOCK)
-    tl.store(scale + head * blocks + block, step, mask=block < blocks)
+    factor = tl.reshape(tl.broadcast_to((1.0 / step)[:, None], [PARTS, BLOCK]), [ROWS])
+    b_out = narrow(b_v * factor[:, None], out.data.dtype.element_ty)
+    pitch = tl.cdiv(length, ROWS) * ROWS
+    tl.store(out.data + (head * DPAD + offs_d)[:, None] * pitch + part * ROWS + offs_n[None, :], tl.trans(b_out))
+    block, blocks = part * PARTS + tl.arange(0, PARTS), tl.cdiv(length, BLOCK)
+    tl.store(out.scale + head * blocks + block, step, mask=block < blocks)
 
 
-@dataclass(frozen=True)
-class Side:
-    """What ``prepare`` makes of Q or of K; None for what was not asked for.
+@triton.jit
+def prepare_kernel(
+    q, k, v, valid_q, valid, sums, q_side, k_side, keys, values, batch, heads, k_heads, q_len, k_len, every,
+    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
+    CHAIN_Q: tl.constexpr, CHAIN_K: tl.constexpr, POOL_Q: tl.constexpr, POOL_K: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """A program takes ROWS tokens of one head: of K, then of V, then of Q.
 
-    Attributes:
-        means: bf16 ``[B, H, n, 2, dim]``: the means of sub-blocks, each as a sum of two bf16 numbers.
-        similarity: float32 ``[B, H, blocks]``, mean pairwise cosine of the rows of a block.
-        filled, block_filled: uint8 ``[B, n]`` and ``[B, blocks]``: 1 where a (sub-)block has a valid token; None
-            without padding.
-        int8: ``[B, H, L, dim]``, contiguous; scale: float32 ``[B, H, ceil(L / tile)]``.
+    Args:
+        q, k, v: Rows [B, H, L, D] or None; valid_q, valid: Valid, padding of the queries and the keys, or None.
+        sums: ColumnSums of K, of at most CHUNKS chunks, whose mean smooths K; None: a mean of SAMPLES keys, every
+            ``every``-th.
+        q_side, k_side: Side; keys: Keys or None; values: Values, where there is v.
+        POOL_Q, POOL_K: tokens of a mean.  BLOCK_Q, BLOCK_K: tokens of a self-similarity, and of a scale.
+        SMOOTH: means and similarities of K are of the smoothed keys.  PAIRS: means are pairs of numbers.
     """
-
-    means: Tensor | None = None
-    similarity: Tensor | None = None
-    filled: Tensor | None = None
-    block_filled: Tensor | None = None
-    int8: Tensor | None = None
-    scale: Tensor | None = None
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(k_len, ROWS)
+    if k is not None:
+        if pid < tiles * batch * k_heads:
+            part, head = pid % tiles, tl.cast(pid // tiles, tl.int64)
+            b, h = head // k_heads, head % k_heads
+            centre = None
+            if SMOOTH or keys is not None:
+                centre = _centre(k, valid, sums, b, h, head, k_len, every, D, DPAD, SAMPLES, CHUNKS)
+            if keys is not None:
+                if part == 0:
+                    tl.store(keys.mean + head * DPAD + tl.arange(0, DPAD), centre)
+            _side(
+                k, valid, centre, k_side, keys, b, h, head, part, k_len,
+                D, DPAD, ROWS, CHAIN_K, POOL_K, BLOCK_K, SMOOTH, PAIRS,
+            )  # fmt: skip
+        pid -= tiles * batch * k_heads
+    if v is not None:
+        if (pid >= 0) & (pid < tiles * batch * k_heads):
+            part, head = pid % tiles, tl.cast(pid // tiles, tl.int64)
+            _values(v, valid, values, head // k_heads, head % k_heads, head, part, k_len, D, DPAD, ROWS, BLOCK_K)
+        pid -= tiles * batch * k_heads
+    if q is not None:
+        if pid >= 0:
+            tiles = tl.cdiv(q_len, ROWS)
+            part, head = pid % tiles, tl.cast(pid // tiles, tl.int64)
+            _side(
+                q, valid_q, None, q_side, None, head // heads, head % heads, head, part, q_len,
+                D, DPAD, ROWS, CHAIN_Q, POOL_Q, BLOCK_Q, False, PAIRS,
+            )  # fmt: skip
 
 
 def padded_dim(dim: int) -> int:
@@ -201,102 +271,79 @@ def as_bytes(valid: Tensor | None) -> Tensor | None:
     return valid if valid is None or valid.dtype == torch.uint8 else valid.view(torch.uint8)
 
 
-def key_sums(k: Tensor, dim: int, valid: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
-    """What ``prepare`` smooths K with: sums of valid keys float32 ``[B * H, 1, dim]``, and how many, ``[B * H, 1]``.
-
-    Softmax does not change when any vector is subtracted from all keys of a head, so the mean of at most
-    ``SAMPLES`` keys at even distances does; ``exact`` takes all keys, for similarities that others compare with.
-    """
-    return column_sums(k, dim, valid, 1 if exact else max(1, cdiv(k.shape[2], SAMPLES)))
+def _new_side(
+    x: Tensor | None, dim: int, pool: int | None, block: int, similarity: bool, padded: bool, pairs: bool
+) -> Side:
+    if x is None:
+        return Side()
+    batch, heads, length, _ = x.shape
+    blocks, fine = cdiv(length, block), cdiv(length, pool or block)
+    return Side(
+        None if pool is None else x.new_empty(batch, heads, fine, 2 if pairs else 1, dim, dtype=torch.bfloat16),
+        x.new_empty(batch, heads, blocks, dtype=torch.float32) if similarity else None,
+        x.new_empty(batch, fine, dtype=torch.uint8) if pool and padded else None,
+        x.new_empty(batch, blocks, dtype=torch.uint8) if pool and padded else None,
+    )
 
 
 def prepare(
-    x: Tensor,
-    dim: int,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
-    pool: int | None = None,
-    block: int = 128,
+    block_q: int = 128,
+    block_k: int = 128,
+    pool_q: int | None = None,
+    pool_k: int | None = None,
+    pairs: bool = True,
     similarity: bool = False,
-    tile: int | None = None,
-    sums: tuple[Tensor, Tensor] | None = None,
-    smooth_pooled: bool = False,
+    smooth: bool = False,
+    int8: bool = False,
+    valid_q: Tensor | None = None,
     valid: Tensor | None = None,
-) -> Side:
-    """Means, self-similarity and int8 of Q or K in one pass; ``x`` itself is only read.
+) -> Prepared:
+    """One launch (and for similarities of smoothed keys one before it, for their exact mean); inputs are only read.
 
     Args:
-        x: ``[B, H, L, D]``, any strides.
-        dim: padded head dim, a power of two (``padded_dim``).
-        pool: length of the sub-blocks whose means are wanted, a divisor of ``block``; None for no means.
-        block: mask block in tokens, 64 or 128.
-        similarity: also measure the self-similarity of every block.
-        tile: tokens that share an int8 scale, a power of two of at most 128; None for no int8.
-        sums: from ``key_sums``: what to subtract before quantising, and with ``smooth_pooled`` before everything.
-        smooth_pooled: means and similarities are of the smoothed tensor, too.
-        valid: uint8 ``[B, L]``; tokens with 0 take no part, their int8 is zero.
+        q: ``[B, Hq, Lq, D]``, any strides; None where nothing is wanted of it.
+        k: ``[B, Hkv, Lk, D]``, likewise; v: the same, where it is wanted in fp8.
+        block_q, block_k: tokens of a mask block, powers of two of at most 128; block_k keys share a scale.
+        pool_q, pool_k: tokens of the means that are wanted, divisors of the blocks; None for no means.
+        pairs: means with 16 bits, not 8.
+        similarity: also measure the self-similarity of every block of Q and of K.
+        smooth: means and similarities of K are of the smoothed keys.
+        int8: K in 8 bits, too.
+        valid_q, valid: uint8 ``[B, Lq]`` and ``[B, Lk]``; tokens with 0 take no part, in 8 bits they are zero.
     """
-    batch, heads, length, d = x.shape
-    rows = max(64, pool or 0, tile or 0, block if similarity or valid is not None else 0)
-    warps = min(16, max(4, rows * dim // 2048))
+    given = next((x for x in (k, v, q) if x is not None), None)
+    if given is None:
+        return Prepared()
+    batch, k_heads, k_len, d = given.shape
+    dim = padded_dim(d)
+    heads, q_len = (k_heads, 0) if q is None else q.shape[1:3]
+    q_side = _new_side(q, dim, pool_q, block_q, similarity, valid_q is not None, pairs)
+    k_side = _new_side(k, dim, pool_k, block_k, similarity, valid is not None, pairs)
+    keys = values = sums = None
+    shape, blocks, tiles = (batch, k_heads), cdiv(k_len, block_k), cdiv(k_len, ROWS)
+    if k is not None and int8:
+        scale = k.new_empty(*shape, blocks, dtype=torch.float32)
+        keys = Keys(k.new_empty(*shape, k_len, dim, dtype=torch.int8), scale, scale.new_empty(*shape, dim))
+    if v is not None:
+        data = v.new_empty(*shape, dim, tiles * ROWS, dtype=torch.float8_e4m3fn)
+        values = Values(data, v.new_empty(*shape, blocks, dtype=torch.float32))
+    if k is not None and similarity and smooth:
+        sums = column_sums(k, dim, valid)
+    warps = min(16, max(4, ROWS * dim // 2048))
     # Rows that a thread holds when the elements of a row are spread over threads by 16 bytes each.
-    chain = max(1, rows * dim * x.element_size() // (512 * warps))
-    chain = min(chain, pool or rows, tile or rows, block)
-
-    def empty(wanted: object, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
-
-    fine, blocks = cdiv(length, pool or block), cdiv(length, block)
-    padded = pool and valid is not None
-    side = Side(
-        means=empty(pool, batch, heads, fine, 2, dim, dtype=torch.bfloat16),
-        similarity=empty(similarity, batch, heads, blocks),
-        filled=empty(padded, batch, fine, dtype=torch.uint8),
-        block_filled=empty(padded, batch, blocks, dtype=torch.uint8),
-        int8=empty(tile, batch, heads, length, dim, dtype=torch.int8),
-        scale=empty(tile, batch, heads, cdiv(length, tile or 1)),
-    )
+    chain = max(1, ROWS * dim * given.element_size() // (512 * warps))
+    programs = batch * (tiles * k_heads * ((k is not None) + (v is not None)) + cdiv(q_len, ROWS) * heads)
     launch(
-        _prepare_kernel, (cdiv(length, rows), batch * heads),
-        Rows.of(x), Valid.of(valid), sums, side.means, side.filled, side.block_filled, side.similarity, side.int8,
-        side.scale, heads, length,
-        D=d, DPAD=dim, ROWS=rows, CHAIN=chain, POOL=pool or 0, BLOCK=block, TILE=tile or 0,
-        SMOOTH_POOLED=smooth_pooled, num_warps=warps,
+        prepare_kernel, (programs,),
+        None if q is None else Rows.of(q), None if k is None else Rows.of(k), None if v is None else Rows.of(v),
+        Valid.of(valid_q), Valid.of(valid), sums, q_side, k_side, keys, values, batch, heads, k_heads, q_len, k_len,
+        cdiv(k_len, SAMPLES),
+        D=d, DPAD=dim, ROWS=ROWS, SAMPLES=SAMPLES, CHUNKS=CHUNKS, CHAIN_Q=min(chain, pool_q or block_q),
+        CHAIN_K=min(chain, pool_k or block_k), POOL_Q=pool_q or 0, POOL_K=pool_k or 0, BLOCK_Q=block_q, BLOCK_K=block_k,
+        SMOOTH=smooth, PAIRS=pairs, num_warps=warps,
     )  # fmt: skip
-    return side
-
-
-class Values(NamedTuple):
-    """V in 8 bits.
-
-    Attributes:
-        data: float8_e4m3fn ``[B, Hkv, dim, Lk padded to a multiple of 128]``, zero in all padding. The keys of every
-            group of 32 are permuted so that the accumulator of one product is the operand of the next without
-            exchanging registers between threads.
-        scale: float32 ``[B, Hkv, key blocks]``, above 0: largest magnitude / 448 of a block of keys.
-    """
-
-    data: Tensor
-    scale: Tensor
-
-
-def prepare_v(v: Tensor, dim: int, block: int, *, valid: Tensor | None = None) -> Values:
-    """V to fp8 e4m3, one scale for every ``block`` keys of a head, transposed.
-
-    fp8 is a floating format: how far a number lies below the largest hardly matters to its relative error.
-
-    Args:
-        v: ``[B, H, L, D]``, any strides.
-        dim: padded head dim, a power of two.
-        block: keys that share a scale, a power of two of at most 128.
-        valid: uint8 ``[B, L]``; keys with 0 become zeros and do not count for the scale.
-    """
-    batch, heads, length, d = v.shape
-    padded = cdiv(length, V_TILE) * V_TILE
-    out = torch.empty(batch, heads, dim, padded, dtype=torch.float8_e4m3fn, device=v.device)
-    scale = torch.empty(batch, heads, cdiv(length, block), dtype=torch.float32, device=v.device)
-    launch(
-        _prepare_v_kernel, (padded // V_TILE, batch * heads),
-        Rows.of(v), Valid.of(valid), out, scale, heads, length, padded,
-        D=d, DPAD=dim, KEYS=V_TILE, BLOCK=block, num_warps=4 if dim <= 128 else 8,
-    )  # fmt: skip
-    return Values(out, scale)
+    return Prepared(q_side, k_side, keys, values)

@@ -76,9 +76,10 @@ def wrong_lse(call: Call) -> str | None:
 def wrong_selection(case: Case, selector: Selector) -> str | None:
     """Blocks that differ from the torch code's, but for one tie, or a wrong result from them and the int8 keys."""
     call, here = case.call(device="cuda", mask=None), case.call(mask=None)
-    mask, keys = run_fused(parts_of(selector, call), call, quantise=True)
+    call = call.replace(precision="int8_fp8")
+    mask, made = run_fused(parts_of(selector, call), call, quantise=True)
     differ = int((mask.to("cpu").to_dense() != selector.kept(here)).sum())
-    return f"{differ} blocks" if differ > 1 else wrong(call.replace(mask=mask, keys=keys, precision="int8_bf16"))
+    return f"{differ} blocks" if differ > 1 else wrong(call.replace(mask=mask, keys=made.keys, values=made.values))
 
 
 def main() -> int:

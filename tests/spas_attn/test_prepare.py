@@ -14,7 +14,8 @@ from spas_attn.selectors.mean_similarity import _self_similarity
 from spas_attn.selectors.pooled import block_means
 
 pytest.importorskip("triton")
-from spas_attn.kernels.prepare import SAMPLES, Side, as_bytes, key_sums, padded_dim, prepare, prepare_v
+from spas_attn.kernels.operands import Keys
+from spas_attn.kernels.prepare import SAMPLES, Prepared, as_bytes, padded_dim, prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -29,7 +30,7 @@ class Shape:
     dim: int = 32
     pool: int | None = 16
     block: int = 128
-    tile: int | None = 128
+    int8: bool = True
     batch: int = 1
     heads: int = 2
     dtype: torch.dtype = HALF
@@ -59,134 +60,154 @@ class Shape:
 
 SHAPES = [
     Shape(256),
-    Shape(300, dim=80, tile=64, batch=2, padding=True, layout="NHD"),
+    Shape(300, dim=80, block=64, batch=2, padding=True, layout="NHD"),
     Shape(129, dim=64, pool=128, dtype=F32, layout="strided", smooth=True),
-    Shape(1, pool=8, block=64, dtype=BF16, tile=64),
-    Shape(200, pool=64, block=64, tile=128, batch=2, padding=True, smooth=True, dtype=BF16),
-    Shape(500, dim=16, pool=1, block=64, tile=16, smooth=True),
-    Shape(260, dim=128, pool=8, tile=None, layout="NHD"),
-    Shape(260, dim=256, pool=None, tile=64, heads=1),
+    Shape(1, pool=8, block=64, dtype=BF16),
+    Shape(200, pool=64, block=64, batch=2, padding=True, smooth=True, dtype=BF16),
+    Shape(700, dim=16, pool=1, block=64, smooth=True),
+    Shape(260, dim=128, pool=8, int8=False, layout="NHD"),
+    Shape(260, dim=256, pool=None, block=32, heads=1),
 ]
 
 
-def make(shape: Shape, x: Tensor) -> tuple[Side, Tensor]:
-    """The prepared tensor, and the mean that it was smoothed by."""
-    valid, dim = shape.valid(), padded_dim(shape.dim)
-    sums = key_sums(x, dim, as_bytes(valid), exact=True) if shape.smooth else None
-    side = prepare(
-        x, dim, pool=shape.pool, block=shape.block, similarity=shape.pool is not None, tile=shape.tile,
-        sums=sums, smooth_pooled=shape.smooth, valid=as_bytes(valid),
+def make(shape: Shape, x: Tensor) -> Prepared:
+    return prepare(
+        x, x, block_q=shape.block, block_k=shape.block, pool_q=shape.pool, pool_k=shape.pool,
+        similarity=shape.pool is not None, smooth=shape.smooth, int8=shape.int8, valid_q=as_bytes(shape.valid()),
+        valid=as_bytes(shape.valid()),
     )  # fmt: skip
-    weight = torch.ones(x.shape[0], 1, x.shape[2], 1, device=x.device) if valid is None else valid[:, None, :, None]
-    centre = (x.float() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
-    return side, centre if shape.smooth else torch.zeros_like(centre)
+
+
+def mean_of(x: Tensor, valid: Tensor | None, every: int = 1) -> Tensor:
+    """Mean of the valid tokens, of every stretch of ``every`` the middle one, float32 ``[B, H, 1, D]``."""
+    weight = torch.ones(x.shape[0], 1, x.shape[2], 1, device=x.device)
+    if valid is not None:
+        weight = valid[:, None, :, None].float()
+    weight = weight * (torch.arange(x.shape[2], device=x.device) % every == every // 2)[:, None]
+    return (x.float() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_means_and_similarities(shape: Shape) -> None:
     x, valid = shape.tensor(), shape.valid()
-    side, centre = make(shape, x)
-    if shape.pool is None:
-        assert side.means is None
-        assert side.similarity is None
-        return
-    assert side.means is not None
-    assert side.similarity is not None
-    expected, filled = block_means(x.float() - centre, shape.pool, valid)
-    assert side.means.shape == (*expected.shape[:3], 2, padded_dim(shape.dim))
-    assert side.means.dtype == BF16
-    means = side.means.float().sum(3)
-    # Before the mean is taken away, the numbers are as large as the tensor's.
-    assert (means[..., : shape.dim] - expected).abs().max() <= PAIR * x.abs().max()
-    assert (means[..., shape.dim :] == 0).all()
-    assert torch.allclose(side.similarity, _self_similarity(x.float() - centre, shape.block, valid), atol=2e-5)
-    assert (side.filled is None) == (not shape.padding)
-    if filled is not None and valid is not None:
-        assert side.filled is not None
-        assert side.block_filled is not None
-        assert torch.equal(side.filled.bool(), filled)
-        assert torch.equal(
-            side.block_filled.bool(), torch.stack([part.any(1) for part in valid.split(shape.block, 1)], 1)
-        )
+    made = make(shape, x)
+    for side, centre in ((made.q, 0.0), (made.k, mean_of(x, valid) if shape.smooth else 0.0)):
+        if shape.pool is None:
+            assert side == (None,) * 4
+            continue
+        assert side.means is not None
+        assert side.similarity is not None
+        expected, filled = block_means(x.float() - centre, shape.pool, valid)
+        assert side.means.shape == (*expected.shape[:3], 2, padded_dim(shape.dim))
+        assert side.means.dtype == BF16
+        means = side.means.float().sum(3)
+        # Before the mean is taken away, the numbers are as large as the tensor's.
+        assert (means[..., : shape.dim] - expected).abs().max() <= PAIR * x.abs().max()
+        assert (means[..., shape.dim :] == 0).all()
+        assert torch.allclose(side.similarity, _self_similarity(x.float() - centre, shape.block, valid), atol=2e-5)
+        assert (side.filled is None) == (not shape.padding)
+        if filled is not None and valid is not None:
+            assert side.filled is not None
+            assert side.block_filled is not None
+            assert torch.equal(side.filled.bool(), filled)
+            assert torch.equal(
+                side.block_filled.bool(), torch.stack([part.any(1) for part in valid.split(shape.block, 1)], 1)
+            )
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=str)
+def test_rounded_means(shape: Shape) -> None:
+    """For scores that are happy with 8 bits, and of Q alone."""
+    x = shape.tensor()
+    pairs = make(shape, x).q.means
+    made = prepare(
+        x, block_q=shape.block, pool_q=shape.pool, pairs=False, valid_q=as_bytes(shape.valid())
+    )  # fmt: skip
+    assert pairs is not None and made.q.means is not None
+    assert torch.equal(made.q.means, pairs[:, :, :, :1])
+    assert made.k == (None,) * 4
+    assert made.keys is None and made.values is None
+
+
+def smoothed(shape: Shape, x: Tensor, keys: Keys) -> Tensor:
+    """Keys less the mean that was taken away, float32, zero in padding."""
+    valid, smooth = shape.valid(), x.float() - keys.mean[..., None, : shape.dim]
+    return smooth if valid is None else smooth.masked_fill(~valid[:, None, :, None], 0.0)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_int8(shape: Shape) -> None:
     x, valid = shape.tensor(), shape.valid()
-    side, centre = make(shape, x)
-    if shape.tile is None:
-        assert side.int8 is None
+    keys = make(shape, x).keys
+    if not shape.int8:
+        assert keys is None
         return
-    assert side.int8 is not None
-    assert side.scale is not None
-    smooth = x.float() - centre
-    if valid is not None:
-        smooth = smooth.masked_fill(~valid[:, None, :, None], 0.0)
-    tiles = smooth.split(shape.tile, 2)
-    largest = torch.stack([tile.abs().amax((-1, -2)) for tile in tiles], -1)
-    assert torch.allclose(side.scale, largest.clamp(min=1e-12) / 127, rtol=1e-5, atol=0)
-    assert side.int8.shape == (*x.shape[:3], padded_dim(shape.dim))
-    assert side.int8.is_contiguous()
-    assert (side.int8[..., shape.dim :] == 0).all()
-    step = side.scale.repeat_interleave(shape.tile, -1)[..., : shape.length, None]
-    error = (side.int8[..., : shape.dim] * step - smooth).abs()
+    assert keys is not None
+    exact = shape.smooth and shape.pool is not None
+    expected = mean_of(x, valid, 1 if exact else cdiv(shape.length, SAMPLES))[:, :, 0]
+    assert cdiv(shape.length, SAMPLES) > 1 or shape.length < 100
+    assert torch.allclose(keys.mean[..., : shape.dim], expected, atol=1e-4)
+    assert (keys.mean[..., shape.dim :] == 0).all()
+    smooth = smoothed(shape, x, keys)
+    largest = torch.stack([part.abs().amax((-1, -2)) for part in smooth.split(shape.block, 2)], -1)
+    assert torch.allclose(keys.scale, largest.clamp(min=1e-12) / 127, rtol=1e-5, atol=0)
+    assert keys.int8.shape == (*x.shape[:3], padded_dim(shape.dim))
+    assert keys.int8.is_contiguous()
+    assert (keys.int8[..., shape.dim :] == 0).all()
+    step = keys.scale.repeat_interleave(shape.block, -1)[..., : shape.length, None]
+    error = (keys.int8[..., : shape.dim] * step - smooth).abs()
     assert (error <= 0.501 * step).all()
     if valid is not None:
-        assert (side.int8.masked_select(~valid[:, None, :, None]) == 0).all()
+        assert (keys.int8.masked_select(~valid[:, None, :, None]) == 0).all()
 
 
-def test_inputs_stay_and_results_repeat() -> None:
-    shape = SHAPES[1]
-    x = shape.tensor()
-    before = x.clone()
-    first, second = make(shape, x)[0], make(shape, x)[0]
-    assert torch.equal(x, before)
-    for a, b in zip(vars(first).values(), vars(second).values(), strict=True):
-        assert torch.equal(a, b)
+def test_one_launch_makes_what_many_make() -> None:
+    """Inputs stay as they are, and what is made of one tensor does not depend on what else is asked for."""
+    shape = Shape(300, dim=80, block=64, batch=2, padding=True, layout="NHD")
+    q, k, v = (shape.tensor(seed) for seed in range(3))
+    k, v = k[:, :1], v[:, :1]
+    before, valid = [x.clone() for x in (q, k, v)], as_bytes(shape.valid())
+    asked = {"block_q": 128, "block_k": 64, "pool_q": 32, "pool_k": 16, "valid": valid}
+    made, again = (prepare(q, k, v, int8=True, **asked) for _ in range(2))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+    alone = Prepared(
+        prepare(q, block_q=128, pool_q=32).q,
+        prepare(k=k, block_k=64, pool_k=16, valid=valid).k,
+        prepare(k=k, block_k=64, int8=True, valid=valid).keys,
+        prepare(v=v, block_k=64, valid=valid).values,
+    )
+    for other in (again, alone):
+        for first, second in zip(made, other, strict=True):
+            assert first is not None and second is not None
+            for a, b in zip(first, second, strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("exact", [False, True])
-def test_key_sums(exact: bool, padding: bool) -> None:
-    shape = Shape(1200, dim=24, batch=2, padding=padding)
-    k, valid = shape.tensor(), shape.valid()
-    sums, counts = key_sums(k, 32, as_bytes(valid), exact)
-    assert sums.shape == (4, 1, 32)
-    assert counts.shape == (4, 1)
-    every = 1 if exact else cdiv(1200, SAMPLES)
-    assert every > 1 or exact
-    taken = torch.ones(2, 1200, device=DEVICE) if valid is None else valid.float()
-    taken[:, torch.arange(1200, device=DEVICE) % every > 0] = 0
-    expected = (k.float() * taken[:, None, :, None]).sum(2)
-    assert torch.allclose(sums.view(2, 2, 32)[..., :24], expected, rtol=1e-4, atol=1e-2)
-    assert torch.equal(counts.view(2, 2), taken.sum(1)[:, None].expand(2, 2))
+def test_nothing_to_make() -> None:
+    assert prepare() == Prepared()
 
 
 def test_a_sampled_mean_smooths_as_well() -> None:
     """Channels far from zero: without smoothing int8 would spend its range on their offset."""
     shape = Shape(1500, dim=64)
     k = shape.tensor() + torch.where(torch.arange(64, device=DEVICE) % 20 == 0, 50.0, 0.0).to(HALF)
-    scale = {
-        name: prepare(k, 64, tile=128, sums=sums).scale
-        for name, sums in [
-            ("exact", key_sums(k, 64, None, True)),
-            ("sampled", key_sums(k, 64, None, False)),
-            ("none", None),
-        ]
-    }
-    mean = {name: float(value.mean()) for name, value in scale.items() if value is not None}
-    assert mean["sampled"] < 1.1 * mean["exact"]
-    assert mean["none"] > 5 * mean["exact"]
+    sampled, exact = (
+        prepare(k=k, pool_k=64, int8=True, similarity=smooth, smooth=smooth).keys for smooth in (False, True)
+    )
+    assert sampled is not None and exact is not None
+    assert sampled.scale.mean() < 1.1 * exact.scale.mean()
+    assert k.abs().amax() / 127 > 5 * exact.scale.mean()
 
 
 def test_a_sample_without_a_valid_key() -> None:
     """Then nothing is subtracted."""
     k = torch.randn(1, 1, 1000, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     valid = (torch.arange(1000, device=DEVICE) == 1).to(torch.uint8)[None]
-    side = prepare(k, 32, tile=128, sums=key_sums(k, 32, valid, exact=False), valid=valid)
-    assert side.int8 is not None
-    assert side.scale is not None
-    assert torch.allclose(side.int8[0, 0, 1] * side.scale[0, 0, 0], k[0, 0, 1], atol=float(side.scale[0, 0, 0]))
+    keys = prepare(k=k, int8=True, valid=valid).keys
+    assert keys is not None
+    assert (keys.mean == 0).all()
+    assert torch.allclose(keys.int8[0, 0, 1] * keys.scale[0, 0, 0], k[0, 0, 1], atol=float(keys.scale[0, 0, 0]))
 
 
 def key_order() -> Tensor:
@@ -202,17 +223,18 @@ def key_order() -> Tensor:
     "shape",
     [
         Shape(256, dtype=HALF),
-        Shape(300, dim=80, tile=64, batch=2, padding=True, layout="NHD"),
-        Shape(40, dim=64, tile=32, dtype=F32, layout="strided"),
+        Shape(300, dim=80, block=64, batch=2, padding=True, layout="NHD"),
+        Shape(40, dim=64, block=32, dtype=F32, layout="strided"),
         Shape(1100, dim=16, heads=1, dtype=BF16),
     ],
     ids=str,
 )
 def test_fp8_v(shape: Shape) -> None:
-    v, valid, dim, block = shape.tensor(), shape.valid(), padded_dim(shape.dim), shape.tile
-    assert block is not None
+    v, valid, dim, block = shape.tensor(), shape.valid(), padded_dim(shape.dim), shape.block
     v[:, :, : block // 2] *= 100  # blocks differ in size
-    out, scale = prepare_v(v, dim, block, valid=as_bytes(valid))
+    values_made = prepare(v=v, block_k=block, valid=as_bytes(valid)).values
+    assert values_made is not None
+    out, scale = values_made
     padded = cdiv(shape.length, 128) * 128
     assert out.shape == (shape.batch, shape.heads, dim, padded)
     assert out.dtype == torch.float8_e4m3fn
@@ -235,7 +257,9 @@ def test_a_block_of_zeros() -> None:
     """It has a scale that one can divide by."""
     v = torch.randn(1, 1, 128, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE, HALF)
     v[:, :, 64:] = 0
-    out, scale = prepare_v(v, 32, 64)
+    values = prepare(v=v, block_k=64).values
+    assert values is not None
+    out, scale = values
     assert (out[..., 64:].float() == 0).all()
     assert scale.isfinite().all()
     assert (scale > 2.0**-80).all()

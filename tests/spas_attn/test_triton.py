@@ -373,12 +373,13 @@ def test_custom_operators_keep_their_promises(precision: str, monkeypatch: pytes
     assert mask is not None
     torch.library.opcheck(
         torch.ops.spas_attn.triton_attention.default,
-        (call.q, call.k, call.v, mask.counts, mask.indices, 128, 128, call.attn_mask, *[None] * 5, 0.1, True, 50)
+        (call.q, call.k, call.v, mask.counts, mask.indices, 128, 128, call.attn_mask, *[None] * 6, 0.1, True, 50)
         + (precision, True),
     )
     given: list[tuple[Any, ...]] = []
     operator = select_module._fused_op
     monkeypatch.setattr(select_module, "_fused_op", lambda *args: given.append(args) or operator(*args))
     selector = TopK(0.5, local=0) | Tokens(((0, 70),))
+    call = call.replace(precision=precision)
     select_module._fused_traced(select_module.parts_of(selector, call), call, precision != "native")
     torch.library.opcheck(torch.ops.spas_attn.select_blocks.default, given[0])
