@@ -1,0 +1,157 @@
+"""Error curves of many selectors from one pass over some inputs, and thresholds chosen from them for a sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotune.accumulate import ALL_HEADS, PromptTally
+from autotune.choose import mean_error
+from autotune.module import sparse_modules
+from autotune.partials import query_blocks
+from autotune.sampling import Sampler
+from autotune.tuned import PV_OFF, Tuned
+from spas_attn.call import Call
+from spas_attn.selectors import Selector
+from spas_attn.selectors.base import keeps
+
+_STEPS = 60  # of a bisection
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What every candidate threshold of a selector costs and saves, by layer and head.
+
+    Attributes:
+        thresholds: the candidates ``[C]``.
+        error: mean relative error of the head's output, float64 ``[layers, H, C]``.
+        density: share of the blocks kept, float64 ``[layers, H, C]``.
+        share: the head's share of its layer's output, float64 ``[layers, H]``.
+    """
+
+    thresholds: Tensor
+    error: Tensor
+    density: Tensor
+    share: Tensor
+
+    def best(self, cost: Tensor) -> Tensor:
+        """The candidate of least cost ``[layers, H, C]`` per head; C where keeping everything is better (cost 1)."""
+        return torch.cat([cost, torch.ones_like(cost[..., :1])], -1).argmin(-1)
+
+    def kept(self, chosen: Tensor) -> Tensor:
+        """Density of a choice ``[layers, H]``."""
+        return torch.cat([self.density, torch.ones_like(self.density[..., :1])], -1).gather(-1, chosen[..., None])[
+            ..., 0
+        ]
+
+    def uniform(self, sparsity: float) -> Tensor:
+        """One bound of the error for every head, the one that gives a mean sparsity; the choice ``[layers, H]``."""
+        return self._search(lambda x: self.best(self.density.masked_fill(self.error > 10**x, torch.inf)), sparsity)
+
+    def budget(self, sparsity: float, weights: Tensor | None = None) -> Tensor:
+        """One budget for the model: per head least density + λ · weight · error², λ by the mean sparsity.
+
+        Args:
+            sparsity: mean over heads.
+            weights: ``[layers, H]``; None for 1.
+        """
+        squared = self.error.square() if weights is None else self.error.square() * weights[..., None]
+        return self._search(lambda x: self.best(self.density + 10**-x * squared), sparsity)
+
+    def _search(self, choose: Callable[[float], Tensor], sparsity: float) -> Tensor:
+        """The choice whose density comes nearest; what ``choose`` gives must get sparser with its argument."""
+        low, high = -9.0, 9.0
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if 1 - float(self.kept(choose(middle)).mean()) < sparsity else (low, middle)
+        return min((choose(low), choose(high)), key=lambda found: abs(1 - float(self.kept(found).mean()) - sparsity))
+
+
+def collect(
+    model: nn.Module,
+    selectors: Mapping[str, tuple[Selector, Sequence[float]]],
+    run: Callable[[Any], Any],
+    items: Sequence[Any],
+    query_blocks_per_call: int,
+) -> dict[str, Curves]:
+    """Curves of selectors with their candidate thresholds, all from one run of each item.
+
+    Exact outputs and the part of every block in them are computed once for all selectors of a size of blocks.
+
+    Args:
+        model: patched.
+        selectors: by name.
+        run: runs an item.
+        items: what is run.
+        query_blocks_per_call: looked at, at random.
+    """
+    modules, sampler = sparse_modules(model), Sampler(query_blocks_per_call, 0)
+    groups: dict[tuple[int, int], dict[str, tuple[Selector, Sequence[float]]]] = {}
+    for name, (selector, candidates) in selectors.items():
+        groups.setdefault((selector.block_q, selector.block_k), {})[name] = selector, candidates
+    tallies: dict[tuple[Any, ...], PromptTally] = {}
+
+    def observe(layer: int, number: int, call: Call | str) -> None:
+        if isinstance(call, str):
+            return
+        for size, group in groups.items():
+            tally = tallies.get((size, layer))
+            if tally is None:
+                count = sum(len(candidates) for _, candidates in group.values())
+                tally = tallies[size, layer] = PromptTally(call.q.shape[1], count, call.q.device)
+            add(tally, group, call, sampler.blocks(call, size[0], layer, number))
+
+    for number, item in enumerate(items):
+        for layer, module in enumerate(modules.values()):
+            module.mode = "tune"
+            module.observer = lambda call, layer=layer, number=number: observe(layer, number, call)
+        run(item)
+    for module in modules.values():
+        module.mode, module.observer = "dense", None
+    found: dict[str, Curves] = {}
+    for size, group in groups.items():
+        layers = [tallies[size, layer].close(0) for layer in range(len(modules))]
+        error, density = (torch.stack([of(tally) for tally in layers]) for of in (mean_error, type(layers[0]).density))
+        norm = torch.stack([tally.total()[0] for tally in layers])
+        sizes = [len(candidates) for _, candidates in group.values()]
+        parts = zip(group.items(), error.split(sizes, -1), density.split(sizes, -1), strict=True)
+        for (name, (_, candidates)), errors, densities in parts:
+            share = norm / norm.sum(-1, keepdim=True)
+            found[name] = Curves(torch.tensor(candidates, dtype=torch.float64), errors, densities, share)
+    return found
+
+
+@torch.no_grad()
+def add(
+    tally: PromptTally, group: Mapping[str, tuple[Selector, Sequence[float]]], call: Call, blocks: list[int]
+) -> None:
+    """Errors of every candidate of selectors of one size of blocks on the given query blocks; densities on all."""
+    some = next(iter(group.values()))[0]
+    levels = [selector.final_levels(call) for selector, _ in group.values()]
+    thresholds = [torch.tensor(candidates, device=call.q.device) for _, candidates in group.values()]
+    kept = [
+        torch.stack([keeps(level, value).sum((0, 2, 3)) for value in values], 1)
+        for level, values in zip(levels, thresholds, strict=True)
+    ]
+    tally.add_blocks(ALL_HEADS, torch.cat(kept, 1), some.visible(call).sum((0, 2, 3)).expand(call.q.shape[1]))
+    for i, heads, partials in query_blocks(call, some.block_q, some.block_k, blocks):
+        pairs = zip(levels, thresholds, strict=True)
+        masks = torch.cat([keeps(level[:, heads, i, None], values[:, None]) for level, values in pairs], 2)
+        tally.add_errors(heads, *partials.errors(masks), partials.valid)
+
+
+def install(model: nn.Module, curves: Curves, chosen: Tensor, layers: Sequence[int] | None = None) -> None:
+    """Run a patched model with a choice ``[layers, H]``; only some layers sparse where they are named."""
+    values = torch.cat([curves.thresholds, torch.ones(1, dtype=torch.float64)])[chosen]
+    for layer, module in enumerate(sparse_modules(model).values()):
+        sparse = chosen[layer] < len(curves.thresholds)
+        if layers is not None and layer not in layers:
+            sparse = torch.zeros_like(sparse)
+        one = torch.ones(len(sparse))
+        density = float(curves.kept(chosen)[layer].mean())
+        tuned = Tuned(sparse, torch.where(sparse, values[layer], 1.0), -one, PV_OFF * one, expected_density=density)
+        module.set_thresholds(tuned)

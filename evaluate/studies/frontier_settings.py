@@ -1,0 +1,82 @@
+"""What the study of the frontier compares: selectors with their candidate thresholds, and how errors are shared out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from probes import Probe
+
+from spas_attn.selectors import ExactKeys, MeanSimilarity, PeakMass, Selector
+from spas_attn.selectors.ranking import MASSES
+
+# Finer where few blocks are kept: equal steps of the logarithm of the mass that is left out.
+FINE = tuple(1 - 10 ** -(step / 14) for step in range(2, 67))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is judged of one way of choosing blocks.
+
+    Attributes:
+        selector: the way.
+        candidates: thresholds to choose from.
+        plans: how the error is shared out over the heads, see ``frontier.py``.
+        targets: sparsities, where they are not those of the other settings.
+    """
+
+    selector: Selector
+    candidates: Sequence[float] = MASSES
+    plans: Sequence[str] = ("budget",)
+    targets: Sequence[float] = ()
+
+
+def exact(pool: int, block_q: int = 64, block_k: int = 64, queries: str = "mean", **changes: Any) -> Setting:
+    """Exact keys for pooled queries."""
+    selector = ExactKeys(pool=pool, queries=queries, block_q=block_q, block_k=block_k)
+    return dataclasses.replace(Setting(selector), **changes)
+
+
+def probe(pool: int, queries: str = "sample", **options: Any) -> Setting:
+    """A variation on exact keys, 64 x 64 blocks."""
+    return Setting(Probe(pool=pool, queries=queries, block_q=64, block_k=64, **options))
+
+
+ALL = ("budget", "uniform", "weighted")
+SETTINGS: dict[str, Setting] = {
+    # The first one is what others are compared with: the default of language models so far.
+    "means 8": Setting(MeanSimilarity(pool=8, block_q=64, block_k=64), plans=ALL),
+    "exact 32": exact(32, plans=ALL),
+    "exact 8, real": exact(8, queries="sample", plans=ALL),
+    "exact 64": exact(64),
+    "exact 16": exact(16),
+    "exact 8": exact(8),
+    "exact 16, real": exact(16, queries="sample"),
+    "128x64, exact 64": exact(64, 128),
+    "128x64, exact 32": exact(32, 128),
+    "128x64, exact 8, real": exact(8, 128, queries="sample"),
+    "128x128, exact 32": exact(32, 128, 128),
+    "128x128, exact 8, real": exact(8, 128, 128, queries="sample"),
+    # Coarse to fine: one mean query throws out what is hopeless, real queries judge the rest.
+    "half alive, 8 real": probe(8, alive=0.5),
+    "quarter alive, 8 real": probe(8, alive=0.25),
+    "half alive, 16 real": probe(16, alive=0.5),
+    # Which queries are real; 16 real ones cost as much as means of 16.
+    "16, longest": probe(16, pick="longest"),
+    "16, farthest": probe(16, pick="farthest"),
+    "means 32 and 16 real": probe(16, means=32),
+    "mean 64 and 2 real": probe(32, means=64),
+    "exact 32, peak": probe(32, "mean", peak=True),
+    "exact 8, real, peak": probe(8, peak=True),
+    "exact 32, floor .05": probe(32, "mean", floor=0.05),
+    "exact 32, floor .1": probe(32, "mean", floor=0.1),
+    "exact 32, fine grid": exact(32, candidates=FINE),
+    "128x128, means 16": Setting(MeanSimilarity(pool=16), plans=("budget", "uniform")),
+    "128x128, original": Setting(MeanSimilarity(pool=128, local=0), plans=("uniform",), targets=(0.4, 0.5, 0.6, 0.77)),
+    "peak mass": Setting(PeakMass()),
+    "128x128, exact 64": exact(64, 128, 128),
+    "128x64, exact 16, real": exact(16, 128, queries="sample"),
+    "oracle": exact(1),
+}

@@ -1,0 +1,89 @@
+"""Variations on exact keys that are tried, not shipped: which queries speak, who judges, and what is kept anyhow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spas_attn.call import Call
+from spas_attn.selectors import ExactKeys
+from spas_attn.selectors.pooled import mean_row, probabilities
+from spas_attn.selectors.ranking import mass_before, places
+
+# Which query of a stretch [..., pool, D] speaks for it.
+PICKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "longest": lambda queries: queries.norm(dim=-1).argmax(-1),
+    "farthest": lambda queries: (queries - queries.mean(-2, keepdim=True)).norm(dim=-1).argmax(-1),
+}
+
+
+@dataclass
+class Probe(ExactKeys):
+    """ExactKeys, varied.
+
+    Attributes:
+        pick: which real query of a stretch speaks for it, a name of PICKS; "" for what ``queries`` says.
+        means: tokens of further stretches whose means are rows too; 0 for none.
+        peak: a block counts by the row that gives it most, instead of by the mean over the rows.
+        alive: share of the visible blocks that the rows judge: those of most mass for the mean of all queries of the
+            block. The others are kept by a threshold of 1 only.
+        floor: share of the visible blocks that is kept at least.
+    """
+
+    pick: str = ""
+    means: int = 0
+    peak: bool = False
+    alive: float = 1.0
+    floor: float = 0.0
+    packs: ClassVar[bool] = False
+
+    @property
+    def cost(self) -> float:
+        """Score products over those of QKᵀ."""
+        rows = 1 / self.pool + (1 / self.means if self.means else 0)
+        return rows * self.alive + (1 / self.block_q if self.alive < 1 else 0)
+
+    def levels(self, call: Call) -> Tensor:
+        forced, visible = self.forced(call), self.visible(call)
+        rows = self.rows(call)
+        if self.means:
+            rows = torch.cat([rows, self._plain(self.means).rows(call)], 3)
+        if self.alive == 1.0:
+            return self._with_floor(self._judge(rows, forced, visible), forced, visible)
+        coarse = mean_row(probabilities(self._plain(self.block_q).rows(call)))
+        hopeless = places(coarse, forced, visible) >= self.alive * visible.sum(-1, keepdim=True)
+        levels = self._judge(rows.masked_fill_(hopeless[:, :, :, None], -torch.inf), forced, visible)
+        return self._with_floor(levels.masked_fill(hopeless, 1.0), forced, visible)
+
+    def vectors(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        if not self.pick:
+            return super().vectors(call)
+        if call.key_mask is not None:
+            raise ValueError(f"pick={self.pick!r} is not made for padding")
+        missing = -call.q_len % self.pool
+        q = torch.cat([call.q, call.q[:, :, -1:].expand(-1, -1, missing, -1)], 2).float().unflatten(2, (-1, self.pool))
+        chosen = PICKS[self.pick](q)[..., None, None].expand(*q.shape[:3], 1, q.shape[-1])
+        return q.gather(3, chosen)[..., 0, :], None
+
+    def _plain(self, pool: int) -> ExactKeys:
+        return ExactKeys(pool=pool, block_q=self.block_q, block_k=self.block_k, local=self.local)
+
+    def _judge(self, rows: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        probs = probabilities(rows)
+        return (1.0 - probs.amax(-2)).clamp(min=0.0) if self.peak else mass_before(mean_row(probs), forced, visible)
+
+    def _with_floor(self, levels: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        if not self.floor:
+            return levels
+        return levels.masked_fill(
+            places(1.0 - levels, forced, visible) < self.floor * visible.sum(-1, keepdim=True), -torch.inf
+        )
+
+
+def cost(selector: ExactKeys) -> float:
+    """Score products over those of QKᵀ."""
+    return selector.cost if isinstance(selector, Probe) else 1 / selector.pool
