@@ -47,7 +47,7 @@ def heat_map(record: Record) -> str:
 
 def scale() -> str:
     """What the colours of the heat map mean."""
-    axes = Axes((0, 100), (0, 1), [(x, f"{x}%") for x in range(0, 101, 25)], [], "", "", _SHORT, 66, grid=False)
+    axes = Axes((0, 100), (0, 1), [(x, f"{x}%") for x in range(0, 101, 25)], [], "left out", "", _SHORT, 72, grid=False)
     return axes.svg(
         "Colours from light, 0% left out, to dark, 100%", axes.picture(png(torch.arange(101)[None], PALETTE))
     )

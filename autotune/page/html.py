@@ -101,9 +101,9 @@ def _layers(record: Record) -> str:
             f'<div class="charts">{charts}</div>{_heads(entry)}</div>'
         )
     words = (
-        "A line per head: the error of selection under every threshold that was tried, on the prompts that thresholds are "
-        "fitted to. Left: the mean over queries. Right: the tail, the 99.5th percentile of one query's error. A numbered "
-        "point is the head's choice; it must stand below the bound with 95% confidence, hence the distance."
+        "A line per head: the error of selection under every threshold that was tried, on the prompts that thresholds "
+        "are fitted to. Left: the mean over queries. Right: the tail, the 99.5th percentile of one query's error. A "
+        "numbered point is the head's choice; it must stand below the bound with 95% confidence, hence the distance."
         if any(entry.get("curves") for entry in record.layers)
         else "No curves were recorded; these are the numbers."
     )

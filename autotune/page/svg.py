@@ -76,8 +76,8 @@ def text(value: object) -> str:
 
 
 def label(x: float, y: float, content: object, *, anchor: str = "middle", more: str = "") -> str:
-    """A text at a place."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{text(content)}</text>'
+    """A text at a place; nothing for an empty one."""
+    return "" if content == "" else f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{text(content)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, colour: str, more: str = "") -> str:
