@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from . import epoch
 from .call import Call
 from .traced import constant_when_traced
 
@@ -200,6 +201,7 @@ def forget() -> None:
     """Read the tables anew at the next call."""
     rows.cache_clear()
     _measured_on.cache_clear()
+    epoch.advance()
 
 
 def user_table() -> Path:

@@ -11,7 +11,7 @@ from every_selector import SELECTORS, SIZES, every
 from torch import Tensor
 
 import spas_attn.plan as plan
-from spas_attn import Call, attention, backends, block_sparse_attention, checks, explain, sparse_attention
+from spas_attn import Call, attend, backends, block_sparse_attention, checks, explain, sparse_attention
 from spas_attn.backends import Backend
 from spas_attn.block_mask import visible_blocks
 from spas_attn.packing import aligned_length, layout
@@ -52,8 +52,8 @@ def documents(cu: Tensor = CU) -> list[slice]:
 def one_launch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the launches of one sequence; stays empty when everything runs as one call."""
     launches: list[int] = []
-    alone = attention._attend_one
-    monkeypatch.setattr(attention, "_attend_one", lambda call, *rest: launches.append(call.q_len) or alone(call, *rest))
+    alone = attend._attend_one
+    monkeypatch.setattr(attend, "_attend_one", lambda call, *rest: launches.append(call.q_len) or alone(call, *rest))
     return launches
 
 

@@ -1,0 +1,189 @@
+"""Calls that were seen before run again from a plan, without the checks, decisions and launchers of the first time.
+
+A call's signature is everything that those depend on: the shapes, strides, types, devices and alignment of its tensors,
+its options, the selector's fields. The first call of a signature runs as it is written, so do all that need anything
+but kernels of this library; the second is recorded (kernels/recorded.py), and from the third on its plan is run
+(kernels/plans.py): same launches, same bits. Checks that read a tensor's values belong to the caller.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import backends, epoch
+from .block_mask import BlockMask
+from .kernels import plans
+from .kernels.recorded import Recorder
+from .selectors import Selector, Union
+
+T = TypeVar("T")
+LIMIT = 256  # signatures that are remembered; those unused for longest are forgotten
+DEVICES = {"cuda"}  # types of devices on which calls are recorded (tests add the CPU, with Triton's interpreter)
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+
+
+@dataclass
+class _Entry:
+    """What is known of a signature: its plan, or why there is none, and when it was last asked for."""
+
+    plan: plans.Plan | None = None
+    obstacle: str | None = None
+    used: int = 0
+
+
+_entries: dict[tuple[Any, ...], _Entry] = {}
+_lock = threading.Lock()
+_clock = 0
+
+
+class _Unknown(Exception):
+    """A value that says nothing a signature could hold."""
+
+
+@dataclass
+class Request:
+    """A call whose signature is known.
+
+    Attributes:
+        entry: what is known of it.
+        tensors, addresses: of the call, each once.
+        due: it is to be recorded.
+    """
+
+    entry: _Entry
+    tensors: list[Tensor]
+    addresses: list[int]
+    due: bool = False
+    _recorder: Recorder | None = None
+
+    @property
+    def plan(self) -> plans.Plan | None:
+        """What repeats such calls; None where they run as they are written."""
+        return self.entry.plan
+
+    def run(self) -> tuple[Tensor, ...]:
+        """The results, from the plan."""
+        assert self.entry.plan is not None
+        return self.entry.plan.run(self.tensors, self.addresses)
+
+    def watch(self, compute: Callable[[], T]) -> T:
+        """``compute()``, recorded if that is due."""
+        if not self.due:
+            return compute()
+        with Recorder(self.tensors) as recorder:
+            result = compute()
+        self._recorder = recorder
+        return result
+
+    def keep(self, outputs: Sequence[Tensor], about: Any, backend: str) -> None:
+        """Make a plan of what was watched, whose results these were, if ``backend`` ran it and can be recorded."""
+        if self._recorder is None:
+            return
+        if backends.get(backend).replays:
+            made = plans.make(self._recorder.recording, outputs, about)
+        else:
+            made = f"backend {backend!r} is not recorded"
+        if isinstance(made, str):
+            self.entry.obstacle = made
+        else:
+            self.entry.plan = made
+
+
+def request(q: Tensor, *values: Any) -> Request | None:
+    """Look up a call by its values, tensors among them; None for a call that has to run as it is written.
+
+    Args:
+        q: the tensor that says where the call runs.
+        values: all that the call depends on, ``q`` first: tensors, numbers, names, selectors, block masks, and
+            tuples, lists and dicts of such.
+    """
+    global _clock
+    if type(q) not in _TENSORS or q.device.type not in DEVICES or _is_watched():
+        return None
+    key: list[Any] = [epoch.now()]
+    tensors: list[Tensor] = []
+    addresses: list[int] = []
+    try:
+        _describe(values, key, tensors, addresses)
+    except (_Unknown, RuntimeError):  # of tensors without strides or memory
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None
+    signature = tuple(key)
+    entry = _entries.get(signature)
+    _clock += 1
+    if entry is None:
+        _remember(signature)
+        return None
+    entry.used = _clock
+    if entry.plan is not None:
+        return Request(entry, tensors, addresses)
+    if entry.obstacle is not None or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    return Request(entry, tensors, addresses, due=True)
+
+
+def forget() -> None:
+    """Forget all plans."""
+    with _lock:
+        _entries.clear()
+
+
+def summary() -> dict[str, int]:
+    """How many signatures are remembered with a plan, as yet unrecorded, and by each obstacle."""
+    return dict(Counter("plan" if e.plan else e.obstacle or "seen once" for e in list(_entries.values())))
+
+
+def _is_watched() -> bool:
+    """Whether someone looks at the operators of torch that run: a mode, a transform, a recording."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _remember(signature: tuple[Any, ...]) -> None:
+    with _lock:
+        if signature in _entries:
+            return
+        if len(_entries) >= LIMIT:
+            del _entries[min(_entries, key=lambda key: _entries[key].used)]
+        _entries[signature] = _Entry(used=_clock)
+
+
+def _describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor], addresses: list[int]) -> None:
+    """Append to ``key`` all that the values' use depends on, and to ``tensors`` those that come by, each once."""
+    for value in values:
+        kind = type(value)
+        if kind in _PLAIN:
+            key += (kind, value)  # 1, 1.0 and True are equal
+        elif kind in _TENSORS:
+            for place, known in enumerate(tensors):
+                if known is value:
+                    key += (Tensor, place)
+                    break
+            else:
+                tensors.append(value)
+                address = value.data_ptr()
+                addresses.append(address)
+                key += (value.shape, value.stride(), value.dtype, value.device, address % 16)
+        elif kind is tuple or kind is list:
+            key += (tuple, len(value))
+            _describe(value, key, tensors, addresses)
+        elif kind is dict or kind is MappingProxyType:
+            key += (dict, tuple(value))
+            _describe(value.values(), key, tensors, addresses)
+        elif isinstance(value, (Selector, BlockMask)):
+            fields = vars(value)
+            key += (kind, len(fields))
+            if kind is Union and tensors[0].is_cuda:  # what is made of its Tokens is kept per stream
+                key.append(torch._C._cuda_getCurrentRawStream(tensors[0].device.index))
+            _describe(fields.values(), key, tensors, addresses)
+        else:
+            raise _Unknown
