@@ -269,7 +269,8 @@ class SparseAttention(nn.Module):
         return dict(self.__dict__) | {"observer": None, "last_density": None}
 
     def extra_repr(self) -> str:
-        return f"mode={self.mode}, heads={self.heads}, l1={self.l1}, pv_l1={self.pv_l1}, tail={self.tail}"
+        facts = f"mode={self.mode}, heads={self.heads}, l1={self.l1}, pv_l1={self.pv_l1}, tail={self.tail}"
+        return facts if self._tuned is None else f"{facts}, thresholds: {self._tuned.origin}"
 
 
 # Attributes of a pipeline object that hold its transformers, and the prefix of the second one in a tuned file; those of

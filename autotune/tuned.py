@@ -112,6 +112,17 @@ class Tuned:
         pv = torch.full((heads,), PV_OFF)
         return cls(~dense, threshold, sim, pv, expected_density=selector.expected_density, calibrated=False)
 
+    @property
+    def origin(self) -> str:
+        """Where the thresholds come from, and what of them was checked, in words."""
+        if not self.calibrated:
+            return "the selector's own thresholds; nothing was measured for them"
+        bounds = [f"{n} {x:g}" for n, x in zip(("l1", "pv_l1", "tail"), self.bounds or (), strict=False) if x]
+        held = f" ({', '.join(bounds)})" if bounds else ""
+        if self.checked:
+            return f"checked with the real kernel{held}" if self.bounds else "of unknown origin"
+        return f"errors are those of the calibration's curves{held}; this choice was not checked with the real kernel"
+
     def to(self, device: torch.device) -> Tuned:
         """The same on another device."""
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in FILE_KEYS.values()})

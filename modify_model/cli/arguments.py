@@ -18,7 +18,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
-        hidden = default is None or default is False or default == [] or "\n" in str(default)
+        hidden = default in (None, False, ...) or default == [] or "\n" in str(default)
         return action.help if hidden else super()._get_help_string(action)
 
 

@@ -21,7 +21,8 @@ import torch.distributed as dist
 import autotune
 from autotune import report
 from autotune.calibration import Calibration
-from autotune.module import clean_path, sparse_modules, transformers_of
+from autotune.module import DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL, clean_path, sparse_modules, transformers_of
+from autotune.tradeoff import Target
 from autotune.tuned import check_bounds
 from modify_model import patch, verify
 from modify_model.families import find_family
@@ -46,6 +47,7 @@ from .tiny import PREFIX
 
 Subject = LanguageModel | DiffusionModel
 KINDS: dict[str, type[Subject]] = {kind.kind: kind for kind in (LanguageModel, DiffusionModel)}
+TARGETS = ("sparsity", "speedup", "error")
 SELECTORS: dict[str, type[Selector]] = {
     "flashprefill": FlashPrefill,
     "flexprefill": FlexPrefill,
@@ -67,17 +69,18 @@ def check(args: argparse.Namespace) -> None:
     for name, value in args.kind.usual(args).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    settle_bounds(args)
     if args.model_out_path is None and not args.verify:
         folder = "out" if args.model_name.startswith(PREFIX) else "models_dict"
         name = Path(args.model_name).name.replace(":", "_")
-        args.model_out_path = f"{folder}/{name}_{args.l1:g}_{args.pv_l1:g}.pt"
+        what = "_".join(f"{x:g}" for x in (args.l1, args.pv_l1)) if args.objective == "bounds" else str(target_of(args))
+        args.model_out_path = f"{folder}/{name}_{what}.pt"
     if not (args.tune or args.compare or args.verify):
         args.generate = True
     args.kind.check(args)
     if args.parallel_tune and args.device is not None:
         raise ValueError("--parallel_tune gives each process a device of its own: leave out --device")
     if args.tune:
-        check_bounds(args.l1, args.pv_l1, args.tail)
         selector_of(args, MeanSimilarity(pool=8))
         check_output("model_out_path", args.model_out_path)
         check_output("model_out_path (its statistics)", str(report.statistics_path(args.model_out_path)))
@@ -90,6 +93,26 @@ def check(args: argparse.Namespace) -> None:
             autotune.load(args.model_out_path)
         except FileNotFoundError as error:
             raise ValueError(f"{error}: run with --tune first") from error
+
+
+def target_of(args: argparse.Namespace) -> Target | None:
+    """The target that the arguments name."""
+    return Target.of(**{name: getattr(args, name) for name in TARGETS})
+
+
+def settle_bounds(args: argparse.Namespace) -> None:
+    """Check bounds and target; bounds that are left out become the usual ones, or with a budget none."""
+    target, budget = target_of(args), args.objective == "budget"
+    if args.tune and budget and target is None:
+        raise ValueError("--objective budget needs a target: --sparsity, --speedup or --error")
+    if args.tune and not budget and target is not None:
+        raise ValueError(f"--{target.name} is a target of --objective budget: give both")
+    for name, usual in (("l1", DEFAULT_L1), ("pv_l1", DEFAULT_PV_L1), ("tail", DEFAULT_TAIL)):
+        if getattr(args, name) is (... if name == "tail" else None):
+            setattr(args, name, None if budget else usual)
+    if budget and args.l1 is not None and args.pv_l1 is None:
+        args.pv_l1 = args.l1 * DEFAULT_PV_L1 / DEFAULT_L1
+    check_bounds(args.l1, args.pv_l1, args.tail, guards=budget)
 
 
 @torch.no_grad()
@@ -130,14 +153,20 @@ def apply(subject: Subject, args: argparse.Namespace, state: dict[str, Any] | No
     if args.dense_steps is not None:
         steps = subject.runner.shares_of_steps(*args.dense_steps)  # type: ignore[union-attr]
     layers = args.layer_range or (None if state is None else tuned_layers(subject.model, state))
-    options = dict(l1=args.l1, pv_l1=args.pv_l1, tail=args.tail, backend=args.backend)
+    options = {} if args.objective == "budget" else dict(l1=args.l1, pv_l1=args.pv_l1, tail=args.tail)
+    options |= dict(backend=args.backend)
     options |= dict(layer_range=layers, dense_steps=steps, dense_layers=args.dense_layers)
     patch(subject.model, **options)
     if args.selector or args.block or args.pool:
         usual = next(iter(sparse_modules(subject.model).values())).selector
         patch(subject.model, selector=selector_of(args, usual), **options)
     if state is not None:
-        autotune.load_sparse_attention_state_dict(subject.model, state)
+        autotune.load_sparse_attention_state_dict(
+            subject.model, state, sparsity=args.sparsity, speedup=args.speedup, error=args.error
+        )
+        tuned = next(iter(sparse_modules(subject.model).values())).tuned
+        if tuned is not None and target_of(args) is not None:
+            print(f"thresholds chosen for {target_of(args)}: {tuned.origin}")
 
 
 def selector_of(args: argparse.Namespace, usual: Selector) -> Selector:
@@ -204,6 +233,9 @@ def run_tune(subject: Subject, args: argparse.Namespace) -> None:
         if args.resume and not glob.glob(glob.escape(partial) + ".rank*"):
             print(f"no checkpoint found at {partial + '.rank*'!r}; starting from scratch", flush=True)
     options = dict(every=subject.every, seed=args.seed, checkpoint=partial, resume=args.resume)
+    if args.objective == "budget":
+        options |= dict(objective="budget", l1=args.l1, pv_l1=args.pv_l1, tail=args.tail)
+        options |= {name: getattr(args, name) for name in TARGETS}
     calibration = tune(subject.runner, items, show=is_first(), hint=subject.hint, **options)
     try:
         statistics = calibration.save(path, about=about(subject, args))

@@ -27,6 +27,9 @@ _PROMPTS = (
     "for a pipeline a text file, a prompt per line (left out: ten of our own); for a language model a text file, a "
     "folder of *.txt and *.py files, or a hub dataset (left out: Python source)"
 )
+_OBJECTIVE = "bounds per head, or one budget for the model, spent where it costs least, for one of the targets"
+_TARGET = "a target of --objective budget, or another one than the tuned file was made for"
+_USUAL_BOUND = "left out: none with a budget, else"
 _USUAL = "left out: as usual for the model"
 Add = Callable[..., None]
 
@@ -70,9 +73,14 @@ def _common(add: Add) -> None:
     flag: dict[str, Any] = dict(action="store_true")
     add("model_name", _ALL, _MODELS, metavar="NAME")
     add("model_out_path", _ALL, "the tuned file; its statistics are written beside it", metavar="FILE")
-    add("l1", "tune", "bound of the mean error of selection, per head", type=float, default=0.06)
-    add("pv_l1", "tune", "bound of the mean error of everything, per head", type=float, default=0.07)
-    add("tail", "tune", "bound of the 99.5th percentile of a query's error, or 'none'", type=tail_bound, default=0.5)
+    add("objective", "tune", _OBJECTIVE, choices=("bounds", "budget"), default="bounds")
+    add("sparsity", _RUNS, f"least mean sparsity, such as 0.7; {_TARGET}", type=float)
+    add("speedup", _RUNS, f"least speedup of attention, by this GPU's cost model; {_TARGET}", type=float)
+    add("error", _RUNS, f"largest predicted error of the model's output; {_TARGET}", type=float)
+    add("l1", "tune", f"bound of the mean error of selection, per head ({_USUAL_BOUND} 0.06)", type=float)
+    add("pv_l1", "tune", f"bound of the mean error of everything, per head ({_USUAL_BOUND} 0.07)", type=float)
+    tail = f"bound of the 99.5th percentile of a query's error, or 'none' ({_USUAL_BOUND} 0.5)"
+    add("tail", "tune", tail, type=tail_bound, default=...)
     add("prompts", _RUNS, _PROMPTS, metavar="FILE")
     add("num_tune_samples", _RUNS, "prompts or texts to tune on (left out: 5 prompts, 8 texts)", **n)
     add("num_compare", _WORK, "prompts or texts to run, others than those (left out: 1 prompt, 4 texts)", **n)
