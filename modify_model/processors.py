@@ -24,6 +24,7 @@ from torch.utils._device import DeviceContext
 
 from autotune import SparseAttention
 
+from .context_parallel import exchange_for, parts_of_sequence
 from .families import Place, count_dense_call
 from .rebind import Table, obstacle, rebound
 from .schedule import now
@@ -31,6 +32,7 @@ from .schedule import now
 Ranges = tuple[tuple[int, int], ...]
 
 SDPA = F.scaled_dot_product_attention
+CALIBRATE_ALONE = "a calibration watches whole layers: run it without enable_parallelism"
 
 
 class SparseProcessor:
@@ -77,7 +79,7 @@ class SparseProcessor:
             return ()
         hidden = args[0] if args else kwargs["hidden_states"]
         encoder = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        total, length = hidden.shape[1], now.text_length
+        total, length = hidden.shape[1], now.text_length // parts_of_sequence(self.original)
         if encoder is not None:
             length = encoder.shape[1]
             total += length
@@ -187,33 +189,30 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], dense: Calla
     """The attention of the layer in progress; q, k, v and the result ``[B, H, L, D]``."""
     inner = _now.inner
     assert inner is not None, "a rebound processor ran outside SparseProcessor.run"
-    key_mask, reason = None, _dense_reason(q, given)
+    key_mask, exchange, reason = None, None, _dense_reason(q, given)
+    # Where a processor drops padded text (Mochi), less of it is left.
+    text = tuple((start, min(stop, k.shape[2])) for start, stop in _now.text)
     if reason is None:
         key_mask, reason = _key_mask(given.get("attn_mask"), q.shape[0], k.shape[2])
+    if reason is None and given.get("parallel_config") is not None and not now.dense:
+        exchange, reason = exchange_for(given["parallel_config"], q.shape[1], text)
+        reason = CALIBRATE_ALONE if exchange and inner.mode == "tune" else reason
     if reason is not None and not now.dense:
         count_dense_call(reason)
         return dense()
-    # Where a processor drops padded text (Mochi), less of it is left.
-    text = tuple((start, min(stop, k.shape[2])) for start, stop in _now.text)
-    return inner(
-        q,
-        k,
-        v,
-        dense=dense,
-        is_causal=bool(given.get("is_causal")),
-        scale=q.shape[-1] ** -0.5 if given.get("scale") is None else given["scale"],
-        attn_mask=key_mask,
-        text=text,
-        scheduled=now.dense,
-    )
+    options = {
+        "is_causal": bool(given.get("is_causal")),
+        "scale": q.shape[-1] ** -0.5 if given.get("scale") is None else given["scale"],
+    }
+    if exchange is not None:
+        return exchange.attend(inner, q, k, v, key_mask, text, options)
+    return inner(q, k, v, dense=dense, attn_mask=key_mask, text=text, scheduled=now.dense, **options)
 
 
 def _dense_reason(q: Tensor, given: dict[str, Any]) -> str | None:
     """Why an attention call has to run as the model makes it, masks apart, or None."""
     if q.dim() != 4:
         return f"a processor called attention with tensors of {q.dim()} dimensions, not 4"
-    if given.get("parallel_config") is not None:
-        return "context parallelism gives each device a part of the sequence, and blocks are selected on the whole"
     if given.get("dropout_p"):
         return "the attention drops out probabilities"
     if F.scaled_dot_product_attention is not SDPA:

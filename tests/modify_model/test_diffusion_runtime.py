@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -319,13 +320,14 @@ def test_attention_backends_of_diffusers(set_sparse, monkeypatch):
     assert not hasattr(patch(CASES["CogVideoX"].model()).transformer_blocks[0].attn1.processor, "_attention_backend")
 
 
-def test_context_parallelism_runs_dense_and_is_counted(set_sparse, fallbacks, monkeypatch):
-    """Each device holds a part of the sequence there; blocks of a part would not be those of the whole."""
+def test_ring_attention_runs_dense_and_is_counted(set_sparse, fallbacks, monkeypatch):
+    """Each device sees a part of the keys there; blocks of a part would not be those of the whole."""
     case = CASES["Wan"]
     model, inputs = patch(case.model()), case.inputs(1)
     expected = run(model, inputs)
     inner = set_sparse(model)
-    config = object()  # of diffusers, made by enable_parallelism
+    parallel = SimpleNamespace(ring_degree=2, ulysses_degree=1)
+    config = SimpleNamespace(context_parallel_config=parallel)  # of diffusers, made by enable_parallelism
     dispatched = processors.dispatch_attention_fn
     seen = []
 
@@ -340,7 +342,7 @@ def test_context_parallelism_runs_dense_and_is_counted(set_sparse, fallbacks, mo
     assert torch.equal(run(model, inputs), expected)
     assert seen == [config, config]
     assert [module.last_density for module in inner] == [None, None]
-    assert ["context parallelism" in reason for reason in fallbacks()] == [True]
+    assert ["ring attention" in reason for reason in fallbacks()] == [True]
 
 
 # -- processors set by others -----------------------------------------------------------------------------------------
