@@ -78,6 +78,23 @@ class Values(NamedTuple):
     scale: Tensor
 
 
+class Side(NamedTuple):
+    """What selection needs of Q or of K; None for what was not asked for.
+
+    Attributes:
+        means: bf16 ``[B, H, n, 2, dim]``: the means of sub-blocks, each as a sum of two bf16 numbers; without ``pairs``
+            ``[B, H, n, 1, dim]``, rounded.
+        similarity: float32 ``[B, H, blocks]``, mean pairwise cosine of the rows of a block.
+        filled, block_filled: uint8 ``[B, n]`` and ``[B, blocks]``: 1 where a (sub-)block has a valid token; None
+            without padding.
+    """
+
+    means: Tensor | None = None
+    similarity: Tensor | None = None
+    filled: Tensor | None = None
+    block_filled: Tensor | None = None
+
+
 class PerHead(NamedTuple):
     """A threshold: float32 ``[H]``, or ``[1]`` with stride 0; where ``data`` is None, one number for all heads."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..block_mask import cdiv
 from .arithmetic import narrow, nearest_int8
 from .columns import CHUNKS, column_sums
-from .operands import Keys, Rows, Valid, Values, are_valid
+from .operands import Keys, Rows, Side, Valid, Values, are_valid
 from .recorded import launch
 from .similarity import unit_rows
 
@@ -26,23 +26,6 @@ LOG2E = 1.4426950408889634
 ROWS = 128  # tokens of a program; fp8 V is padded to whole multiples
 SAMPLES = 64  # keys, at most, whose mean smooths K where nothing needs the exact mean
 V_FLOOR = tl.constexpr(2.0**-60)  # a block of zeros has a scale, too: large enough to divide by in float32
-
-
-class Side(NamedTuple):
-    """What selection needs of Q or of K; None for what was not asked for.
-
-    Attributes:
-        means: bf16 ``[B, H, n, 2, dim]``: the means of sub-blocks, each as a sum of two bf16 numbers; without ``pairs``
-            ``[B, H, n, 1, dim]``, rounded.
-        similarity: float32 ``[B, H, blocks]``, mean pairwise cosine of the rows of a block.
-        filled, block_filled: uint8 ``[B, n]`` and ``[B, blocks]``: 1 where a (sub-)block has a valid token; None
-            without padding.
-    """
-
-    means: Tensor | None = None
-    similarity: Tensor | None = None
-    filled: Tensor | None = None
-    block_filled: Tensor | None = None
 
 
 class Prepared(NamedTuple):
@@ -194,30 +177,35 @@ def _store_int8(
 @triton.jit
 def _values(
     v, valid, out, b, h, head, part, length,
-    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of V to fp8."""
+    """A tile of V to fp8; like K's, its rows are read again from the cache."""
     PARTS: tl.constexpr = ROWS // BLOCK
-    offs_d, offs_n = tl.arange(0, DPAD), tl.arange(0, ROWS)
-    # Position [h:1][g:2][l:1][e:1] of a group of 32 takes key [h:1][l:1][g:2][e:1].
-    order = (offs_n & ~15) | ((offs_n & 2) << 2) | ((offs_n & 12) >> 1) | (offs_n & 1)  # [ROWS]
-    b_v, _ = _rows(v, valid, b, h, part * ROWS, order, length, D, DPAD)
-    largest = tl.max(tl.max(tl.reshape(tl.abs(b_v), [PARTS, BLOCK, DPAD]), 1), 1)
+    STEP: tl.constexpr = min(BLOCK, 64)
+    first, offs_r = part * ROWS, tl.arange(0, ROWS)
+    order = offs_r % (ROWS // CHAIN) * CHAIN + offs_r // (ROWS // CHAIN)  # as in ``_side``
+    b_v, _ = _rows(v, valid, b, h, first, order, length, D, DPAD)
+    largest = tl.max(tl.reshape(tl.abs(b_v), [CHAIN, ROWS // CHAIN, DPAD]), 0)
+    largest = tl.max(tl.max(tl.reshape(largest, [PARTS, BLOCK // CHAIN, DPAD]), 1), 1)
     step = tl.maximum(largest, V_FLOOR) / 448.0  # [PARTS]
-    factor = tl.reshape(tl.broadcast_to((1.0 / step)[:, None], [PARTS, BLOCK]), [ROWS])
-    b_out = narrow(b_v * factor[:, None], out.data.dtype.element_ty)
-    pitch = tl.cdiv(length, ROWS) * ROWS
-    tl.store(out.data + (head * DPAD + offs_d)[:, None] * pitch + part * ROWS + offs_n[None, :], tl.trans(b_out))
     block, blocks = part * PARTS + tl.arange(0, PARTS), tl.cdiv(length, BLOCK)
     tl.store(out.scale + head * blocks + block, step, mask=block < blocks)
+    offs_d, offs_n = tl.arange(0, DPAD), tl.arange(0, STEP)
+    p_out = out.data + (head * DPAD + offs_d)[:, None] * (tl.cdiv(length, ROWS) * ROWS) + first + offs_n[None, :]
+    # Position [h:1][g:2][l:1][e:1] of a group of 32 takes key [h:1][l:1][g:2][e:1].
+    keys = (offs_n & ~15) | ((offs_n & 2) << 2) | ((offs_n & 12) >> 1) | (offs_n & 1)  # [STEP]
+    for start in tl.static_range(0, ROWS, STEP):
+        b_v, _ = _rows(v, valid, b, h, first, start + keys, length, D, DPAD)  # [STEP, DPAD]
+        factor = tl.sum(tl.where(tl.arange(0, PARTS) == start // BLOCK, 1.0 / step, 0.0), 0)
+        tl.store(p_out + start, tl.trans(narrow(b_v * factor, out.data.dtype.element_ty)))
 
 
 @triton.jit
 def prepare_kernel(
     q, k, v, valid_q, valid, sums, q_side, k_side, keys, values, batch, heads, k_heads, q_len, k_len, every,
     D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
-    CHAIN_Q: tl.constexpr, CHAIN_K: tl.constexpr, POOL_Q: tl.constexpr, POOL_K: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
+    CHAIN_Q: tl.constexpr, CHAIN_K: tl.constexpr, CHAIN_V: tl.constexpr, POOL_Q: tl.constexpr, POOL_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS tokens of one head: of K, then of V, then of Q.
 
@@ -249,7 +237,8 @@ def prepare_kernel(
     if v is not None:
         if (pid >= 0) & (pid < tiles * batch * k_heads):
             part, head = pid % tiles, tl.cast(pid // tiles, tl.int64)
-            _values(v, valid, values, head // k_heads, head % k_heads, head, part, k_len, D, DPAD, ROWS, BLOCK_K)
+            b, h = head // k_heads, head % k_heads
+            _values(v, valid, values, b, h, head, part, k_len, D, DPAD, ROWS, CHAIN_V, BLOCK_K)
         pid -= tiles * batch * k_heads
     if q is not None:
         if pid >= 0:
@@ -343,7 +332,7 @@ def prepare(
         Valid.of(valid_q), Valid.of(valid), sums, q_side, k_side, keys, values, batch, heads, k_heads, q_len, k_len,
         cdiv(k_len, SAMPLES),
         D=d, DPAD=dim, ROWS=ROWS, SAMPLES=SAMPLES, CHUNKS=CHUNKS, CHAIN_Q=min(chain, pool_q or block_q),
-        CHAIN_K=min(chain, pool_k or block_k), POOL_Q=pool_q or 0, POOL_K=pool_k or 0, BLOCK_Q=block_q, BLOCK_K=block_k,
-        SMOOTH=smooth, PAIRS=pairs, num_warps=warps,
+        CHAIN_K=min(chain, pool_k or block_k), CHAIN_V=min(chain, block_k), POOL_Q=pool_q or 0, POOL_K=pool_k or 0,
+        BLOCK_Q=block_q, BLOCK_K=block_k, SMOOTH=smooth, PAIRS=pairs, num_warps=warps,
     )  # fmt: skip
     return Prepared(q_side, k_side, keys, values)

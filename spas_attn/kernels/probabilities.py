@@ -14,8 +14,8 @@ from torch import Tensor
 from ..block_mask import cdiv
 from .arithmetic import dot
 from .config import capability, shared_memory_limit
-from .operands import PerHead, of_head
-from .prepare import LOG2E, Side
+from .operands import PerHead, Side, of_head
+from .prepare import LOG2E
 from .recorded import launch
 from .similarity import mixed
 
