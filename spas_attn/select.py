@@ -146,8 +146,8 @@ def parts_of(selector: Selector, call: Call) -> Parts:
     known = _known(selector)
     if known is None:
         raise ValueError(
-            "the fused kernels serve MeanSimilarity, TopK, ExactKeys, XAttention, FlexPrefill, FlashPrefill, MInference "
-            f"without block-sparse heads, and one of them joined with Tokens, not {type(selector).__name__}"
+            "the fused kernels serve MeanSimilarity, TopK, ExactKeys, XAttention, FlexPrefill, FlashPrefill, MInference"
+            f" without block-sparse heads, and one of them joined with Tokens, not {type(selector).__name__}"
         )
     ranking, tokens = known
     device = call.q.device

@@ -7,6 +7,7 @@ normalises the rows of a query block when it reads them. The rows of all query h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from ..block_mask import cdiv
 from .arithmetic import dot, narrow
-from .config import capability, shared_memory_limit
+from .config import shared_memory_limit
 from .launch import _descriptor as descriptor
 from .operands import Rows, Valid, are_valid
 from .prepare import LOG2E, padded_dim
 from .recorded import launch
 
+_SCRATCH = 1 << 23  # scores, float32, that are held at a time whatever the length
+_ROWS = 64  # of a tile
 _PROGRAMS = 2048  # among which the keys of a head are split, if there are not as many rows
 _STRETCH = 2048  # keys that a program goes over at least
 
@@ -32,7 +35,7 @@ class RowSums(NamedTuple):
     Only the blocks between the first and the last key that a row may see are written, -inf where it sees none of them.
 
     Attributes:
-        data: memory of all.
+        data: memory of these and more.
         first, blocks: the query blocks that it holds.
     """
 
@@ -150,7 +153,10 @@ def _block_sums(
     if MASKED:
         anchor = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp2(scores * scale - anchor[:, :, None]), 2)
-    return tl.where(total > 0, anchor + tl.log2(total), float("-inf"))
+    log_mass = anchor + tl.log2(tl.where(total > 0, total, 1.0))
+    if MASKED:
+        log_mass = tl.where(total > 0, log_mass, float("-inf"))
+    return log_mass
 
 
 @triton.jit
@@ -230,6 +236,23 @@ def key_scores_kernel(
                 tl.store(p_sums[:, None] + which[None, :], b_sums, mask=inside[:, None] & (which < nk)[None, :])
 
 
+def row_sums(lists: Tensor, per_q: int, group: int) -> Iterator[RowSums]:
+    """Memory for the scores of some query blocks at a time, the same memory again and again.
+
+    Args:
+        lists: int32 ``[B, Hq, nq, nk]``, the lists of kept blocks; the scores never take more memory, beyond 32 MiB.
+        per_q: rows of a query block.
+        group: query heads per KV head.
+    """
+    batch, heads, nq, nk = lists.shape
+    unit = max(1, _ROWS // (per_q * group))  # query blocks that fill a tile
+    parts = cdiv(lists.numel() * per_q, max(lists.numel(), _SCRATCH))
+    blocks = nq if parts == 1 else max(unit, nq // parts // unit * unit)
+    data = torch.empty(batch * heads * blocks * per_q * nk, dtype=torch.float32, device=lists.device)
+    for first in range(0, nq, blocks):
+        yield RowSums(data, first, min(blocks, nq - first))
+
+
 def key_scores(
     vectors: Tensor,
     k: Tensor,
@@ -251,8 +274,8 @@ def key_scores(
     """Write the log-sum-exps of the query blocks that ``sums`` is for.
 
     Args:
-        vectors: what speaks for the queries: means, bf16 ``[B, Hq, n, 2, dim]`` from ``prepare``; or real queries in
-            K's dtype, of every ``step`` rows of ``[B, Hq, L, D]`` the last.
+        vectors: what speaks for the queries: means, bf16 ``[B, Hq, n, 1 or 2, dim]`` from ``prepare``, with ``step`` 1;
+            or real queries in K's dtype, of every ``step`` rows of ``[B, Hq, L, D]`` the last.
         k: ``[B, Hkv, Lk, D]``, any strides.
         q_len: Lq.
         pool: queries that a row speaks for.
@@ -280,7 +303,7 @@ def key_scores(
         Rows.of(vectors[:, :, :, 0] if means else vectors), Rows.of(k), descriptor(k, (n, dim)), Valid.of(valid),
         filled, documents, sums, k_heads, q_len, k_len, window, scale * LOG2E, programs, splits, stretch,
         D=d, DPAD=dim, D_ROWS=dim if means else d, GROUP=group, POOL=pool, STEP=step,
-        PAIR=means and k.dtype != torch.bfloat16, M=m, N=n, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,
+        PAIR=means and vectors.shape[3] == 2, M=m, N=n, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
@@ -291,6 +314,6 @@ def _tiles(k: Tensor, dim: int, block_k: int) -> tuple[int, int, int, int]:
         return 32, block_k, 8, 1
     limit = shared_memory_limit(k.device) - 2048
     for n, stages in ((128, 3), (128, 2), (64, 3), (64, 2)):
-        if n >= block_k and 2 * dim * (64 + n * stages) <= limit and dim <= 128:
-            return 64, n, 4, stages
-    return 64, block_k, 8, 1
+        if n >= block_k and 2 * dim * (_ROWS + n * stages) <= limit and dim <= 128:
+            return _ROWS, n, 4, stages
+    return _ROWS, block_k, 8, 1
