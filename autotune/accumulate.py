@@ -22,7 +22,7 @@ from spas_attn.selectors.base import keeps
 
 from .block_maps import Map, record
 from .module import SparseAttention
-from .partials import query_blocks
+from .partials import query_groups
 from .tuned import PV_OFF
 
 BINS = 64
@@ -167,6 +167,12 @@ class PromptTally:
         self.kept[heads] += kept
         self.possible[heads] += possible
 
+    def absorb(self, other: PromptTally) -> None:
+        """Add what another call of the prompt gave."""
+        for name in ("histogram", "sums", "kept", "possible"):
+            getattr(self, name).add_(getattr(other, name))
+        self.maps = self.maps or other.maps
+
     def close(self, prompt: int) -> Tally:
         """The finished prompt as a Tally of its own, on the CPU."""
         tally = Tally(self.heads, self.candidates)
@@ -210,14 +216,30 @@ def add_curves(tally: PromptTally, module: SparseAttention, call: Call, grid: Gr
     selectors = [module.with_text(selector, call.text) for selector in grid.filtered(own)]
     levels = [selector.final_levels(call) for selector in selectors]
     thresholds = torch.tensor(grid.thresholds(own), device=device)
-    kept = [
-        torch.stack([_real(keeps(level, value), call, own.block_q).sum((0, 2, 3)) for value in thresholds], 1)
-        for level in levels
-    ]
-    tally.add_blocks(ALL_HEADS, torch.cat(kept, 1), _real(own.visible(call), call, own.block_q).sum((0, 2, 3)))
-    for i, heads, partials in query_blocks(call, own.block_q, own.block_k, blocks):
-        masks = torch.cat([keeps(level[:, heads, i, None], thresholds[:, None]) for level in levels], 2)
-        tally.add_errors(heads, *partials.errors(masks), partials.valid)
+    real = real_blocks(call, own.block_q)
+    counted = [level if real is None else level.masked_fill(~real[:, None, :, None], torch.inf) for level in levels]
+    kept = torch.cat([_kept_counts(level, thresholds) for level in counted], 1)
+    tally.add_blocks(ALL_HEADS, kept, _real(own.visible(call), call, own.block_q).sum((0, 2, 3)))
+    for group in query_groups(call, own.block_q, own.block_k, blocks):
+        rows = [group.rows_of(level)[:, :, None] for level in levels]
+        masks = torch.cat([keeps(row, thresholds[:, None]) for row in rows], 2)
+        tally.add_errors(group.heads, *group.partials.errors(masks), group.partials.valid)
+
+
+def _kept_counts(levels: Tensor, thresholds: Tensor) -> Tensor:
+    """How many blocks of ``levels [B, H, nq, nk]`` each threshold ``[C]`` keeps, int64 ``[H, C]``."""
+    heads, size = levels.shape[1], len(thresholds)
+    # 1 and more keeps every visible block, see selectors.base.keeps.
+    ranked, order = thresholds.masked_fill(thresholds >= 1.0, torch.inf).sort()
+    first = torch.bucketize(levels, ranked, right=True)  # the lowest threshold that keeps the block, `size` for none
+    first += (size + 1) * torch.arange(heads, device=levels.device)[:, None, None]
+    counts = torch.zeros(heads * (size + 1), dtype=torch.int64, device=levels.device)
+    counts.scatter_add_(0, first.flatten(), torch.ones_like(first.flatten()))
+    return (
+        torch.zeros_like(counts)
+        .view(heads, -1)[:, :size]
+        .scatter(1, order.expand(heads, -1), counts.view(heads, -1)[:, :size].cumsum(1))
+    )
 
 
 @torch.no_grad()
@@ -227,11 +249,11 @@ def add_pv_curves(tally: PromptTally, module: SparseAttention, call: Call, grid:
     kept = selector.kept(call)
     counted = _real(kept, call, selector.block_q)
     pv = torch.tensor(grid.pv, device=call.q.device)
-    for i, heads, partials in query_blocks(call, selector.block_q, selector.block_k, blocks):
-        row, real = kept[:, heads, i], counted[:, heads, i]
-        runs = partials.pv_reach(row)[:, :, None] + pv[:, None] > 0
-        tally.add_errors(heads, *partials.errors(row[:, :, None] & runs), partials.valid)
-        tally.add_blocks(heads, (real[:, :, None] & runs).sum((0, 3)), real.sum((0, 2)))
+    for group in query_groups(call, selector.block_q, selector.block_k, blocks):
+        row, real = group.rows_of(kept), group.rows_of(counted)
+        runs = group.partials.pv_reach(row)[:, :, None] + pv[:, None] > 0
+        tally.add_errors(group.heads, *group.partials.errors(row[:, :, None] & runs), group.partials.valid)
+        tally.add_blocks(group.heads, (real[:, :, None] & runs).sum((0, 3)), real.sum((0, 2)))
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
+
 from spas_attn import fallback_counts
 from spas_attn.call import Call
 
@@ -30,9 +32,9 @@ from .accumulate import Grid
 from .checkpoint import Checkpoint
 from .conditions import eagerly, float32
 from .files import extract_sparse_attention_state_dict, save
-from .layer import SKIPPED_STEP, Layer, check_layers
+from .layer import NO_MEMORY, SKIPPED_STEP, Layer, check_layers
 from .module import SHORT, Mode, sparse_modules, transformers_of
-from .objective import bounds_of, objective_of, prompts_for_sensitivity
+from .objective import bounds_of, layer_times, objective_of, prompts_for_sensitivity
 from .passes import CheckPass, CurvePass, FreePass, Pass, Work
 from .rerun import Repeater
 from .sampling import Sampler, Steps
@@ -269,7 +271,7 @@ class Calibration:
 
     def _end(self) -> None:
         assert self._pass is not None
-        blind = [layer for layer in self.layers if not layer.calls]
+        blind = [layer for layer in self.layers if layer.calls <= layer.unseen[NO_MEMORY]]
         if self._problem is None and blind:
             self._problem = self._cause(blind[0])
             # Too short, or of another kind than the prompts before: there may be good ones to come.
@@ -306,7 +308,7 @@ class Calibration:
 
     def _see(self, current: Pass, layer: Layer, call: Call) -> None:
         where = f"call {layer.calls} of layer {layer.path!r} in prompt {self._prompt}"
-        if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
+        if not bool(torch.stack([x.isfinite().all() for x in (call.q, call.k, call.v)]).all()):
             if not self.skip_not_finite:
                 raise ValueError(
                     f"{where}: {NOT_FINITE}; leave the prompt out (skip_not_finite=True does), or find out where in "
@@ -344,6 +346,8 @@ class Calibration:
     def _finish(self) -> None:
         work = self._work
         self.tradeoff = work.objective.tradeoff(self.layers, work.grid, work.measured)
+        expected = layer_times(self.layers)
+        skipped = [sum(counts) for counts in zip(*work.gather([x.skipped for x in self.layers]), strict=True)]
         for layer in self.layers:
             layer.finish(tradeoff=self.tradeoff)
             assert layer.curves is not None and layer.check is not None
@@ -352,8 +356,10 @@ class Calibration:
                 "prompts_fitted": len(layer.curves.sums),
                 "prompts_checked": len(layer.check.sums),
                 "checked_on_the_fitted_calls": self._work.fitted == self._work.checked,
+                "calls_skipped_for_memory": skipped[layer.index],
             }
-            self.statistics.append(report.layer_statistics(layer, self._work.grid, facts))
+            times = None if expected is None else expected[layer.index]
+            self.statistics.append(report.layer_statistics(layer, self._work.grid, times, facts))
         maps = [block_maps.first(layer.check.maps) for layer in self.layers if layer.check is not None]
         for entry, found in zip(self.statistics, block_maps.extremes(maps), strict=True):
             entry["block_maps"] = found
@@ -380,7 +386,7 @@ class Calibration:
             first = self.statistics[0]
             again = first["checked_on_the_fitted_calls"]
             state["_metadata"] |= {"prompts": first["prompts_fitted"] + (0 if again else first["prompts_checked"])}
-            state["_metadata"] |= {"about": about, "device": report.device_of(self.layers[0].module)}
+            state["_metadata"] |= {"about": about} | report.machine_facts(self.layers)
             save(state, path)
             report.write_statistics(self.statistics, statistics)
             if page:

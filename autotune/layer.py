@@ -47,6 +47,7 @@ class Layer:
         chosen: int64 ``[H]``, the candidates in force; their number = dense.
         sensitivity: see :class:`autotune.tradeoff.LayerTradeoff`.
         check_backend: name of the backend that the check ran on.
+        measured_ms: of one call of the check, dense and sparse; see :func:`autotune.timing.timed`.
     """
 
     def __init__(self, index: int, path: str, module: SparseAttention, bounds: Bounds) -> None:
@@ -63,6 +64,7 @@ class Layer:
         self.chosen = torch.zeros(0, dtype=torch.long)
         self.sensitivity: float | None = None
         self.check_backend = ""
+        self.measured_ms: tuple[float, float] | None = None
 
     # -- what it has seen ---------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ output of any selection of blocks is then a 0/1 combination of them: with M [can
     output(M) = (M @ values) / (M @ mass + sink),
 
 where the sink is that of models that have one (``Call.sinks``), else 0. So all heads and all thresholds come from one
-dense attention and one small matrix product, instead of one attention per candidate.
+dense attention and one small matrix product, instead of one attention per candidate. On a GPU many query blocks are
+computed at a time, because a block alone is a hundred launches of small kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _PARTIALS = 1 << 26  # float32 elements of partial values held at a time
 
 @dataclass(frozen=True)
 class Partials:
-    """What one query block gets from each key block, for some heads.
+    """What one query block of B samples, or several of each, get from each key block, for some heads.
+
+    Several query blocks (``rows`` each) stand one after the other where samples do: B is their number times the batch.
 
     Attributes:
         mass: ``[B, H, nk, rows]``, Σ exp(score - row maximum) over the block's visible keys.
@@ -81,63 +84,152 @@ class Partials:
         return behind.amax(-1)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Some query blocks, for some heads; key blocks after the last one that any of them sees are left out.
+
+    Attributes:
+        blocks: their numbers.
+        heads: slice of the query heads.
+        partials: B is blocks · batch.
+    """
+
+    blocks: list[int]
+    heads: slice
+    partials: Partials
+
+    def rows_of(self, grid: Tensor) -> Tensor:
+        """The rows of these blocks and heads in a grid ``[B, Hq, nq, nk]``, as the partials stand: ``[B, H, nk]``."""
+        return grid[:, self.heads, self.blocks, : self.partials.mass.shape[2]].transpose(1, 2).flatten(0, 1)
+
+
+def query_groups(call: Call, block_q: int, block_k: int, blocks: list[int]) -> Iterator[Group]:
+    """Partials of the given query blocks (ascending), as many at a time as memory allows, on a CPU one."""
+    together = len(blocks) if call.q.device.type != "cpu" else 1
+    yield from _groups(call, block_q, block_k, blocks, together, whole=False)
+
+
 def query_blocks(call: Call, block_q: int, block_k: int, blocks: list[int]) -> Iterator[tuple[int, slice, Partials]]:
-    """Partials of the given query blocks, a few KV heads at a time.
+    """Partials of the given query blocks one by one, over all key blocks, a few KV heads at a time.
 
     Yields:
         (query block, slice of query heads, partials).
     """
+    for group in _groups(call, block_q, block_k, blocks, 1, whole=True):
+        yield group.blocks[0], group.heads, group.partials
+
+
+def _groups(
+    call: Call, block_q: int, block_k: int, blocks: list[int], together: int, *, whole: bool
+) -> Iterator[Group]:
     batch, k_heads, k_len, dim = call.k.shape
-    nk, group = cdiv(k_len, block_k), call.group
-    step = max(1, _PARTIALS // (batch * group * nk * block_q * dim))
+    nk = cdiv(k_len, block_k)
+
+    def key_blocks(block: int) -> int:
+        """How many key blocks a query block may see."""
+        last = min((block + 1) * block_q, call.q_len) + call.offset
+        return nk if whole or not call.is_causal else min(nk, cdiv(last, block_k))
+
+    def size(count: int, last: int) -> int:
+        """Elements of partial values of one KV head."""
+        return count * batch * call.group * key_blocks(last) * block_q * dim
+
+    step = max(1, _PARTIALS // size(1, blocks[-1])) if blocks else 1
+    pad = (0, 0, 0, nk * block_k - k_len)
     for start in range(0, k_heads, step):
         chosen = slice(start, min(start + step, k_heads))
-        heads = slice(chosen.start * group, chosen.stop * group)
-        pad = (0, 0, 0, nk * block_k - k_len)
-        keys = torch.nn.functional.pad(call.k[:, chosen].float(), pad).unflatten(2, (nk, block_k))
-        values = torch.nn.functional.pad(call.v[:, chosen].float(), pad).unflatten(2, (nk, block_k))
-        for i in blocks:
-            rows = slice(i * block_q, min((i + 1) * block_q, call.q_len))
-            yield i, heads, _partials(call, keys, values, heads, rows)
+        heads, count = slice(chosen.start * call.group, chosen.stop * call.group), chosen.stop - chosen.start
+        keys, values = (torch.nn.functional.pad(x[:, chosen].float(), pad) for x in (call.k, call.v))
+        first = 0
+        while first < len(blocks):
+            stop = first + 1
+            while stop - first < together and stop < len(blocks):
+                if count * size(stop + 1 - first, blocks[stop]) > _PARTIALS:
+                    break
+                stop += 1
+            some = blocks[first:stop]
+            seen = key_blocks(some[-1]) * block_k
+            yield Group(
+                some, heads, _partials(call, keys[:, :, :seen], values[:, :, :seen], heads, some, block_q, block_k)
+            )
+            first = stop
 
 
-def _partials(call: Call, keys: Tensor, values: Tensor, heads: slice, rows: slice) -> Partials:
-    batch, k_heads, nk, block_k, dim = keys.shape
-    group, count = call.group, rows.stop - rows.start
-    q = call.q[:, heads, rows].float().reshape(batch, k_heads, 1, group * count, dim)
-    scores = (q @ keys.transpose(-1, -2)) * (call.scale * _LOG2E)  # [B, Hkv, nk, group * rows, block_k]
-    scores = scores.unflatten(3, (group, count)).transpose(2, 3)  # [B, Hkv, group, nk, rows, block_k]
-    seen = _seen(call, rows, nk, block_k)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
+def _partials(
+    call: Call, keys: Tensor, values: Tensor, heads: slice, blocks: list[int], block_q: int, block_k: int
+) -> Partials:
+    """Of whole query blocks: rows beyond the last query are there and not valid."""
+    batch, k_heads, length, dim = keys.shape
+    n, group, nk, device = len(blocks), call.group, length // block_k, keys.device
+    rows = torch.tensor(blocks, device=device)[:, None] * block_q + torch.arange(
+        min(block_q, call.q_len), device=device
+    )
+    ragged = blocks[-1] * block_q + rows.shape[1] > call.q_len
+    q = call.q[:, heads, rows.flatten().clamp(max=call.q_len - 1)].float()  # [B, H, n · rows, D]
+    # Rows of one KV head stand together: [B, Hkv, group · n · rows, keys].
+    scores = q.reshape(batch, k_heads, -1, dim) @ keys.transpose(-1, -2)
+    scores = scores.mul_(call.scale * _LOG2E).view(batch, k_heads, group, n, -1, nk, block_k)
+    hidden = _hidden(call, rows, length, ragged)
+    if hidden is not None:  # [B or 1, 1, 1, n, rows, nk, block_k]
+        scores.masked_fill_(hidden.unflatten(-1, (nk, block_k))[:, None, None], -torch.inf)
     peak = scores.amax(-1)
-    top = peak.amax(3, keepdim=True)
-    weights = torch.exp2(scores - top.clamp(min=-3e38)[..., None])
+    top = peak.amax(-1)
+    weights = scores.sub_(top.clamp(min=-3e38)[..., None, None]).exp2_()
     mass = weights.sum(-1)
-    value = weights.transpose(2, 3).flatten(3, 4) @ values
-    value = value.unflatten(3, (group, count)).transpose(2, 3).flatten(1, 2)  # [B, H, nk, rows, D]
-    mass, peak = mass.flatten(1, 2), peak.flatten(1, 2)
+    # Key blocks before rows, for one matrix product per block: [B, Hkv, nk, group · n · rows, D].
+    weights = weights.flatten(2, 4).transpose(2, 3)
+    value = weights @ values.unflatten(2, (nk, block_k))
+
+    def stand(x: Tensor, *last: int) -> Tensor:
+        """From ``[B, Hkv, group, n, ...]`` to ``[B · n, H, ...]`` with the other dimensions in another order."""
+        return x.permute(0, 3, 1, 2, *last).flatten(2, 3).flatten(0, 1)
+
+    value = stand(value.unflatten(3, (group, n, -1)).permute(0, 1, 3, 4, 2, 5, 6), 4, 5, 6)  # [B · n, H, nk, rows, D]
+    mass, peak, top = stand(mass, 5, 4), stand(peak, 5, 4), stand(top, 4)
     total = mass.sum(2)
     valid = total > 0
     sink = None
     if call.sinks is not None:
-        logits = call.sinks.to(top.device)[heads, None] * _LOG2E
-        sink = torch.exp2(logits - top.flatten(1, 2)[:, :, 0]).clamp(max=3e38).masked_fill(~valid, 0.0)
+        logits = call.sinks.to(device)[heads, None] * _LOG2E
+        sink = torch.exp2(logits - top).clamp(max=3e38).masked_fill(~valid, 0.0)
         total = total + sink
     exact = torch.where(valid[..., None], value.sum(2) / total.clamp(min=1e-37)[..., None], 0.0)
     queries = call.query_mask()
     if queries is not None:
-        valid = valid & queries[:, None, rows]
+        valid = valid & queries[:, rows.clamp(max=call.q_len - 1)].flatten(0, 1)[:, None]
     return Partials(mass, value, peak, exact, valid, sink)
 
 
-def _seen(call: Call, rows: slice, nk: int, block_k: int) -> Tensor | None:
-    """Visible (query, key) pairs, bool broadcastable to ``[B, Hkv, group, nk, rows, block_k]``."""
-    mask = call.token_mask(rows.start, rows.stop)  # [B or 1, 1, rows, Lk]
-    ragged = nk * block_k - call.k_len
-    if mask is None:
-        if not ragged:
-            return None
-        mask = torch.ones(1, 1, 1, call.k_len, dtype=torch.bool, device=call.q.device)
-    mask = torch.nn.functional.pad(mask, (0, ragged)).unflatten(-1, (nk, block_k))
-    return mask.transpose(2, 3)[:, :, None]
+def _hidden(call: Call, rows: Tensor, length: int, ragged: bool) -> Tensor | None:
+    """(Query, key) pairs that are not visible, bool ``[B or 1, n, rows, length]``; None where all are.
+
+    Args:
+        rows: positions of queries ``[n, rows]``, some beyond the last one if ``ragged``.
+    """
+    if (
+        call.mask is not None
+        or call.document_start is not None
+        or (call.attn_mask is not None and call.key_mask is None)
+    ):
+        masks = [call.token_mask(int(part[0]), min(int(part[-1]) + 1, call.q_len)) for part in rows]
+        parts = [torch.nn.functional.pad(m[:, 0], (0, max(0, length - call.k_len), 0, rows.shape[1] - m.shape[2]))
+                 for m in masks if m is not None]  # fmt: skip
+        return ~torch.stack(parts, 1)[..., :length]
+    columns = torch.arange(length, device=rows.device)
+    parts = []
+    if call.is_causal:
+        positions = (rows + call.offset)[..., None]
+        parts.append((columns > positions)[None])
+        if call.window is not None:
+            parts.append((columns <= positions - call.window)[None])
+    if length > call.k_len:
+        parts.append((columns >= call.k_len)[None, None, None])
+    if call.key_mask is not None:
+        padded = torch.nn.functional.pad(call.key_mask, (0, max(0, length - call.k_len)))[:, :length]
+        parts.append(~padded[:, None, None])
+    if ragged:
+        parts.append((rows >= call.q_len)[None, ..., None])
+    hidden = None
+    for part in parts:
+        hidden = part if hidden is None else hidden | part
+    return hidden

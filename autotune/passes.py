@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 import torch.distributed as dist
 
 from spas_attn.call import Call
 
 from .accumulate import Grid, PromptTally, Tally, add_check, add_curves, add_pv_curves
 from .budget import layer_error
-from .layer import Layer
+from .layer import NO_MEMORY, Layer
 from .objective import Objective
 from .sampling import Reservoir
+from .timing import timed
 from .tradeoff import KL
 
 if TYPE_CHECKING:
@@ -72,10 +74,12 @@ class Pass:
         sums: what was counted, layer by layer; None where nothing was.
         open: the same of the prompt in progress.
         compares: whether it looks at what the model gives (``compare``).
+        samples: whether it looks at some query blocks of a call only, so that fewer are possible.
     """
 
     name: ClassVar[str]
     compares: ClassVar[bool] = False
+    samples: ClassVar[bool] = True
 
     def __init__(self, work: Work) -> None:
         self.work, self.prompts = work, work.checked
@@ -96,9 +100,31 @@ class Pass:
 
     def observe(self, layer: Layer, call: Call, blocks: list[int]) -> None:
         """Count one call of the prompt in progress, looking at some query blocks."""
-        tally = self.open[layer.index] or PromptTally(call.q.shape[1], self.candidates(layer), call.q.device)
-        self.open[layer.index] = tally
-        self.add(tally, layer, call, blocks)
+        found = self.looked_at(layer, call, blocks)
+        tally = self.open[layer.index]
+        if tally is None or found is None:
+            self.open[layer.index] = tally or found
+        else:
+            tally.absorb(found)
+
+    def looked_at(self, layer: Layer, call: Call, blocks: list[int]) -> PromptTally | None:
+        """What one call counts. Where memory does not suffice fewer query blocks are looked at, and where that is no
+        help the call is skipped: None.
+        """
+        while True:
+            tally: PromptTally | None = PromptTally(call.q.shape[1], self.candidates(layer), call.q.device)
+            try:
+                self.add(tally, layer, call, blocks)  # type: ignore[arg-type]
+                return tally
+            except torch.OutOfMemoryError:  # what it holds is freed below, outside of the error's frames
+                tally = None
+            if call.q.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(blocks) < 2 or not self.samples:
+                layer.skipped += 1
+                layer.unseen[NO_MEMORY] += 1
+                return None
+            blocks = blocks[::2]
 
     def compare(self, layers: list[Layer], rerun: Rerun) -> None:
         """Look at one call of a transformer with these layers, which has just run dense and can be run again."""
@@ -132,15 +158,18 @@ class Pass:
 
     def _merge_ranks(self) -> None:
         layers = self.work.layers
-        gathered = self.work.gather([(self.sums[x.index], x.lengths, x.shape, x.check_backend) for x in layers])
+        gathered = self.work.gather(
+            [(self.sums[x.index], x.lengths, x.shape, x.check_backend, x.measured_ms) for x in layers]
+        )
         for layer, parts in zip(layers, zip(*gathered, strict=True), strict=True):
             self.sums[layer.index] = None
-            for tally, lengths, shape, backend in parts:
+            for tally, lengths, shape, backend, measured in parts:
                 if tally is not None:
                     self.count(layer, tally)
                 layer.saw(*(lengths or ()))
                 layer.grow(shape)
                 layer.check_backend = layer.check_backend or backend
+                layer.measured_ms = layer.measured_ms or measured
 
 
 class CurvePass(Pass):
@@ -176,8 +205,9 @@ class FreePass(CurvePass):
     def observe(self, layer: Layer, call: Call, blocks: list[int]) -> None:
         reservoir = self.reservoirs[layer.index]
         number = reservoir.seen * self.work.world + self.work.rank
-        tally = PromptTally(call.q.shape[1], self.candidates(layer), call.q.device)
-        self.add(tally, layer, call, blocks)
+        tally = self.looked_at(layer, call, blocks)
+        if tally is None:
+            return
         self.count(layer, tally.close(number))
         reservoir.offer(number, call, layer.module.selector, blocks)
 
@@ -260,11 +290,12 @@ class CheckPass(Pass):
     """Errors of the real kernel; heads that miss a bound get tighter ones, and after the last round run dense."""
 
     name = "check"
-    compares = True
+    compares, samples = True, False
 
     def __init__(self, work: Work, number: int) -> None:
         super().__init__(work)
         self.number = number
+        self.timed: set[int] = set()
         self.found: list[float] = []
 
     def candidates(self, layer: Layer) -> int:
@@ -272,7 +303,11 @@ class CheckPass(Pass):
 
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
         bound = layer.bounds[1] or layer.module.pv_l1
-        layer.check_backend = add_check(tally, layer.module, call.replace(error_bound=bound))
+        call = call.replace(error_bound=bound)
+        layer.check_backend = add_check(tally, layer.module, call)
+        if layer.index not in self.timed:  # one call of this process speaks for all
+            self.timed.add(layer.index)
+            layer.measured_ms = timed(layer.module, call)
 
     def compare(self, layers: list[Layer], rerun: Rerun) -> None:
         self.found.append(rerun.error({layer.module: layer.in_force() for layer in layers}))
