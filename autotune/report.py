@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,23 @@ from . import files, page
 from .accumulate import Grid
 from .choose import mean_error, tail_error
 from .layer import Layer
-from .module import SparseAttention
+from .machine import Times
 from .storage import write_text
+from .tradeoff import Tradeoff
 from .tuned import FILE_KEYS
 
 Statistics = list[dict[str, Any]]
 _THRESHOLDS = {key: name for key, name in FILE_KEYS.items() if key != "is_sparse"}
 
 
-def layer_statistics(layer: Layer, grid: Grid, facts: dict[str, Any]) -> dict[str, Any]:
+def layer_statistics(layer: Layer, grid: Grid, times: Times | None, facts: dict[str, Any]) -> dict[str, Any]:
     """Everything recorded of one layer.
 
     Errors are those of the check with the real kernel on the prompts kept aside: ``l1`` the mean relative L1 error,
     ``tail`` the 99.5th percentile over queries; of selection alone and of everything ("total"). Dense heads have
     error 0. ``curves``: what every candidate (``threshold``, ``sim``) gave on the prompts fitted, selection alone:
-    ``density``, ``mean`` and ``tail`` error, each ``[heads][candidates]``.
+    ``density``, ``mean`` and ``tail`` error, each ``[heads][candidates]``. ``expected_ms``: dense and sparse, of
+    the longest call, by the cost model; null where it has no row for this machine.
     """
     assert layer.check is not None
     tuned = layer.in_force()
@@ -58,6 +61,7 @@ def layer_statistics(layer: Layer, grid: Grid, facts: dict[str, Any]) -> dict[st
         "lengths": list(layer.lengths) if layer.lengths else None,
         "check_backend": layer.check_backend,
         **facts,
+        "expected_ms": _expected_ms(layer, times),
         "curves": _curves(layer, grid),
         "heads": heads,
     }
@@ -72,10 +76,19 @@ def _curves(layer: Layer, grid: Grid) -> dict[str, Any]:
     return {"threshold": [threshold for _, threshold in pairs], "sim": [sim for sim, _ in pairs], **rounded}
 
 
-def device_of(module: SparseAttention) -> str:
-    """Name of the device that a tuned layer is on."""
-    device = module.is_sparse.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _expected_ms(layer: Layer, times: Times | None) -> list[float] | None:
+    if times is None:
+        return None
+    tuned = layer.in_force()
+    density = 1.0 if tuned.expected_density is None else tuned.expected_density
+    return [round(times.dense, 4), round(times.dense if tuned.all_dense else times.sparse(density), 4)]
+
+
+def machine_facts(layers: Sequence[Layer]) -> dict[str, Any]:
+    """What a tuned file says of the machine that it was made on: its name, and times of a call of each layer."""
+    device = layers[0].module.is_sparse.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "measured_ms": {x.path: list(x.measured_ms) for x in layers if x.measured_ms is not None}}
 
 
 def statistics_path(tuned: str | os.PathLike[str]) -> Path:
@@ -113,7 +126,9 @@ def read(tuned: str | os.PathLike[str]) -> page.Record:
         raise FileNotFoundError(f"no statistics beside {str(tuned)!r}: a calibration writes {str(beside)!r}") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"cannot read the statistics {str(beside)!r}: {error}") from error
-    record = page.Record(Path(tuned).name, state.get("_metadata") or {}, statistics)
+    info = state.get("_metadata") or {}
+    tradeoff = None if info.get("tradeoff") is None else Tradeoff.read(info["tradeoff"])
+    record = page.Record(Path(tuned).name, info, statistics, tradeoff, _others(state, statistics))
     ours, theirs = (
         {f"{entry['path']}.is_sparse" for entry in statistics},
         {k for k in state if k.endswith(".is_sparse")},
@@ -122,6 +137,17 @@ def read(tuned: str | os.PathLike[str]) -> page.Record:
         other = sorted(ours ^ theirs)[0].removesuffix(".is_sparse")
         raise ValueError(f"{str(beside)!r} does not belong to {str(tuned)!r}: only one of them has the layer {other!r}")
     return record
+
+
+def _others(state: files.State, statistics: Statistics) -> bool:
+    """Whether a file's thresholds are others than those of the statistics."""
+    try:
+        return any(
+            abs(float(state[f"{entry['path']}.{key}"][head["head"]]) - head[key]) > 1e-5
+            for entry in statistics for head in entry["heads"] for key in ("is_sparse", "cdfthreshd")
+        )  # fmt: skip
+    except (KeyError, IndexError, TypeError):  # not even its layers and heads; Record and read say so
+        return False
 
 
 def write_page(tuned: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..block_maps import HIDDEN, unpack
-from .record import ERRORS, Entry, Head, Record, achieved, bound, number, percent, times
+from ..budget import curve, outcome
+from ..tradeoff import Tradeoff
+from .record import ERRORS, Entry, Head, Record, achieved, bound, number, percent
 from .svg import ABSENT, BLUE, GREY, INK, ORANGE, Axes, label, line, png, rgb, shade, text, ticks, titled, whole_ticks
 
 PALETTE = [shade(i / 100) for i in range(101)] + [rgb(ABSENT)]  # percentages, and what has none
@@ -101,6 +104,50 @@ def _below(points: list[tuple[float, float]], high: float) -> list[tuple[float, 
     return kept
 
 
+def tradeoff_curve(record: Record) -> str:
+    """The whole model's predicted error against density, with the choice in force; "" where the file has none."""
+    tradeoff = record.tradeoff
+    if tradeoff is None:
+        return ""
+    free = dataclasses.replace(
+        tradeoff,
+        layers=tuple(dataclasses.replace(x, allowed=torch.ones_like(x.allowed)) for x in tradeoff.layers),
+    )
+    within, point = _curve(tradeoff), outcome(tradeoff)
+    high = 2.2 * max(point.error, tradeoff.measured or 0.0) or max(y for _, y in within) or 1.0
+    axes = Axes(
+        (0, 100), (0, high), [(x, f"{x}%") for x in range(0, 101, 20)], [(y, f"{y:.3g}") for y in ticks(0, high)],
+        "blocks that are computed (density)", error_name(tradeoff), _SHORT, 290,
+    )  # fmt: skip
+    drawn = []
+    if not all(bool(layer.allowed.all()) for layer in tradeoff.layers):
+        drawn.append(axes.path(_below(_curve(free), high), GREY, ' stroke-width="1.6" stroke-dasharray="3 3"'))
+    drawn.append(axes.path(_below(within, high), BLUE, ' stroke-width="2.2"'))
+    if (target := tradeoff.target) is not None and target.name == "error":
+        drawn.append(axes.across(target.value, ORANGE, str(target)))
+    if target is not None and target.name == "sparsity":
+        at = axes.px(100 * (1 - target.value))
+        drawn += [line(at, axes.top, at, axes.bottom, ORANGE, ' stroke-width="1.5" stroke-dasharray="6 4"')]
+        drawn += [label(at + 5, axes.top + 14, target, anchor="start", more=' class="halo"')]
+    words = f"chosen: density {percent(1 - point.sparsity)}, predicted {point.error:.3g}"
+    drawn.append(titled(words, axes.dot(100 * (1 - point.sparsity), point.error, BLUE, 6)))
+    if tradeoff.measured is not None:
+        at, top = axes.px(100 * (1 - record.sparsity)), axes.py(tradeoff.measured)
+        mark = f'<path d="M{at:.1f} {top - 7:.1f}l7 7-7 7-7-7z" fill="#fff" stroke="{INK}" stroke-width="2"/>'
+        drawn.append(titled(f"measured: {tradeoff.measured:.3g}", mark))
+    return axes.svg(f"{error_name(tradeoff).capitalize()} of the whole model against density; {words}", *drawn)
+
+
+def _curve(tradeoff: Tradeoff) -> list[tuple[float, float]]:
+    """Density in percent and predicted error along a trade-off, by density."""
+    return sorted({(100 * (1 - point.sparsity), point.error) for point in curve(tradeoff)})
+
+
+def error_name(tradeoff: Tradeoff) -> str:
+    """What the errors of a trade-off are."""
+    return "mean error of layers" if tradeoff.measure is None else f"predicted {tradeoff.measure}"
+
+
 def against_bounds(record: Record) -> str:
     """Every sparse head's errors in the check as shares of their bounds; "" where there are no bounds."""
     marks, most = [], 1.0
@@ -136,7 +183,10 @@ def against_bounds(record: Record) -> str:
 def times_by_layer(record: Record) -> str:
     """Milliseconds of every layer, dense and sparse: measured as bars, expected as lines over them; "" if unknown."""
     known = [
-        (i, kind, pair) for i, e in enumerate(record.layers) for kind in ("", "expected_") if (pair := times(e, kind))
+        (i, kind, pair)
+        for i, e in enumerate(record.layers)
+        for kind in ("measured", "expected")
+        if (pair := record.times_of(e, kind))
     ]
     if not known:
         return ""
@@ -152,7 +202,7 @@ def times_by_layer(record: Record) -> str:
     for i, kind, pair in known:
         for shift, colour, value, name in ((-0.38, GREY, pair[0], "dense"), (0.02, BLUE, pair[1], "sparse")):
             left, right, top = axes.px(i + shift), axes.px(i + shift + 0.36), axes.py(value)
-            if kind:
+            if kind == "expected":
                 word, mark = "expected", line(left, top, right, top, INK, ' stroke-width="2.5"')
             else:
                 size = f'width="{right - left:.1f}" height="{axes.bottom - top:.1f}"'

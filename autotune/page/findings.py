@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .record import ERRORS, Record, achieved, bound, count, number, percent, times
+from .record import ERRORS, Record, achieved, bound, count, number, percent
 
 FEW_PROMPTS = 5
 LITTLE = 0.1  # sparsity of a layer under which selection hardly pays
+FAR_OFF = 1.5  # times the predicted error
 ROOM = 0.5  # share of its nearer bound that the median head uses, under which there is room
 
 
@@ -36,6 +37,14 @@ def findings(record: Record) -> list[Finding]:
 def _warnings(record: Record) -> Iterator[str]:
     if record.info.get("calibrated") is False:
         yield "Nothing was measured for these thresholds: they are the selector's own."
+    if record.retargeted:
+        yield (
+            "The file's thresholds were chosen anew after the calibration: what is said of heads and errors here is of "
+            "the calibration's own choice."
+        )
+    elif record.info.get("checked") is False:
+        yield "These thresholds were chosen afterwards and were not checked with the real kernel."
+    yield from _warnings_of_the_model(record)
     over = [
         f"{number(entry)}.{head['head']}"
         for entry, head in record.heads(sparse=True)
@@ -44,10 +53,8 @@ def _warnings(record: Record) -> Iterator[str]:
     if over:
         yield f"{count(len(over), 'head')} exceeded a bound in the check (layer.head): {_few(over)}."
     yield from _warnings_of_prompts(record)
-    slow = [
-        number(entry) for entry in record.layers
-        if (pair := times(entry) or times(entry, "expected_")) and pair[1] >= pair[0] and entry["mean_sparsity"] > 0
-    ]  # fmt: skip
+    timed = [(entry, record.times_of(entry) or record.times_of(entry, "expected")) for entry in record.layers]
+    slow = [number(entry) for entry, pair in timed if pair and pair[1] >= pair[0] and entry["mean_sparsity"] > 0]
     if slow:
         yield f"Sparse attention is not faster than dense in {_layers(slow)} on this machine."
     dense = [number(entry) for entry in record.layers if not any(head["is_sparse"] for head in entry["heads"])]
@@ -63,7 +70,22 @@ def _warnings(record: Record) -> Iterator[str]:
         )
 
 
+def _warnings_of_the_model(record: Record) -> Iterator[str]:
+    if (tradeoff := record.tradeoff) is None:
+        return
+    predicted, measured, target = tradeoff.predicted, tradeoff.measured, tradeoff.target
+    if predicted and measured is not None and measured > FAR_OFF * predicted:
+        yield (
+            f"The model's {tradeoff.measure} was {measured / predicted:.1f} times the predicted one: a target of error "
+            "chosen from this file will miss as much."
+        )
+    if target is not None and target.name == "sparsity" and record.sparsity < target.value - 0.01:
+        yield f"The target {target} was not reached: {percent(record.sparsity)} of the blocks are left out."
+
+
 def _warnings_of_prompts(record: Record) -> Iterator[str]:
+    if skipped := sum(entry.get("calls_skipped_for_memory") or 0 for entry in record.layers):
+        yield f"Memory did not suffice to look at {count(skipped, 'call')}; they are not counted."
     if (prompts := record.prompts) is None:
         return
     if prompts[1] == 0:
@@ -126,9 +148,10 @@ def _at_the_lowest(record: Record) -> int:
 
 def _missing(record: Record) -> list[str]:
     parts = {
+        "trade-off": record.tradeoff is not None,
         "error curves": any(entry.get("curves") for entry in record.layers),
         "block maps": any(entry.get("block_maps") for entry in record.layers),
-        "times": any(times(entry) or times(entry, "expected_") for entry in record.layers),
+        "times": any(record.times_of(entry) or record.times_of(entry, "expected") for entry in record.layers),
     }
     return [name for name, there in parts.items() if not there]
 
@@ -162,6 +185,7 @@ def summary(record: Record) -> str:
         "heads": f"{len(sparse)} of {total} sparse" + (f"; dense mostly because {reasons[0][0]}" if reasons else ""),
         "mean error": error_text(record, "mean"),
         "tail error": error_text(record, "tail"),
+        "trade-off": tradeoff_text(record),
         "time": time_text(record),
         "extremes": "; ".join(
             f"{which} layer {number(entry)} head {head['head']}, {percent(head['sparsity'])}"
@@ -191,9 +215,21 @@ def error_text(record: Record, kind: str) -> str:
     return f"at most {value:.3g} {what}" + (f", bound {limit:g}" if limit else ", no bound")
 
 
+def tradeoff_text(record: Record) -> str:
+    """What was chosen for the whole model, and its error, in one line."""
+    if (tradeoff := record.tradeoff) is None:
+        return "not recorded"
+    chosen = f"one budget, {tradeoff.target}" if tradeoff.target else "bounds for every head"
+    if tradeoff.predicted is None:
+        return chosen
+    measured = "" if tradeoff.measured is None else f", measured {tradeoff.measured:.3g}"
+    return f"{chosen}; {tradeoff.measure} of the model predicted {tradeoff.predicted:.3g}{measured}"
+
+
 def time_text(record: Record) -> str:
     """Milliseconds of all layers, in one line."""
-    for kind, word in (("", "measured"), ("expected_", "expected")):
+    for kind in ("measured", "expected"):
         if pair := record.times(kind):
-            return f"{pair[0]:.3g} ms dense, {pair[1]:.3g} ms sparse, {pair[0] / pair[1]:.2f}x ({word}, all layers)"
+            gain = f"{pair[0] / pair[1]:.2f}x ({kind}, a call of each layer)"
+            return f"{pair[0]:.3g} ms dense, {pair[1]:.3g} ms sparse, {gain}"
     return "not measured"

@@ -8,7 +8,7 @@ from string import Template
 from typing import Any
 
 from . import figures
-from .findings import calibrated_on, error_text, findings, time_text
+from .findings import calibrated_on, error_text, findings, time_text, tradeoff_text
 from .record import ERRORS, Entry, Record, count, number, percent
 from .svg import BLUE, GREY, INK, text
 
@@ -28,6 +28,7 @@ def render(record: Record) -> str:
         _tiles(record),
         _section("In plain words", _findings(record)),
         f'<div class="pair">{_sparsity(record)}{_bounds(record)}</div>',
+        _section("Trade-off of the whole model", _tradeoff(record)),
         _section("Error against density, layer by layer", _layers(record)),
         _section("Time by layer", _times(record)),
         _section("Block maps", _maps(record)),
@@ -87,6 +88,28 @@ def _bounds(record: Record) -> str:
         (f'<circle cx="8" cy="6" r="4" fill="{BLUE}"/>', "mean error"), (triangle, "99.5th percentile query")
     )
     return _section("Achieved error and bound", words + _figure(chart) + marks)
+
+
+def _tradeoff(record: Record) -> str:
+    chart, tradeoff = figures.tradeoff_curve(record), record.tradeoff
+    if tradeoff is None:
+        return "<p>The file holds none.</p>"
+    what = figures.error_name(tradeoff)
+    words = (
+        f"The least {what} for every share of computed blocks, when thresholds of all heads are chosen together. "
+        + "Another point can be chosen when the file is loaded, for example with <code>sparsity=0.6</code>."
+        + f" Now: {text(tradeoff_text(record))}."
+    )
+    marks = [(f'<path d="M0 6h16" stroke="{BLUE}" stroke-width="2.2"/>', "candidates that hold the bounds of heads")]
+    if not all(bool(layer.allowed.all()) for layer in tradeoff.layers):
+        dashed = f'<path d="M0 6h16" stroke="{GREY}" stroke-width="1.6" stroke-dasharray="3 3"/>'
+        marks.append((dashed, "all candidates"))
+    else:
+        marks = [(marks[0][0], "all candidates")]
+    marks.append((f'<circle cx="8" cy="6" r="5" fill="{BLUE}"/>', "chosen"))
+    if tradeoff.measured is not None:
+        marks.append((f'<path d="M8 1l5 5-5 5-5-5z" fill="#fff" stroke="{INK}" stroke-width="1.5"/>', "measured"))
+    return f'<p>{words}</p><div class="charts">{_figure(chart)}</div>{figures.legend(*marks)}'
 
 
 def _layers(record: Record) -> str:
@@ -180,6 +203,8 @@ def _facts(record: Record) -> str:
         "calibrated": calibrated_on(record),
         "query blocks": f"{first['query_blocks_per_call']} looked at per call, at random, for the curves"
         if first.get("query_blocks_per_call") else None,
+        "chosen by": f"one budget, {record.tradeoff.target}" if record.tradeoff and record.tradeoff.target
+        else "bounds for every head",
         "bounds": ", ".join(f"{key}={info.get(key)}" for key in ("l1", "pv_l1", "tail")),
         "selector": selector,
         "precision": info.get("precision"),

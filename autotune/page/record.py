@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..tradeoff import Tradeoff
+
 Head = dict[str, Any]
 Entry = dict[str, Any]
 ERRORS = ("mean", "tail")  # of a head: its mean error, and the 99.5th percentile of one query's
@@ -22,6 +24,8 @@ class Record:
         name: of the tuned file.
         info: its ``"_metadata"``.
         layers: its statistics, one entry per layer.
+        tradeoff: of the whole model, None where the file has none.
+        retargeted: whether the file's thresholds are others than those of the statistics, chosen afterwards.
 
     Raises:
         ValueError: when the statistics are none.
@@ -30,6 +34,8 @@ class Record:
     name: str
     info: Mapping[str, Any]
     layers: Sequence[Entry]
+    tradeoff: Tradeoff | None = None
+    retargeted: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -79,9 +85,15 @@ class Record:
         found = [(head[f"{_field(kind)}_total"], bound(entry, kind)) for entry, head in self.heads(sparse=True)]
         return max(found, key=lambda pair: pair[0] / (pair[1] or 1.0), default=(0.0, bound(self.layers[0], kind)))
 
-    def times(self, kind: str = "") -> tuple[float, float] | None:
-        """Milliseconds of all layers dense and sparse, measured or ``"expected_"``; None unless known of each."""
-        found = [times(entry, kind) for entry in self.layers]
+    def times_of(self, entry: Entry, kind: str = "measured") -> tuple[float, float] | None:
+        """Milliseconds of a layer dense and sparse, "measured" or "expected"; None where that is unknown."""
+        measured = (self.info.get("measured_ms") or {}).get(entry["path"])
+        found = measured if kind == "measured" else entry.get("expected_ms")
+        return None if found is None else (float(found[0]), float(found[1]))
+
+    def times(self, kind: str = "measured") -> tuple[float, float] | None:
+        """The same of all layers; None unless known of each."""
+        found = [self.times_of(entry, kind) for entry in self.layers]
         if not all(found):
             return None
         return sum(pair[0] for pair in found if pair), sum(pair[1] for pair in found if pair)
@@ -99,13 +111,6 @@ def achieved(head: Head, kind: str) -> float:
 def bound(entry: Entry, kind: str) -> float | None:
     """What bounds the errors of a layer's heads in the check; None: nothing."""
     return entry.get({"mean": "pv_l1", "tail": "tail"}[kind])
-
-
-def times(entry: Entry, kind: str = "") -> tuple[float, float] | None:
-    """Milliseconds of a layer dense and sparse, measured or ``"expected_"``; None where that is unknown."""
-    known = entry.get("times_ms") or {}
-    dense, sparse = known.get(f"{kind}dense"), known.get(f"{kind}sparse")
-    return None if dense is None or sparse is None else (float(dense), float(sparse))
 
 
 def number(entry: Entry) -> str:

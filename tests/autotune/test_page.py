@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import io
 import json
 import re
@@ -16,14 +17,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_model import HEADS, SETTINGS, FakeModel
+from chain_model import Chain, run
+from fake_model import GRID, HEADS, PROMPTS, SETTINGS, FakeModel, activations
 from PIL import Image
 
-from autotune import Calibration, block_maps, report
+from autotune import (
+    Calibration,
+    Tuned,
+    block_maps,
+    extract_sparse_attention_state_dict,
+    load_sparse_attention_state_dict,
+    report,
+    save,
+    timing,
+)
+from autotune.budget import outcome
 from autotune.choose import mean_error, tail_error
 from autotune.page import Record, render, summary
 from autotune.page.findings import findings
 from autotune.page.svg import png, shade, ticks
+from autotune.tradeoff import Target
 from spas_attn.call import Call
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -57,8 +70,15 @@ def file(tuned: tuple[FakeModel, Calibration], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def record(file: Path) -> Record:
+def recorded(file: Path) -> Record:
     return report.read(file)
+
+
+@pytest.fixture(scope="module")
+def record(recorded: Record) -> Record:
+    """With times that do not depend on the machine."""
+    measured = {entry["path"]: [2.0, 1.0] for entry in recorded.layers}
+    return dataclasses.replace(recorded, info={**recorded.info, "measured_ms": measured})
 
 
 def changed(
@@ -68,7 +88,7 @@ def changed(
     layers = copy.deepcopy(list(record.layers))
     layers[0].update(layer or {})
     layers[0]["heads"][0].update(head)
-    return Record(record.name, {**record.info, **(info or {})}, layers)
+    return dataclasses.replace(record, info={**record.info, **(info or {})}, layers=layers)
 
 
 def words(record: Record) -> str:
@@ -78,9 +98,9 @@ def words(record: Record) -> str:
 # -- what is in it ----------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_written_beside_the_file(file: Path, record: Record) -> None:
+def test_the_page_is_written_beside_the_file(file: Path, recorded: Record) -> None:
     assert sorted(path.name for path in file.parent.iterdir()) == ["tuned.html", "tuned.json", "tuned.pt"]
-    assert file.with_suffix(".html").read_text("utf-8") == render(record)
+    assert file.with_suffix(".html").read_text("utf-8") == render(recorded)
 
 
 def test_save_without_a_page(tuned: tuple[FakeModel, Calibration], tmp_path: Path) -> None:
@@ -119,8 +139,16 @@ def test_sections_and_layers(record: Record) -> None:
     text = render(record)
     page = Page(text)
     said = " ".join(page.words)
-    for title in ("In plain words", "Sparsity by layer and head", "Achieved error and bound", "Error against density",
-                  "Time by layer", "Block maps", "What it was calibrated on"):  # fmt: skip
+    for title in (
+        "In plain words",
+        "Sparsity by layer and head",
+        "Achieved error and bound",
+        "Time by layer",
+        "Trade-off of the whole model",
+        "Error against density",
+        "Block maps",
+        "What it was calibrated on",
+    ):
         assert title in said
     names = [f"layer-{i}" for i in range(len(record.layers))]
     assert [option["value"] for option in page.all("option")] == names
@@ -161,18 +189,80 @@ def test_curves_are_those_of_the_calibration(tuned: tuple[FakeModel, Calibration
     )
 
 
-def test_times_where_they_are_known(record: Record) -> None:
-    assert "Not known: nothing was timed" in render(record) and "time  not measured" in summary(record)
-    layers = copy.deepcopy(list(record.layers))
-    for entry in layers:
-        entry["times_ms"] = {"dense": 4.0, "sparse": 2.0, "expected_dense": 4.5, "expected_sparse": 2.5}
-    timed = Record(record.name, record.info, layers)
-    page = Page(render(timed))
-    said = " ".join(page.words)
-    assert "layer 0, dense: 4 ms measured" in said and "layer 1, sparse: 2.5 ms expected" in said
-    assert "8 ms dense, 4 ms sparse, 2.00x (measured, all layers)" in summary(timed)
-    layers[0]["times_ms"] = {"expected_dense": 1.0, "expected_sparse": 1.5}
-    assert "not faster than dense in layer 0 on this machine" in words(Record(record.name, record.info, layers))
+def test_times_where_they_are_known(record: Record, recorded: Record) -> None:
+    for entry in record.layers:
+        dense, sparse = recorded.info["measured_ms"][entry["path"]]
+        assert dense > 0 and sparse > 0 and entry["expected_ms"] is None, "there is no cost model of a CPU"
+    unknown = changed(record, {"measured_ms": {}})
+    assert "Not known: nothing was timed" in render(unknown) and "time  not measured" in summary(unknown)
+    paths = [entry["path"] for entry in record.layers]
+    timed = changed(record, {"measured_ms": {path: [4.0, 2.0] for path in paths}}, {"expected_ms": [4.5, 2.5]})
+    said = " ".join(Page(render(timed)).words)
+    assert "layer 1, dense: 4 ms measured" in said and "layer 0, sparse: 2.5 ms expected" in said
+    assert "8 ms dense, 4 ms sparse, 2.00x (measured, a call of each layer)" in summary(timed)
+    slow = changed(record, {"measured_ms": {paths[0]: [1.0, 1.5], paths[1]: [1.5, 1.0]}})
+    assert "Sparse attention is not faster than dense in layer 0 on this machine" in words(slow)
+
+
+def test_a_call_is_timed_dense_and_as_it_is_served(tuned: tuple[FakeModel, Calibration], monkeypatch: Any) -> None:
+    module, ran = copy.deepcopy(tuned[0].inner[0]), []
+    monkeypatch.setattr(timing, "attend", lambda call, selector, backend: ran.append((call, selector, backend)))
+    call = Call.make(*activations(0, 256, 256), is_causal=False, scale=0.25)
+    dense, sparse = timing.timed(module, call)
+    assert 0 <= sparse < dense, "the sparse one does nothing here"
+    assert len(ran) == 1 + timing.REPEATS and all(torch.equal(seen.q, call.q) for seen, _, _ in ran)
+    assert torch.equal(ran[0][1].threshold, module.serving(call)[0].threshold)
+    module.tuned = Tuned.dense(HEADS)
+    dense, sparse = timing.timed(module, call)
+    assert dense == sparse > 0 and len(ran) == 1 + timing.REPEATS
+
+
+# -- the whole model --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def budget(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Path]:
+    model, path = Chain((1.0, 3.0)), tmp_path_factory.mktemp("budget") / "tuned.pt"
+    run(model, PROMPTS[:4], objective="budget", sparsity=0.3, grid=GRID, query_blocks=4).save(path)
+    return model, path
+
+
+def test_tradeoff(budget: tuple[Chain, Path]) -> None:
+    record = report.read(budget[1])
+    assert record.tradeoff is not None and not record.retargeted
+    text = render(record)
+    said = " ".join(Page(text).words)
+    point = outcome(record.tradeoff)
+    assert f"chosen: density {100 * (1 - point.sparsity):.1f}%, predicted {point.error:.3g}" in said
+    assert "sparsity=0.3" in said and f"measured: {record.tradeoff.measured:.3g}" in said
+    assert "No bound was set." in said, "a budget without guards"
+    line = next(line for line in summary(record).splitlines() if "trade-off" in line)
+    assert f"one budget, sparsity=0.3; KL of the model predicted {record.tradeoff.predicted:.3g}, measured" in line
+    missed = dataclasses.replace(record.tradeoff, target=Target("sparsity", 0.99), measured=2 * point.error)
+    missed = dataclasses.replace(record, tradeoff=missed)
+    assert "warning: The target sparsity=0.99 was not reached" in words(missed)
+    assert "warning: The model's KL was 2.0 times the predicted one" in words(missed)
+
+
+def test_tradeoff_of_bounds(record: Record) -> None:
+    """Two lines: within the bounds, and without them; the chosen point is the sparse end of the first."""
+    assert record.tradeoff is not None and record.tradeoff.target is None
+    text = render(record)
+    assert "candidates that hold the bounds of heads" in text and "all candidates" in text
+    assert "bounds for every head" in summary(record)
+    assert "The file holds none." in render(dataclasses.replace(record, tradeoff=None))
+    assert "no trade-off" in words(dataclasses.replace(record, tradeoff=None))
+
+
+def test_thresholds_chosen_afterwards(budget: tuple[Chain, Path], tmp_path: Path) -> None:
+    """The statistics are those of the calibration; the page says that the file is not."""
+    path = budget[1]
+    loaded = Chain((1.0, 3.0))
+    load_sparse_attention_state_dict(loaded, path, sparsity=0.1)
+    save(extract_sparse_attention_state_dict(loaded), tmp_path / "other.pt")
+    shutil.copy(path.with_suffix(".json"), tmp_path / "other.json")
+    record = report.read(tmp_path / "other.pt")
+    assert record.retargeted and "thresholds were chosen anew after the calibration" in words(record)
 
 
 # -- in words ---------------------------------------------------------------------------------------------------------
@@ -199,6 +289,7 @@ def test_nothing_to_warn_of(record: Record) -> None:
         ({}, {}, {"l1_total": 0.16}, "1 head exceeded a bound in the check (layer.head): 0.0."),
         ({}, {"prompts_fitted": 2, "prompts_checked": 2}, {}, "Only 4 prompts"),
         ({}, {"prompts_fitted": 8, "prompts_checked": 1}, {}, "One prompt was kept aside"),
+        ({}, {"calls_skipped_for_memory": 3}, {}, "Memory did not suffice to look at 3 calls"),
         ({}, {"checked_on_the_fitted_calls": True}, {}, "There was a single prompt"),
         ({}, {"mean_sparsity": 0.04}, {}, "Less than 10% of the blocks is left out in layer 0"),
     ],
@@ -227,10 +318,10 @@ def test_notes(record: Record, layer: dict[str, Any], head: dict[str, Any], text
 def test_a_file_of_an_earlier_version() -> None:
     """It has statistics, but no curves, maps or times; the page says so."""
     record = report.read(Path(__file__).parents[2] / "models_dict" / "demo_llama_tuned.pt")
-    old = Record(record.name, record.info, [
-        {k: v for k, v in entry.items() if k not in ("curves", "block_maps", "times_ms")} for entry in record.layers
-    ])  # fmt: skip
-    assert "The file holds no error curves and no block maps and no times" in words(old)
+    names = ("curves", "block_maps", "expected_ms")
+    layers = [{k: v for k, v in entry.items() if k not in names} for entry in record.layers]
+    old = Record(record.name, {k: v for k, v in record.info.items() if k != "measured_ms"}, layers)
+    assert "The file holds no trade-off and no error curves and no block maps and no times" in words(old)
     text = render(old)
     assert "No curves were recorded" in text and "No block maps were recorded" in text
 
@@ -260,7 +351,7 @@ def test_what_cannot_be_read(file: Path, tmp_path: Path) -> None:
 
 def test_block_maps_are_what_the_kernel_kept(tuned: tuple[FakeModel, Calibration]) -> None:
     """Of the first prompt kept aside: recomputed here from its activations."""
-    model, calibration = tuned
+    model, calibration = copy.deepcopy(tuned[0]), tuned[1]
     prompt = model.ran[6]
     found = [(i, entry) for i, layer in enumerate(calibration.statistics) for entry in layer["block_maps"]]
     assert found
