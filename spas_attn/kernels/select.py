@@ -181,9 +181,7 @@ def _keep_kernel(
     if sums is None:
         p = tl.load(p_row + block, mask=visible, other=0).to(tl.float32, bitcast=True)
     else:
-        p = mean_probability(
-            sums, head, i, block, q_len, k_len, window, documents, PER_Q, BLOCK_Q, BLOCK_K, NK, CAUSAL
-        )
+        p = mean_probability(sums, head, i, block, q_len, k_len, window, documents, PER_Q, BLOCK_Q, BLOCK_K, NK, CAUSAL)
     if RULE == "share":
         top = tl.max(tl.where(visible, p, float("-inf")), 0)
         p = tl.where(visible & (p > float("-inf")), tl.exp2(p - top), 0.0)
@@ -322,6 +320,7 @@ def keep_blocks(
         heads, heads // k_heads, q_len, k_len, window if is_causal else None, rule.local,
         rule.tokens_local if rule.tokens else None,
         PER_Q=per_q, BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, NK=width, RULE=rule.kind, SINK=int(rule.sink),
-        CAUSAL=is_causal, LAST=rule.last_blocks, TOUCHED_SINK=int(rule.tokens_sink), num_warps=1 if width <= 512 else width // 512,
+        CAUSAL=is_causal, LAST=rule.last_blocks, TOUCHED_SINK=int(rule.tokens_sink),
+        num_warps=1 if width <= 512 else width // 512,
     )  # fmt: skip
     return BlockMask(counts, indices, rule.block_q, rule.block_k, q_len, k_len, trusted=True)
