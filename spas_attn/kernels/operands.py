@@ -71,7 +71,7 @@ class Values(NamedTuple):
         data: float8_e4m3fn ``[B, Hkv, dim, Lk padded to a multiple of 128]``, zero in all padding. The keys of every
             group of 32 are permuted so that the accumulator of one product is the operand of the next without
             exchanging registers between threads.
-        scale: float32 ``[B, Hkv, key blocks]``, above 0: largest magnitude / 448 of a block of keys.
+        scale: float32 ``[B, Hkv, key blocks]``: of a block of keys the least power of two from largest magnitude / 448.
     """
 
     data: Tensor

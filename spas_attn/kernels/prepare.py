@@ -187,7 +187,9 @@ def _values(
     b_v, _ = _rows(v, valid, b, h, first, order, length, D, DPAD)
     largest = tl.max(tl.reshape(tl.abs(b_v), [CHAIN, ROWS // CHAIN, DPAD]), 0)
     largest = tl.max(tl.max(tl.reshape(largest, [PARTS, BLOCK // CHAIN, DPAD]), 1), 1)
-    step = tl.maximum(largest, V_FLOOR) / 448.0  # [PARTS]
+    # Rounded up to a power of two, of which attention reads off logarithm and reciprocal; fp8 loses nothing by that.
+    bits = (tl.maximum(largest, V_FLOOR) / 448.0).to(tl.int32, bitcast=True)
+    step = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)  # [PARTS]
     block, blocks = part * PARTS + tl.arange(0, PARTS), tl.cdiv(length, BLOCK)
     tl.store(out.scale + head * blocks + block, step, mask=block < blocks)
     offs_d, offs_n = tl.arange(0, DPAD), tl.arange(0, STEP)
