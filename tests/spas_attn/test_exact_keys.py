@@ -38,9 +38,11 @@ def in_loops(selector: ExactKeys, call: Call, b: int, h: int) -> Tensor:
                 continue
             vector = q[queries].mean(0) if selector.queries == "mean" else q[queries[-1]]
             mass = [0.0] * nk
-            for j in range(call.k_len):
-                near = call.window is None or j > first + offset - call.window
-                if valid[j] and (not call.is_causal or (j <= last + offset and near)):
+            seen = range(call.k_len)
+            if call.is_causal:
+                seen = range(0 if call.window is None else max(0, first + offset - call.window + 1), last + offset + 1)
+            for j in seen:
+                if valid[j]:
                     mass[j // selector.block_k] += math.exp(float(vector @ k[j]) * call.scale)
             if sum(mass):
                 rows.append([x / sum(mass) for x in mass])
@@ -49,13 +51,9 @@ def in_loops(selector: ExactKeys, call: Call, b: int, h: int) -> Tensor:
         if selector.sink and valid.any():
             forced.add(int(valid.nonzero()[0, 0]) // selector.block_k)
         if call.is_causal:
-            start = top + offset
-            forced |= {
-                j
-                for j in range(nk)
-                if j * selector.block_k < start + selector.block_q
-                and (j + 1) * selector.block_k > start - selector.local
-            }
+            starts = [j * selector.block_k - top - offset for j in range(nk)]
+            near = range(1 - selector.block_k - selector.local, selector.block_q)
+            forced |= {j for j in range(nk) if starts[j] in near}
         forced = {j for j in forced if visible[i, j]}
         kept[i, list(forced)] = True
         reached = sum(share[j] for j in forced)
@@ -74,20 +72,20 @@ def in_loops(selector: ExactKeys, call: Call, b: int, h: int) -> Tensor:
 def test_the_rule_in_loops(queries: str, seed: int) -> None:
     chance = random.Random(f"{queries} {seed}")
     is_causal = seed % 3 != 2
-    k_len = chance.randint(320, 420)
-    q_len = chance.randint(150, k_len if is_causal else 200)
+    k_len = chance.randint(400, 480)
+    q_len = chance.randint(100, 200)
     q, k = draw(q_len, k_len, heads=2, k_heads=1, seed=seed)
     mask = None
     if seed % 2:
         mask = torch.rand(1, k_len, generator=torch.Generator().manual_seed(seed)) < 0.7
-        mask[:, : k_len // 3] = False
+        mask[:, : k_len // 6] = False
     call = Call.make(
         q, k, k, is_causal=is_causal, scale=chance.choice([0.1, 0.25]), attn_mask=mask,
-        window=chance.choice([None, 70]) if is_causal else None,
+        window=chance.choice([None, 200]) if is_causal else None,
     )  # fmt: skip
     selector = ExactKeys(
-        chance.uniform(0.2, 0.6), chance.choice([16, 32, 64]), queries, block_q=64, block_k=chance.choice([64, 128]),
-        local=chance.choice([0, 70]), sink=chance.random() < 0.5,
+        chance.uniform(0.2, 0.6), chance.choice([16, 32, 64]), queries, block_q=64,
+        block_k=chance.choice([64, 64, 128]), local=chance.choice([0, 40]), sink=chance.random() < 0.5,
     )  # fmt: skip
     kept = selector.kept(call)
     for h in range(2):
@@ -134,14 +132,14 @@ def test_fields_that_cannot_be_meant(fields: dict[str, Any], error: type[Excepti
         ExactKeys(**fields)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_calls(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels, in one part or in several, keep what the rule keeps."""
     chance = random.Random(seed)
     monkeypatch.setattr(key_scores, "_SCRATCH", chance.choice([1, 1 << 23]))
     monkeypatch.setattr(key_scores, "_STRETCH", chance.choice([64, 2048]))
     is_causal = chance.random() < 0.65
-    k_len = chance.randint(1, 450)
+    k_len = chance.randint(1, 350)
     block_q, block_k = chance.choice([(64, 64), (64, 64), (128, 64), (64, 128), (128, 128)])
     k_heads = chance.choice([1, 2])
     case = Case(
@@ -170,9 +168,9 @@ CALLS = [
     (Case(1, 300, is_causal=True, density=None), ExactKeys(0.4, block_q=64, block_k=64)),
     (Case(200, 330, dim=256, dtype=HALF, is_causal=True, density=None), ExactKeys(0.4, local=0, block_k=64)),
     (Case(200, 330, dim=256, is_causal=True, density=None), ExactKeys(0.4, local=0)),
-    (Case(300, 260, dim=80, heads=8, k_heads=2, dtype=BF16, layout="NHD", density=None), ExactKeys(0.6, 64)),
+    (Case(300, 260, dim=80, heads=4, k_heads=2, dtype=BF16, layout="NHD", density=None), ExactKeys(0.6, 64)),
     (Case(128, 128, density=None), ExactKeys(0.7, pool=1, block_q=64, block_k=64)),
-    (Case(70, 64 * 140, dim=16, heads=1, k_heads=1, density=None), ExactKeys(0.8, block_q=64, block_k=64)),
+    (Case(70, 64 * 70, dim=16, heads=1, k_heads=1, density=None), ExactKeys(0.8, block_q=64, block_k=64)),
 ]
 
 
@@ -184,23 +182,23 @@ def test_calls(case: Case, selector: ExactKeys) -> None:
 
 @pytest.mark.parametrize("queries", ["mean", "sample"])
 def test_later_tokens_do_not_change_earlier_selections(queries: str) -> None:
-    call = inputs_of(Case(500, 560, dim=16, is_causal=True, density=None), 5)
+    call = inputs_of(Case(300, 360, dim=16, k_heads=1, is_causal=True, density=None), 5)
     selector = ExactKeys(0.5, 32, queries, block_q=64, block_k=64, local=0)
     q, k = call.q.clone(), call.k.clone()
-    q[:, :, 256:] *= -100
-    k[:, :, 256 + 60 :] *= -100
+    q[:, :, 192:] *= -100
+    k[:, :, 192 + 60 :] *= -100
     before, after = (fused(selector, x).mask for x in (call, call.replace(q=q, k=k)))
-    assert torch.equal(before.counts[:, :, :4], after.counts[:, :, :4])
-    assert torch.equal(before.indices[:, :, :4], after.indices[:, :, :4])
-    assert not torch.equal(before.to_dense()[:, :, 4:], after.to_dense()[:, :, 4:])
+    assert torch.equal(before.counts[:, :, :3], after.counts[:, :, :3])
+    assert torch.equal(before.indices[:, :, :3], after.indices[:, :, :3])
+    assert not torch.equal(before.to_dense()[:, :, 3:], after.to_dense()[:, :, 3:])
 
 
 @pytest.mark.parametrize("queries", ["mean", "sample"])
 def test_packed_sequences_in_one_launch(queries: str) -> None:
-    ends = torch.tensor([0, 130, 131, 420, 600], dtype=torch.int32)
+    ends = torch.tensor([0, 70, 71, 260, 330], dtype=torch.int32)
     generator = torch.Generator().manual_seed(2)
-    q = torch.randn(1, 4, 600, 32, generator=generator).cumsum(2) / 5
-    k = torch.randn(1, 2, 600, 32, generator=generator).cumsum(2) / 5
+    q = torch.randn(1, 2, 330, 32, generator=generator).cumsum(2) / 5
+    k = torch.randn(1, 1, 330, 32, generator=generator).cumsum(2) / 5
     call, _ = Call.make(q, k, k, is_causal=True, cu_seqlens_q=ends, cu_seqlens_k=ends).aligned()
     selector = ExactKeys(0.5, 16, queries, local=0, block_q=64, block_k=64)
     assert not assert_same_selection(selector, call).all()
