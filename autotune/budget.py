@@ -90,11 +90,12 @@ def sparsest(tradeoff: Tradeoff, times: Sequence[Times] | None = None) -> Outcom
 
 
 def curve(tradeoff: Tradeoff, times: Sequence[Times] | None = None, points: int = 40) -> list[Outcome]:
-    """Choices of the whole model from the sparsest that is allowed to dense, in order of λ."""
+    """Choices of the whole model from the sparsest that is allowed to dense, in the order of λ."""
     problem = _Problem(tradeoff, times)
-    centre = problem.ratio()
-    strengths = [0.0, *(centre * 10 ** (-3 + 6 * i / (points - 2)) for i in range(points - 1))]
-    return [problem.outcome(problem.choose(strength), strength) for strength in strengths]
+    between = points - 2
+    strengths = [problem.ratio() * 10 ** (6 * i / max(1, between - 1) - 2.5) for i in range(between)]
+    found = [problem.outcome(problem.choose(strength), strength) for strength in (0.0, *strengths)]
+    return [*found, problem.outcome(problem.dense(), math.inf)]
 
 
 def _search(problem: _Problem, target: Target) -> tuple[Outcome, bool]:
