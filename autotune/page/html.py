@@ -28,9 +28,8 @@ def render(record: Record) -> str:
         _tiles(record),
         _section("In plain words", _findings(record)),
         f'<div class="pair">{_sparsity(record)}{_bounds(record)}</div>',
-        _section("Trade-off of the whole model", _tradeoff(record)),
+        f'<div class="pair">{_tradeoff(record)}{_times(record)}</div>',
         _section("Error against density, layer by layer", _layers(record)),
-        _section("Time by layer", _times(record)),
         _section("Block maps", _maps(record)),
         _section("What it was calibrated on", _facts(record)),
     ]
@@ -60,7 +59,8 @@ def _tiles(record: Record) -> str:
         value, *words = error_text(record, kind).removeprefix("at most ").split(" ", 1)
         tiles.append((name, f"≤ {value}", " ".join(words)))
     if (shown := time_text(record)) != "not measured":
-        tiles.append(("speed of attention", shown.split(", ")[2].split(" ")[0], shown))
+        dense, sparse, gain = shown.split(", ", 2)
+        tiles.append(("speed of attention", gain.split(" ")[0], f"{dense}, {sparse}"))
     boxes = (f"<div><dt>{text(a)}</dt><dd>{text(b)} <small>{text(c)}</small></dd></div>" for a, b, c in tiles)
     return f'<dl class="tiles">{"".join(boxes)}</dl>'
 
@@ -93,7 +93,7 @@ def _bounds(record: Record) -> str:
 def _tradeoff(record: Record) -> str:
     chart, tradeoff = figures.tradeoff_curve(record), record.tradeoff
     if tradeoff is None:
-        return "<p>The file holds none.</p>"
+        return _section("Trade-off of the whole model", "<p>The file holds none.</p>")
     what = figures.error_name(tradeoff)
     words = (
         f"The least {what} for every share of computed blocks, when thresholds of all heads are chosen together. "
@@ -109,7 +109,7 @@ def _tradeoff(record: Record) -> str:
     marks.append((f'<circle cx="8" cy="6" r="5" fill="{BLUE}"/>', "chosen"))
     if tradeoff.measured is not None:
         marks.append((f'<path d="M8 1l5 5-5 5-5-5z" fill="#fff" stroke="{INK}" stroke-width="1.5"/>', "measured"))
-    return f'<p>{words}</p><div class="charts">{_figure(chart)}</div>{figures.legend(*marks)}'
+    return _section("Trade-off of the whole model", f"<p>{words}</p>{_figure(chart)}{figures.legend(*marks)}")
 
 
 def _layers(record: Record) -> str:
@@ -166,18 +166,17 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _times(record: Record) -> str:
-    chart = figures.times_by_layer(record)
+    chart, title = figures.times_by_layer(record), "Time by layer"
     if not chart:
-        return (
-            "<p>Not known: nothing was timed on this machine. <code>spas-attn measure</code> times a GPU, and later "
-            "calibrations then say what they expect.</p>"
-        )
+        return _section(title, "<p>Not known: nothing was timed.</p>")
     square = '<rect x="2" y="1" width="11" height="10" fill="{}"/>'
-    marks = figures.legend(
-        (square.format(GREY), "dense"), (square.format(BLUE), "sparse"),
-        (f'<path d="M1 6h14" stroke="{INK}" stroke-width="2.5"/>', "expected by the cost model"),
-    )  # fmt: skip
-    return f'<div class="charts">{_figure(chart, time_text(record))}</div>{marks}'
+    marks = [(square.format(GREY), "dense"), (square.format(BLUE), "sparse")]
+    if record.times("expected"):
+        marks.append((f'<path d="M1 6h14" stroke="{INK}" stroke-width="2.5"/>', "expected by the cost model"))
+    words = (
+        f"One call of each layer, exact dense attention and as it is served, selection included: {time_text(record)}."
+    )
+    return _section(title, f"<p>{text(words)}</p>{_figure(chart)}{figures.legend(*marks)}")
 
 
 def _maps(record: Record) -> str:

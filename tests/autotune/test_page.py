@@ -194,7 +194,7 @@ def test_times_where_they_are_known(record: Record, recorded: Record) -> None:
         dense, sparse = recorded.info["measured_ms"][entry["path"]]
         assert dense > 0 and sparse > 0 and entry["expected_ms"] is None, "there is no cost model of a CPU"
     unknown = changed(record, {"measured_ms": {}})
-    assert "Not known: nothing was timed" in render(unknown) and "time  not measured" in summary(unknown)
+    assert "Not known: nothing was timed." in render(unknown) and "time  not measured" in summary(unknown)
     paths = [entry["path"] for entry in record.layers]
     timed = changed(record, {"measured_ms": {path: [4.0, 2.0] for path in paths}}, {"expected_ms": [4.5, 2.5]})
     said = " ".join(Page(render(timed)).words)
