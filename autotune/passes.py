@@ -190,7 +190,8 @@ class CurvePass(Pass):
     def conclude(self) -> Pass:
         for layer, total in self.totals():
             layer.begin(total)
-        return SensitivityPass(self.work) if self.work.sensitivity else self.work.chosen()
+        # Without a loop over prompts there is no prompt to run again.
+        return SensitivityPass(self.work) if self.work.sensitivity and self.prompts else self.work.chosen()
 
 
 class FreePass(CurvePass):
