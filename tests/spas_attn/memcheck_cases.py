@@ -25,6 +25,7 @@ from spas_attn.kernels import config
 from spas_attn.metrics import relative_l1
 from spas_attn.select import parts_of
 from spas_attn.selectors import (
+    ExactKeys,
     FlashPrefill,
     FlexPrefill,
     MeanSimilarity,
@@ -47,10 +48,14 @@ ATTENTION = [
     (Case(130, 201, dim=72, heads=4, k_heads=2, is_causal=True, layout="NHD", dtype=BF16), "int8_fp8"),
     (Case(129, 333, dim=128, is_causal=True, window=70, padding="right", dtype=HALF), "int8_fp8"),
 ]
+TOKENS = Tokens(((3, 9),), block_q=64, block_k=64)
 SELECTION: list[tuple[Case, Selector]] = [
     (Case(201, 333, dim=40, heads=4, k_heads=1, batch=2, padding="holes", dtype=BF16), MeanSimilarity(0.6, 0.3)),
     (Case(130, 261, dim=80, heads=4, k_heads=2, is_causal=True, window=90, dtype=HALF), MeanSimilarity(0.5, 0.3)),
     (Case(65, 300, dim=72, layout="strided", dtype=HALF), TopK(0.4) | Tokens(((3, 9),))),
+    (Case(130, 261, dim=80, heads=6, k_heads=2, is_causal=True, window=90, dtype=HALF), ExactKeys(0.5)),
+    (Case(201, 333, dim=40, heads=4, k_heads=1, batch=2, padding="holes", dtype=BF16), ExactKeys(0.6, 16, "sample")),
+    (Case(65, 300, dim=72, layout="strided", dtype=F32), ExactKeys(0.4, block_q=64, block_k=64) | TOKENS),
     (Case(130, 261, dim=80, heads=4, k_heads=2, is_causal=True, window=90, dtype=HALF), XAttention(0.6)),
     (Case(201, 333, dim=40, heads=4, k_heads=1, batch=2, padding="holes", dtype=BF16), XAttention(0.7, 8)),
     (Case(130, 333, dim=72, heads=4, k_heads=2, is_causal=True, layout="NHD", dtype=BF16), FlashPrefill(0.4)),
