@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotune.accumulate import ALL_HEADS, PromptTally
-from autotune.choose import mean_error
+from autotune.accumulate import ALL_HEADS, PromptTally, Tally
+from autotune.choose import mean_error, tail_error
 from autotune.module import sparse_modules
-from autotune.partials import query_blocks
+from autotune.partials import query_groups
 from autotune.sampling import Sampler
 from autotune.tuned import PV_OFF, Tuned
 from spas_attn.call import Call
@@ -29,28 +30,37 @@ class Curves:
     Attributes:
         thresholds: the candidates ``[C]``.
         error: mean relative error of the head's output, float64 ``[layers, H, C]``.
+        tail: its 99.5th percentile over queries, float64 ``[layers, H, C]``.
         density: share of the blocks kept, float64 ``[layers, H, C]``.
         share: the head's share of its layer's output, float64 ``[layers, H]``.
     """
 
     thresholds: Tensor
     error: Tensor
+    tail: Tensor
     density: Tensor
     share: Tensor
 
     def best(self, cost: Tensor) -> Tensor:
         """The candidate of least cost ``[layers, H, C]`` per head; C where keeping everything is better (cost 1)."""
-        return torch.cat([cost, torch.ones_like(cost[..., :1])], -1).argmin(-1)
+        return _or_else(cost, 1.0).argmin(-1)
 
     def kept(self, chosen: Tensor) -> Tensor:
         """Density of a choice ``[layers, H]``."""
-        return torch.cat([self.density, torch.ones_like(self.density[..., :1])], -1).gather(-1, chosen[..., None])[
-            ..., 0
-        ]
+        return _or_else(self.density, 1.0).gather(-1, chosen[..., None])[..., 0]
 
-    def uniform(self, sparsity: float) -> Tensor:
-        """One bound of the error for every head, the one that gives a mean sparsity; the choice ``[layers, H]``."""
-        return self._search(lambda x: self.best(self.density.masked_fill(self.error > 10**x, torch.inf)), sparsity)
+    def errors(self, chosen: Tensor) -> Tensor:
+        """Mean error of a choice ``[layers, H]``."""
+        return _or_else(self.error, 0.0).gather(-1, chosen[..., None])[..., 0]
+
+    def uniform(self, sparsity: float, l1: float = 1.0, tail: float = math.inf) -> Tensor:
+        """One pair of bounds for every head, in the ratio of ``l1`` and ``tail``, that gives a mean sparsity.
+
+        Returns:
+            the choice ``[layers, H]``.
+        """
+        excess = torch.maximum(self.error / l1, self.tail / tail)
+        return self._search(lambda x: self.best(self.density.masked_fill(excess > 10**x, torch.inf)), sparsity)
 
     def budget(self, sparsity: float, weights: Tensor | None = None) -> Tensor:
         """One budget for the model: per head least density + λ · weight · error², λ by the mean sparsity.
@@ -69,6 +79,11 @@ class Curves:
             middle = (low + high) / 2
             low, high = (middle, high) if 1 - float(self.kept(choose(middle)).mean()) < sparsity else (low, middle)
         return min((choose(low), choose(high)), key=lambda found: abs(1 - float(self.kept(found).mean()) - sparsity))
+
+
+def _or_else(values: Tensor, everything: float) -> Tensor:
+    """Values of the candidates ``[layers, H, C]``, with that of keeping everything as one more."""
+    return torch.cat([values, torch.full_like(values[..., :1], everything)], -1)
 
 
 def collect(
@@ -115,13 +130,13 @@ def collect(
     found: dict[str, Curves] = {}
     for size, group in groups.items():
         layers = [tallies[size, layer].close(0) for layer in range(len(modules))]
-        error, density = (torch.stack([of(tally) for tally in layers]) for of in (mean_error, type(layers[0]).density))
+        figures = [torch.stack([of(tally) for tally in layers]) for of in (mean_error, tail_error, Tally.density)]
         norm = torch.stack([tally.total()[0] for tally in layers])
+        share = norm / norm.sum(-1, keepdim=True)
         sizes = [len(candidates) for _, candidates in group.values()]
-        parts = zip(group.items(), error.split(sizes, -1), density.split(sizes, -1), strict=True)
-        for (name, (_, candidates)), errors, densities in parts:
-            share = norm / norm.sum(-1, keepdim=True)
-            found[name] = Curves(torch.tensor(candidates, dtype=torch.float64), errors, densities, share)
+        parts = zip(*(figure.split(sizes, -1) for figure in figures), strict=True)
+        for (name, (_, candidates)), some in zip(group.items(), parts, strict=True):
+            found[name] = Curves(torch.tensor(candidates, dtype=torch.float64), *some, share)
     return found
 
 
@@ -129,19 +144,19 @@ def collect(
 def add(
     tally: PromptTally, group: Mapping[str, tuple[Selector, Sequence[float]]], call: Call, blocks: list[int]
 ) -> None:
-    """Errors of every candidate of selectors of one size of blocks on the given query blocks; densities on all."""
+    """Errors of every candidate (below 1) of selectors of one size of blocks on some query blocks; densities on all."""
     some = next(iter(group.values()))[0]
     levels = [selector.final_levels(call) for selector, _ in group.values()]
     thresholds = [torch.tensor(candidates, device=call.q.device) for _, candidates in group.values()]
-    kept = [
-        torch.stack([keeps(level, value).sum((0, 2, 3)) for value in values], 1)
-        for level, values in zip(levels, thresholds, strict=True)
-    ]
-    tally.add_blocks(ALL_HEADS, torch.cat(kept, 1), some.visible(call).sum((0, 2, 3)).expand(call.q.shape[1]))
-    for i, heads, partials in query_blocks(call, some.block_q, some.block_k, blocks):
+    heads, kept = call.q.shape[1], []
+    for level, values in zip(levels, thresholds, strict=True):
+        ranked = level.transpose(0, 1).flatten(1).sort(-1).values
+        kept.append(torch.searchsorted(ranked, values.expand(heads, -1).contiguous()))
+    tally.add_blocks(ALL_HEADS, torch.cat(kept, 1), some.visible(call).sum((0, 2, 3)).expand(heads))
+    for part in query_groups(call, some.block_q, some.block_k, blocks):
         pairs = zip(levels, thresholds, strict=True)
-        masks = torch.cat([keeps(level[:, heads, i, None], values[:, None]) for level, values in pairs], 2)
-        tally.add_errors(heads, *partials.errors(masks), partials.valid)
+        masks = torch.cat([keeps(part.rows_of(level)[:, :, None], values[:, None]) for level, values in pairs], 2)
+        tally.add_errors(part.heads, *part.partials.errors(masks), part.partials.valid)
 
 
 def install(model: nn.Module, curves: Curves, chosen: Tensor, layers: Sequence[int] | None = None) -> None:

@@ -6,7 +6,8 @@ r"""Sparsity against perplexity on a real model: selectors, ways of sharing out 
     python evaluate/studies/frontier.py --length 1024 --windows 1 --settings "exact 32" --targets .6 .8
 
 Error curves of all settings come from one pass over the calibration's windows. From a setting's curves thresholds are
-chosen for each target sparsity: by one bound for every head (uniform), by one budget for the model on error² (budget),
+chosen for each target sparsity: by one bound of the mean error for every head (uniform), by bounds of mean and tail in
+the ratio of the library's defaults (bounds), by one budget for the model on error² (budget),
 and on error² times the measured sensitivity of the layer and the head's share of its output (weighted). Every choice is
 judged end to end on windows of other sources: perplexity, KL from the dense model, and at one sparsity retrieval.
 OUT.json is written after every cell; run again with the same arguments, the program goes on where it was stopped.
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import autotune
+from autotune.module import DEFAULT_L1, DEFAULT_TAIL
 from modify_model import patch, restore
 from modify_model.cli import language
 from modify_model.cli.arguments import DTYPES, check_output, sparse_backend, whole
@@ -48,6 +50,8 @@ from spas_attn import fallback_counts
 
 SIZES = {"kv": 8, "multikey": 2, "needle": 0, "copy": 0}  # what SmolLM2 solves at 8,192 tokens
 SENSED = 0.75  # sparsity at which a layer's sensitivity is measured
+# One bound for every head: of the mean error, or of the mean and the tail in the ratio of the library's defaults.
+UNIFORM = {"uniform": {}, "bounds": {"l1": DEFAULT_L1, "tail": DEFAULT_TAIL}}
 _ROWS = 1024  # positions whose float32 log-probabilities are formed at once
 
 
@@ -183,8 +187,8 @@ class Study:
 
     def _install(self, name: str, plan: str, target: float) -> None:
         curve = self.curves[name]
-        if plan == "uniform":
-            chosen = curve.uniform(target)
+        if plan in UNIFORM:
+            chosen = curve.uniform(target, **UNIFORM[plan])
         else:
             chosen = curve.budget(target, self.weights(name) if plan == "weighted" else None)
         restore(self.model)
@@ -203,10 +207,7 @@ class Study:
         restore(self.model)
         patch(self.model, selector=self.chosen[name].selector, backend=sparse_backend(self.device))
         exact = log_probabilities(self.model, windows, self.args.batch)
-        errors = torch.cat([curve.error, torch.zeros_like(curve.error[..., :1])], -1).gather(-1, chosen[..., None])[
-            ..., 0
-        ]
-        squared = (errors * curve.share).square().sum(-1)
+        squared = (curve.errors(chosen) * curve.share).square().sum(-1)
         found = []
         for layer in range(len(chosen)):
             curves.install(self.model, curve, chosen, [layer])

@@ -44,7 +44,7 @@ def probe(pool: int, queries: str = "sample", **options: Any) -> Setting:
     return Setting(Probe(pool=pool, queries=queries, block_q=64, block_k=64, **options))
 
 
-ALL = ("budget", "uniform", "weighted")
+ALL = ("budget", "uniform", "bounds", "weighted")
 SETTINGS: dict[str, Setting] = {
     # The first one is what others are compared with: the default of language models so far.
     "means 8": Setting(MeanSimilarity(pool=8, block_q=64, block_k=64), plans=ALL),
@@ -73,7 +73,7 @@ SETTINGS: dict[str, Setting] = {
     "exact 32, floor .05": probe(32, "mean", floor=0.05),
     "exact 32, floor .1": probe(32, "mean", floor=0.1),
     "exact 32, fine grid": exact(32, candidates=FINE),
-    "128x128, means 16": Setting(MeanSimilarity(pool=16), plans=("budget", "uniform")),
+    "128x128, means 16": Setting(MeanSimilarity(pool=16), plans=("budget", "bounds")),
     "128x128, original": Setting(MeanSimilarity(pool=128, local=0), plans=("uniform",), targets=(0.4, 0.5, 0.6, 0.77)),
     "peak mass": Setting(PeakMass()),
     "128x128, exact 64": exact(64, 128, 128),
