@@ -28,6 +28,7 @@ from modify_model import patch, verify
 from modify_model.families import find_family
 from spas_attn import fallback_counts
 from spas_attn.selectors import (
+    ExactKeys,
     FlashPrefill,
     FlexPrefill,
     MeanSimilarity,
@@ -49,6 +50,7 @@ Subject = LanguageModel | DiffusionModel
 KINDS: dict[str, type[Subject]] = {kind.kind: kind for kind in (LanguageModel, DiffusionModel)}
 TARGETS = ("sparsity", "speedup", "error")
 SELECTORS: dict[str, type[Selector]] = {
+    "exactkeys": ExactKeys,
     "flashprefill": FlashPrefill,
     "flexprefill": FlexPrefill,
     "mean": MeanSimilarity,
@@ -174,7 +176,10 @@ def selector_of(args: argparse.Namespace, usual: Selector) -> Selector:
     rule = SELECTORS[args.selector] if args.selector else type(usual)
     fields: dict[str, Any] = {"block_q": args.block or usual.block_q, "block_k": args.block or usual.block_k}
     if hasattr(rule, "pool"):
-        fields["pool"] = args.pool or getattr(usual, "pool", 8)
+        # Pools of queries alone are of another size than pools of both sides.
+        alike = isinstance(usual, ExactKeys) is (rule is ExactKeys)
+        default = ExactKeys.pool if rule is ExactKeys else 8
+        fields["pool"] = args.pool or (getattr(usual, "pool", default) if alike else default)
     elif args.pool:
         raise ValueError(f"--pool belongs to the selectors that score means of sub-blocks, not to {rule.__name__}")
     if rule is MInference:
