@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spas_attn import backends, count_fallback
-from spas_attn.attention import attend
+from spas_attn.again import attend_again
 from spas_attn.call import ALIASES, PRECISIONS, Call, Precision, Ranges
 from spas_attn.selectors import MeanSimilarity, Selector, Tokens
 
@@ -104,6 +104,7 @@ class SparseAttention(nn.Module):
         self._tuned: Tuned | None = None
         self._device = torch.device("cpu")  # of the model's weights
         self._warned: set[str] = set()
+        self._joined: tuple[Selector, Ranges, Selector] | None = None  # what with_text made last, and of what
 
     @property
     def tuned(self) -> Tuned | None:
@@ -165,16 +166,16 @@ class SparseAttention(nn.Module):
             what ``dense`` returns.
         """
         unfit = SCHEDULED if scheduled else self._unfit(q, attn_mask)
-        options = dict(
+        options: dict[str, Any] = dict(
             attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, text=text, sinks=sinks,
-            cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+            cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, precision=self.precision, error_bound=self.pv_l1,
         )  # fmt: skip
         if self.mode == "sparse" and unfit is None and not (self.always_dense or self._in_force().all_dense):
-            return self._sparse(self._call(q, k, v, **options), share)
+            return self._sparse(q, k, v, options, share)
         out = dense()
         if self.mode == "tune" and self.observer is not None:
             with torch.no_grad():
-                for seen in [unfit] if unfit else self._call(q, k, v, **options).split():
+                for seen in [unfit] if unfit else Call.make(*self._cast(q, k, v), **options).split():
                     self.observer(SHORT if isinstance(seen, Call) and seen.q_len < self.selector.block_q else seen)
         if self.record_density and unfit != SHORT:
             self._record(None, q.device)
@@ -192,39 +193,47 @@ class SparseAttention(nn.Module):
             return FULL_MASK
         return None
 
-    def _call(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Call:
+    def _cast(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What dense attention computes with under autocast."""
         device = q.device.type
         if torch.is_autocast_enabled(device) and (self.mode == "sparse" or not q.dtype == k.dtype == v.dtype):
-            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))  # as dense attention does
-        return Call.make(q, k, v, precision=self.precision, error_bound=self.pv_l1, **options)
+            dtype = torch.get_autocast_dtype(device)
+            return q.to(dtype), k.to(dtype), v.to(dtype)
+        return q, k, v
 
-    def _sparse(self, call: Call, share: tuple[int, int] | None = None) -> Tensor:
-        tuned, device = self._in_force(), call.q.device.type
-        self._check_length(call, tuned.lengths)
+    def _sparse(
+        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], share: tuple[int, int] | None
+    ) -> Tensor:
+        tuned = self._in_force()
+        self._check_length(k.shape[2], options, tuned.lengths)
         tuned = tuned if share is None else tuned.share(*share)
-        selector, pv = self.serving(call, tuned)
+        selector, pv = tuned.serve(self.selector, q.device)
         # On a CPU PV skip saves no time: leaving it out is faster and more exact. The calibration's check, which calls
         # the kernels itself, carries it out, so that a file tuned here holds its bounds on a GPU too.
-        skip = pv if tuned.skips and device != "cpu" else None
-        call = call.replace(pv_threshold=skip, expected_density=tuned.expected_density)
-        out, stats = attend(call, selector, backend=self.backend)
-        if self.record_density:
-            self._record(stats.density, call.q.device)
+        skip = pv if tuned.skips and q.device.type != "cpu" else None
+        out, stats = attend_again(
+            *self._cast(q, k, v), self.with_text(selector, options["text"]), options, backend=self.backend,
+            wants_stats=self.record_density, trusted={"pv_threshold": skip, "expected_density": tuned.expected_density},
+        )  # fmt: skip
+        if self.record_density and stats is not None:
+            self._record(stats.density, q.device)
         return out
 
-    def serving(self, call: Call, tuned: Tuned | None = None) -> tuple[Selector, Tensor]:
-        """What serves a call: the selector with this layer's thresholds and text sink, and PV thresholds ``[Hq]``.
-
-        ``tuned`` names others than those in force.
-        """
-        selector, pv = (tuned or self._in_force()).serve(self.selector, call.q.device)
+    def serving(self, call: Call) -> tuple[Selector, Tensor]:
+        """What serves a call: the selector with this layer's thresholds and text sink, and PV thresholds ``[Hq]``."""
+        selector, pv = self._in_force().serve(self.selector, call.q.device)
         return self.with_text(selector, call.text), pv
 
     def with_text(self, selector: Selector, text: Ranges) -> Selector:
         """A selector that keeps the text's blocks too: a union, so that they do not count toward a threshold."""
         if not text or not self.text_sink:
             return selector
-        return selector | Tokens(text, block_q=selector.block_q, block_k=selector.block_k, sink=False)
+        if torch.compiler.is_compiling():
+            return _with_tokens(selector, text)
+        known = self._joined  # threads share the module
+        if known is None or known[0] is not selector or known[1] != text:
+            known = self._joined = (selector, text, _with_tokens(selector, text))
+        return known[2]
 
     def _in_force(self) -> Tuned:
         if self._tuned is None:
@@ -236,17 +245,17 @@ class SparseAttention(nn.Module):
         mean = torch.ones((), device=device) if density is None else density.mean()
         self.recorded = self.recorded.to(device) + torch.stack([mean, torch.ones_like(mean)])
 
-    def _check_length(self, call: Call, lengths: tuple[int, int] | None) -> None:
+    def _check_length(self, k_len: int, options: dict[str, Any], lengths: tuple[int, int] | None) -> None:
         """Warn, once for each direction, when there are over twice as many keys, or under half, as calibrated."""
         # The lengths of packed sequences are known to the device only.
-        if lengths is None or call.cu_seqlens_q is not None or torch.compiler.is_compiling():
+        if lengths is None or options["cu_seqlens_q"] is not None or torch.compiler.is_compiling():
             return
-        far = "long" if call.k_len > 2 * lengths[1] else "short" if 2 * call.k_len < lengths[0] else None
+        far = "long" if k_len > 2 * lengths[1] else "short" if 2 * k_len < lengths[0] else None
         if far is None or far in self._warned:
             return
         self._warned.add(far)
         # Padding makes a call longer than its text; that is looked at once, because it waits for the device.
-        real = call.k_len if call.key_mask is None else int(call.key_mask.sum(-1).max())
+        real = k_len if options["attn_mask"] is None else int(options["attn_mask"].sum(-1).max())
         if real > 2 * lengths[1] or 2 * real < lengths[0]:
             warnings.warn(
                 f"this layer was calibrated with {lengths[0]} to {lengths[1]} keys and now gets {real}: its error "
@@ -266,11 +275,15 @@ class SparseAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A calibration in progress belongs to this process; a copied or pickled model is not part of it.
-        return dict(self.__dict__) | {"observer": None, "last_density": None}
+        return dict(self.__dict__) | {"observer": None, "last_density": None, "_joined": None}
 
     def extra_repr(self) -> str:
         facts = f"mode={self.mode}, heads={self.heads}, l1={self.l1}, pv_l1={self.pv_l1}, tail={self.tail}"
         return facts if self._tuned is None else f"{facts}, thresholds: {self._tuned.origin}"
+
+
+def _with_tokens(selector: Selector, text: Ranges) -> Selector:
+    return selector | Tokens(text, block_q=selector.block_q, block_k=selector.block_k, sink=False)
 
 
 # Attributes of a pipeline object that hold its transformers, and the prefix of the second one in a tuned file; those of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .selectors import Selector
 
 def attend_again(
     q: Tensor, k: Tensor, v: Tensor, selector: Selector | None, options: Mapping[str, Any], *, backend: str = "auto",
-    strict: bool = False, wants_stats: bool = False, trusted: Mapping[str, Any] = MappingProxyType({}),
+    strict: bool = False, wants_stats: bool = False, trusted: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, AttentionStats | None]:  # fmt: skip
     """:func:`attend` for the arguments of a call; from the third call of a signature on its plan is run (replay.py).
 

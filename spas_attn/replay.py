@@ -12,7 +12,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -176,7 +175,7 @@ def _describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor], addr
         elif kind is tuple or kind is list:
             key += (tuple, len(value))
             _describe(value, key, tensors, addresses)
-        elif kind is dict or kind is MappingProxyType:
+        elif kind is dict:
             key += (dict, tuple(value))
             _describe(value.values(), key, tensors, addresses)
         elif isinstance(value, (Selector, BlockMask)):
