@@ -38,7 +38,8 @@ from .selectors.minference import PATTERNS
 if TYPE_CHECKING:
     from .fused import Parts
 
-MAX_BLOCKS = 4096  # key blocks that the kernels serve
+MAX_BLOCKS = 16384  # key blocks that the kernels serve: a program holds a row of them in registers
+_MAX_BLOCKS_OF_HEADS = 4096  # of FlexPrefill, which holds 16 rows
 _PACKS = (ExactKeys, MeanSimilarity, TopK)
 _WIDE, _WIDE_MEMORY = (FlexPrefill, MInference), 135_168  # bytes of tiles of exact scores in fp32 or of wide heads
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -104,6 +105,8 @@ def _serves(selector: Selector, call: Call) -> bool:
     """Whether there are kernels for the rule; for packed sequences in one call those of pooled scores know them."""
     known = _known(selector)
     if known is None or (call.document_start is not None and type(known[0]) not in _PACKS):
+        return False
+    if isinstance(known[0], FlexPrefill) and cdiv(call.k_len, selector.block_k) > _MAX_BLOCKS_OF_HEADS:
         return False
     wide = call.q.dtype == torch.float32 or call.q.shape[-1] > 128
     return not (wide and isinstance(known[0], _WIDE) and shared_memory_limit(call.q.device) < _WIDE_MEMORY)
