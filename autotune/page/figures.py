@@ -11,7 +11,7 @@ import torch
 from ..block_maps import HIDDEN, unpack
 from ..budget import curve, outcome
 from ..tradeoff import Tradeoff
-from .record import ERRORS, Entry, Head, Record, achieved, bound, number, percent
+from .record import ERRORS, Entry, Head, Record, achieved, bound, ms, number, percent
 from .svg import ABSENT, BLUE, GREY, INK, ORANGE, Axes, label, line, png, rgb, shade, text, ticks, titled, whole_ticks
 
 PALETTE = [shade(i / 100) for i in range(101)] + [rgb(ABSENT)]  # percentages, and what has none
@@ -65,7 +65,7 @@ def curves(entry: Entry, kind: str) -> str:
         (0, 100), (0, high), [(x, f"{x}%") for x in range(0, 101, 20)], [(y, f"{y:g}") for y in ticks(0, high)],
         "blocks that are computed (density)", WORDS[kind], _SHORT, 290,
     )  # fmt: skip
-    drawn = [axes.across(limit, ORANGE, f"bound {limit:g}")] if limit else []
+    drawn = [axes.across(limit, ORANGE, f"bound {limit:.3g}")] if limit else []
     for head in entry["heads"]:
         h = head["head"]
         points = sorted((100 * x, y) for x, y in zip(found["density"][h], found[kind][h], strict=True))
@@ -77,7 +77,7 @@ def curves(entry: Entry, kind: str) -> str:
         what = f"density {percent(chosen[h][0])}, {WORDS[kind]} {chosen[h][1]:.3g}" if h in chosen else "runs dense"
         drawn.append(titled(f"head {h}: {what}", *marks, kind="curve"))
     alt = f"{WORDS[kind].capitalize()} against density of {len(entry['heads'])} heads of layer {number(entry)}" + (
-        f"; the chosen points stand below the bound {limit:g}" if limit else ""
+        f"; the chosen points stand below the bound {limit:.3g}" if limit else ""
     )
     return axes.svg(alt, *drawn)
 
@@ -207,7 +207,7 @@ def times_by_layer(record: Record) -> str:
             else:
                 size = f'width="{right - left:.1f}" height="{axes.bottom - top:.1f}"'
                 word, mark = "measured", f'<rect x="{left:.1f}" y="{top:.1f}" {size} fill="{colour}"/>'
-            title = f"layer {number(record.layers[i])}, {name}: {value:.3g} ms {word}"
+            title = f"layer {number(record.layers[i])}, {name}: {ms(value)} {word}"
             (lines if kind else bars).append(titled(title, mark))
     return axes.svg(f"Time of {rows} layers, dense and sparse, in milliseconds", *bars, *lines)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .record import ERRORS, Record, achieved, bound, count, number, percent
+from .record import ERRORS, Record, achieved, bound, count, ms, number, percent
 
 FEW_PROMPTS = 5
 LITTLE = 0.1  # sparsity of a layer under which selection hardly pays
@@ -212,7 +212,7 @@ def error_text(record: Record, kind: str) -> str:
     """The error nearest to its bound, in one line."""
     value, limit = record.worst(kind)
     what = {"mean": "of a head", "tail": "of a head's 99.5th percentile query"}[kind]
-    return f"at most {value:.3g} {what}" + (f", bound {limit:g}" if limit else ", no bound")
+    return f"at most {value:.3g} {what}" + (f", bound {limit:.3g}" if limit else ", no bound")
 
 
 def tradeoff_text(record: Record) -> str:
@@ -231,5 +231,5 @@ def time_text(record: Record) -> str:
     for kind in ("measured", "expected"):
         if pair := record.times(kind):
             gain = f"{pair[0] / pair[1]:.2f}x ({kind}, a call of each layer)"
-            return f"{pair[0]:.3g} ms dense, {pair[1]:.3g} ms sparse, {gain}"
+            return f"{ms(pair[0])} dense, {ms(pair[1])} sparse, {gain}"
     return "not measured"

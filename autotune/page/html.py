@@ -204,7 +204,7 @@ def _facts(record: Record) -> str:
         if first.get("query_blocks_per_call") else None,
         "chosen by": f"one budget, {record.tradeoff.target}" if record.tradeoff and record.tradeoff.target
         else "bounds for every head",
-        "bounds": ", ".join(f"{key}={info.get(key)}" for key in ("l1", "pv_l1", "tail")),
+        "bounds": ", ".join(f"{key}={info[key]:.3g}" for key in ("l1", "pv_l1", "tail") if info.get(key)) or "none",
         "selector": selector,
         "precision": info.get("precision"),
         "dense steps": info.get("dense_steps"),

@@ -123,6 +123,11 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
+def ms(value: float) -> str:
+    """Milliseconds."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
 def count(number: int, what: str) -> str:
     """A number of things: "1 head", "2 heads"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
