@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,7 @@ def collect(
     run: Callable[[Any], Any],
     items: Sequence[Any],
     query_blocks_per_call: int,
+    every: int = 1,
 ) -> dict[str, Curves]:
     """Curves of selectors with their candidate thresholds, all from one run of each item.
 
@@ -103,6 +105,7 @@ def collect(
         run: runs an item.
         items: what is run.
         query_blocks_per_call: looked at, at random.
+        every: every n-th call of a layer in an item is looked at.
     """
     modules, sampler = sparse_modules(model), Sampler(query_blocks_per_call, 0)
     groups: dict[tuple[int, int], dict[str, tuple[Selector, Sequence[float]]]] = {}
@@ -110,15 +113,19 @@ def collect(
         groups.setdefault((selector.block_q, selector.block_k), {})[name] = selector, candidates
     tallies: dict[tuple[Any, ...], PromptTally] = {}
 
+    calls: Counter[tuple[int, int]] = Counter()
+
     def observe(layer: int, number: int, call: Call | str) -> None:
-        if isinstance(call, str):
+        place = calls[layer, number]
+        calls[layer, number] += 1
+        if isinstance(call, str) or place % every != every // 2:
             return
         for size, group in groups.items():
             tally = tallies.get((size, layer))
             if tally is None:
                 count = sum(len(candidates) for _, candidates in group.values())
                 tally = tallies[size, layer] = PromptTally(call.q.shape[1], count, call.q.device)
-            add(tally, group, call, sampler.blocks(call, size[0], layer, number))
+            add(tally, group, call, sampler.blocks(call, size[0], layer, number, place))
 
     for number, item in enumerate(items):
         for layer, module in enumerate(modules.values()):

@@ -85,7 +85,7 @@ def tables(data: Row) -> str:
         row = [name, plan]
         for aim in AIMS:
             drawn = np.array([line.at(aim, picks) for picks in draws])
-            row += [_percent(line.at(aim)), _limits(drawn), _limits(drawn - reference[aim], "+.1f")]
+            row += [_percent(line.at(aim)), limits(drawn), limits(drawn - reference[aim], "+.1f")]
         rows.append(row)
     return "\n\n".join(
         "\n".join("| " + " | ".join(row) + " |" for row in part) for part in (rows, _points(found), _retrieval(data))
@@ -159,7 +159,7 @@ def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.1%}"
 
 
-def _limits(values: np.ndarray, form: str = ".1f") -> str:
+def limits(values: np.ndarray, form: str = ".1f") -> str:
     """The range in which 90% of the values lie, in percent; – where a tenth of them is not known."""
     known = values[~np.isnan(values)]
     if len(known) < 0.9 * len(values):

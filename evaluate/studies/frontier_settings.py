@@ -80,3 +80,20 @@ SETTINGS: dict[str, Setting] = {
     "128x64, exact 16, real": exact(16, 128, queries="sample"),
     "oracle": exact(1),
 }
+
+# Of the demo Wan; the first one is the default of video models so far.
+BOTH = ("bounds", "budget")
+VIDEO: dict[str, Setting] = {
+    "peak mass": Setting(PeakMass(), plans=BOTH),
+    "means 8": Setting(MeanSimilarity(pool=8, block_q=64, block_k=64), plans=BOTH),
+    "exact 32": exact(32, plans=BOTH),
+    "exact 16": exact(16, plans=BOTH),
+    "exact 8": exact(8, plans=BOTH),
+    "exact 8, real": exact(8, queries="sample", plans=BOTH),
+    "exact 16, real": exact(16, queries="sample", plans=BOTH),
+    "exact 32, peak": dataclasses.replace(probe(32, "mean", peak=True), plans=BOTH),
+    "exact 16, peak": dataclasses.replace(probe(16, "mean", peak=True), plans=BOTH),
+    "exact 8, peak": dataclasses.replace(probe(8, "mean", peak=True), plans=BOTH),
+    "exact 8, real, peak": dataclasses.replace(probe(8, peak=True), plans=BOTH),
+    "oracle, peak": dataclasses.replace(probe(1, peak=True), plans=BOTH),
+}

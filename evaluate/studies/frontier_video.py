@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Sparsity against PSNR on the demo Wan: selectors and ways of sharing out the error, all from one pass.
+
+    python evaluate/studies/frontier_video.py                           # docs/benchmarks/video_frontier.json
+    python evaluate/studies/frontier_video.py --plot                    # the table from the .json
+    python evaluate/studies/frontier_video.py --settings "exact 32" --targets .4 --clips 2 --seeds 1 --steps 4
+
+As ``frontier.py``: thresholds of a target sparsity are chosen by bounds of mean and tail in the ratio of the demo
+(bounds) or by one budget (budget), and clips of unseen prompts are generated dense and sparse from the same noise.
+Made for a GPU. OUT.json is written after every choice; run again, the program goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import _demos  # noqa: F401
+import curves
+import numpy as np
+import sampler
+import sweep
+import torch
+from clips import DEMO
+from frontier_results import RESAMPLES, SEED, limits
+from frontier_settings import VIDEO
+from long_results import Results, Row, read
+from prompts import PROMPTS
+from torch import Tensor
+
+from modify_model import patch, restore
+from modify_model.cli.arguments import check_output, sparse_backend, whole
+from modify_model.cli.compare import Densities
+from modify_model.cli.parallel import guarded
+from spas_attn.metrics import psnr
+
+RATIO = {"l1": 0.08, "tail": 0.4}  # of the demo's bounds
+AIM = 33.0  # dB
+COLUMNS = {
+    "setting": "", "plan": "", "sparsity at 33 dB": ".1%", "90% limits": "", "over the first": "", "worst clip": ".1f",
+}  # fmt: skip
+
+
+class VideoStudy:
+    """The demo Wan, its clips, and the choices that are asked for."""
+
+    def __init__(self, args: argparse.Namespace, results: Results) -> None:
+        self.args, self.results = args, results
+        self.sampler = sampler.load(args.model_name, steps=args.steps, device=args.device)
+        self.pipe, self.device = self.sampler.pipe, self.sampler.pipe.transformer.device
+        self.prompts = list(PROMPTS["unseen"][-args.clips :])
+        self.chosen = {name: VIDEO[name] for name in args.settings}
+
+    def clips(self) -> Tensor:
+        """Clips of the unseen prompts ``[n, F, H, W, 3]``, each from the noise of every seed."""
+        return torch.cat([self.sampler.clips(self.prompts, 100 * seed).cpu() for seed in range(self.args.seeds)])
+
+    def cells(self) -> Iterator[None]:
+        """Every choice that is missing, one after the other."""
+        restore(self.pipe)
+        exact = self.clips()
+        patch(self.pipe)
+        selectors = {name: (setting.selector, setting.candidates) for name, setting in self.chosen.items()}
+        items = self.sampler.items(PROMPTS["calibration"], 1000)
+        found = curves.collect(self.pipe, selectors, self.sampler.observe, items, self.args.query_blocks, every=2)
+        for name, setting in self.chosen.items():
+            restore(self.pipe)
+            patch(self.pipe, selector=setting.selector, backend=sparse_backend(self.device))
+            for plan in setting.plans:
+                for target in self.args.targets:
+                    choice = f"{plan} {target:g}"
+                    if self.results.find(name, choice, self.args.steps, "clips") is not None:
+                        continue
+                    curve = found[name]
+                    chosen = curve.uniform(target, **RATIO) if plan == "bounds" else curve.budget(target)
+                    curves.install(self.pipe, curve, chosen)
+                    with Densities(self.pipe) as densities:
+                        clips = self.clips()
+                    density = float(densities.result()[1].nanmean())
+                    # Clips that are equal to the bit have no finite PSNR.
+                    decibels = [min(float(psnr(*pair)), 99.0) for pair in zip(clips, exact, strict=True)]
+                    cell = {"method": name, "setting": choice, "length": self.args.steps, "task": "clips"}
+                    self.results.add(cell | {"density": density, "psnr": decibels})
+                    yield
+
+
+def at_aim(cells: Sequence[Row], picks: np.ndarray | None = None) -> tuple[float, float]:
+    """Sparsity and worst clip where the mean PSNR is AIM, between two choices; NaN outside them."""
+    decibels = np.array([cell["psnr"] for cell in cells])
+    decibels = decibels if picks is None else decibels[:, picks]
+    sparsity = np.array([1 - cell["density"] for cell in cells])
+    order = np.argsort(sparsity)
+    mean = -np.minimum.accumulate(decibels.mean(1)[order])
+    values = (sparsity[order], decibels.min(1)[order])
+    found = [float(np.interp(-AIM, mean, value, left=math.nan, right=math.nan)) for value in values]
+    return found[0], found[1]
+
+
+def summary(data: Row) -> str:
+    """What every line gives at the aim, with 90% limits, in Markdown; differences are from the first line."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for cell in data["cells"]:
+        groups.setdefault((cell["method"], cell["setting"].split()[0]), []).append(cell)
+    rng, rows, reference = np.random.default_rng(SEED), [], None
+    clips = len(data["cells"][0]["psnr"]) if data["cells"] else 0
+    draws = [rng.integers(0, clips, clips) for _ in range(RESAMPLES)]
+    for (name, plan), cells in groups.items():
+        sparsity, worst = at_aim(cells)
+        drawn = np.array([at_aim(cells, picks)[0] for picks in draws])
+        reference = drawn if reference is None else reference
+        values = (name, plan, sparsity, limits(drawn), limits(drawn - reference, "+.1f"), worst)
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return sweep.table(COLUMNS, rows)
+
+
+def evaluate(args: argparse.Namespace, path: Path) -> None:
+    """Compute every choice that is missing."""
+    names = ("steps", "clips", "seeds", "query_blocks")
+    results = Results(path, {name: getattr(args, name) for name in names})
+    study, began = VideoStudy(args, results), time.perf_counter()
+    gpu = study.device.type == "cuda"
+    results.facts |= {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
+    for _ in study.cells():
+        if args.seconds and time.perf_counter() - began > args.seconds:
+            print(f"stopped after {args.seconds} seconds; run again to go on")
+            return
+
+
+def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_name", default=str(DEMO), help="the demo model's folder")
+    add("--settings", nargs="+", choices=list(VIDEO), metavar="NAME", default=list(VIDEO), help=", ".join(VIDEO))
+    add("--targets", nargs="+", type=float, default=[0.32, 0.4, 0.48, 0.56], help="sparsities")
+    add("--query_blocks", type=whole(1), default=16, help="looked at per call")
+    add("--clips", type=whole(1, 10), default=10, help="unseen prompts to generate, of 10")
+    add("--seeds", type=whole(1), default=2, help="how often, from other noise")
+    add("--steps", type=whole(2), default=12, help="denoising steps")
+    add("--seconds", type=whole(1), help="stop after the choice in which so many seconds are over")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
+    add("--out", type=Path, default=Path("docs/benchmarks/video_frontier"), help="OUT.json is written")
+    add("--plot", action="store_true", help="only print the table from OUT.json")
+    return parser.parse_args(given)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything after the arguments."""
+    path = args.out.with_name(args.out.name + ".json")
+    check_output("out", str(path))
+    if not args.plot:
+        evaluate(args, path)
+    print(summary(read(path)))
+    return 0
+
+
+@torch.no_grad()
+def main(given: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = read_arguments(given)
+    return guarded("frontier_video.py", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
