@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spas_attn import backends
 from spas_attn.attention import attend
-from spas_attn.block_mask import blockwise
+from spas_attn.block_mask import BlockMask, blockwise
 from spas_attn.call import Call
 from spas_attn.plan import plan
 from spas_attn.selectors import Selector
@@ -121,6 +121,16 @@ class Tally:
             getattr(self, name).add_(getattr(other, name))
         self.sums.update(other.sums)
         self.maps.update(other.maps)
+
+    def pick(self, candidates: list[int]) -> Tally:
+        """The same of some candidates, in this order."""
+        found = Tally(self.heads, len(candidates))
+        for name in ("histogram", "squares", "products", "kept"):
+            setattr(found, name, getattr(self, name)[:, candidates])
+        found.queries, found.possible, found.maps = self.queries, self.possible, self.maps
+        rows = [0, *(1 + c for c in candidates)]
+        found.sums = {prompt: sums[rows] for prompt, sums in self.sums.items()}
+        return found
 
     def total(self) -> Tensor:
         """Σ over prompts of ``sums``, added in prompt order, so that it does not depend on who ran what."""
@@ -257,16 +267,22 @@ def add_pv_curves(tally: PromptTally, module: SparseAttention, call: Call, grid:
 
 
 @torch.no_grad()
-def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
+def add_check(tally: PromptTally, module: SparseAttention, call: Call, precisions: Sequence[str] = ()) -> str:
     """Errors of the real kernel on all queries: candidate 0 is selection alone, candidate 1 everything.
 
     When the backend leaves PV skip out but the layer uses it, everything is computed by ``reference``, which carries
     it out, so that the file is checked as other devices will run it. (Not where that would leave out the quantisation
     which the backend does carry out.)
 
+    Args:
+        precisions: candidates 1, 2, ... are everything in these precisions, under the same blocks; those that are not
+            served here get errors that are no numbers. None: the call's own.
+
     Returns:
-        The name of the backend that computed everything.
+        The name of the backend that computed candidate 1.
     """
+    if precisions:
+        call = call.replace(precision=precisions[0])
     selector, pv = module.serving(call)
     exact = backends.get("sdpa").compute(call.replace(q=call.q.float(), k=call.k.float(), v=call.v.float()))
     tuned, backend = module.tuned, module.backend
@@ -282,15 +298,24 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call) -> str:
     selection = total
     if stats.mask is not None and (tuned.skips or quantised):
         selection, _ = attend(call.replace(mask=stats.mask, precision="native"))
+    others = [_in_precision(asked, stats.mask, name, stats.backend) for name in precisions[1:]]
     norm = exact.abs().sum(-1)
     valid, queries = norm > 0, call.query_mask()
     if queries is not None:
         valid = valid & queries[:, None]
-    difference = torch.stack([(x.float() - exact).abs().sum(-1) for x in (selection, total)], 2)
-    tally.add_errors(ALL_HEADS, difference * valid[:, :, None], norm * valid, valid)
+    difference = torch.stack([(x.float() - exact).abs().sum(-1) for x in (selection, total, *others)], 2)
+    tally.add_errors(ALL_HEADS, difference.masked_fill(~valid[:, :, None], 0.0), norm * valid, valid)
     visible = _real(selector.visible(call), call, selector.block_q)
     kept = visible if stats.mask is None else _real(stats.mask.to_dense(), call, selector.block_q)
-    tally.add_blocks(ALL_HEADS, kept.sum((0, 2, 3))[:, None].expand(-1, 2), visible.sum((0, 2, 3)))
+    tally.add_blocks(ALL_HEADS, kept.sum((0, 2, 3))[:, None].expand(-1, tally.candidates), visible.sum((0, 2, 3)))
     if not tally.maps and stats.mask is not None:
         tally.maps = record(kept[0], visible[0], tuned.is_sparse)
     return stats.backend
+
+
+def _in_precision(call: Call, mask: BlockMask | None, precision: str, backend: str) -> Tensor:
+    """The output under a mask in another precision; NaN where that is not served."""
+    given = call.replace(mask=mask, precision=precision)
+    if mask is None or plan(given, None, backend).fallback is not None:
+        return torch.full_like(call.q, torch.nan)
+    return attend(given, backend=backend)[0]

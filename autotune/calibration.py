@@ -34,7 +34,7 @@ from .conditions import eagerly, float32
 from .files import extract_sparse_attention_state_dict, save
 from .layer import NO_MEMORY, SKIPPED_STEP, Layer, check_layers
 from .module import SHORT, Mode, sparse_modules, transformers_of
-from .objective import bounds_of, layer_times, objective_of, prompts_for_sensitivity
+from .objective import bounds_of, layer_times, objective_of, precisions_of, prompts_for_sensitivity
 from .passes import CheckPass, CurvePass, FreePass, Pass, Work
 from .rerun import Repeater
 from .sampling import Sampler, Steps
@@ -67,6 +67,8 @@ class Calibration:
             layer and prompt; 0 = not, all layers then count the same. Left out: 1 with a budget, else 0. It needs the
             loop over prompts.
         share: with a budget, weigh a head by its share of its layer's squared output, instead of all the same.
+        precisions: what every layer chooses its precision from: the one of least time that holds its bounds, with
+            errors measured in the check. Left out: the modules' own.
         grid: candidate thresholds.
         query_blocks: query blocks looked at per call, at random, for the curves; None = all. Errors are sums over
             queries, so a sample estimates them without bias; the check looks at all.
@@ -101,6 +103,7 @@ class Calibration:
         error: float | None = None,
         sensitivity: int | None = None,
         share: bool = True,
+        precisions: Sequence[str] | None = None,
         grid: Grid | None = None,
         query_blocks: int | None = QUERY_BLOCKS,
         kept_aside: float = 0.25,
@@ -137,7 +140,7 @@ class Calibration:
         self.sampler, self.steps = Sampler(query_blocks, seed), Steps(every)
         self.kept_aside, self.skip_not_finite = kept_aside, skip_not_finite
         self.checkpoint, self.resume = checkpoint, resume
-        self._work = Work(layers, grid, rounds, plan, measured)
+        self._work = Work(layers, grid, rounds, plan, measured, precisions_of(precisions))
         self._pass: Pass | None = FreePass(self._work, RESERVOIR_BYTES, seed)
         self._prompt = self._expected = 0
         self._left_out: set[int] = set()
@@ -357,6 +360,7 @@ class Calibration:
                 "prompts_checked": len(layer.check.sums),
                 "checked_on_the_fitted_calls": self._work.fitted == self._work.checked,
                 "calls_skipped_for_memory": skipped[layer.index],
+                "precision": layer.module.precision,
             }
             times = None if expected is None else expected[layer.index]
             self.statistics.append(report.layer_statistics(layer, self._work.grid, times, facts))

@@ -165,7 +165,7 @@ def _install(
         tuned = choose_at_load(tuned, info.tradeoff, target, modules, info)
     for path, module in modules.items():  # nothing fails from here on
         module.selector = info.selector_of(path)
-        module.precision, module.text_sink = info.precision or module.precision, info.text_sink
+        module.precision, module.text_sink = info.precision_of(path) or module.precision, info.text_sink
         l1, pv_l1, tail = info.checked or (None, None, None)
         if l1 is not None and pv_l1 is not None:
             module.l1, module.pv_l1, module.tail = l1, pv_l1, tail

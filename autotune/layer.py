@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from spas_attn.checks import HEAD_DIMS
 
 from .accumulate import Grid, Tally
 from .choose import least, mean_error, tail_error, within_bounds
-from .module import FULL_MASK, SCHEDULED, SHORT, SparseAttention, transformers_of
+from .machine import times
+from .module import DEFAULT_L1, DEFAULT_PV_L1, FULL_MASK, SCHEDULED, SHORT, SparseAttention, transformers_of
 from .tradeoff import LayerTradeoff, Shape
 from .tuned import PV_OFF, Bounds, Tuned
 
@@ -46,6 +48,7 @@ class Layer:
         tighter: ``[H]``, factor on the bounds of heads that missed them; 0 = runs dense.
         chosen: int64 ``[H]``, the candidates in force; their number = dense.
         sensitivity: see :class:`autotune.tradeoff.LayerTradeoff`.
+        precision: the chosen one, None for the module's own.
         check_backend: name of the backend that the check ran on.
         measured_ms: of one call of the check, dense and sparse; see :func:`autotune.timing.timed`.
     """
@@ -63,6 +66,7 @@ class Layer:
         self.tighter = torch.ones(0, dtype=torch.float64)
         self.chosen = torch.zeros(0, dtype=torch.long)
         self.sensitivity: float | None = None
+        self.precision: str | None = None
         self.check_backend = ""
         self.measured_ms: tuple[float, float] | None = None
 
@@ -188,6 +192,43 @@ class Layer:
         pv = torch.where(good, torch.tensor(grid.pv), PV_OFF).amin(1)
         self.module.tuned = dataclasses.replace(self.in_force(), pv=torch.where(self.is_sparse(), pv, PV_OFF))
 
+    def choose_precision(self, check: Tally, names: Sequence[str], grid: Grid) -> Tally:
+        """Take the precision of least time that holds the bounds; returns the check of it alone.
+
+        Without a bound on everything, quantisation may raise the layer's error by a sixth, as the usual bounds do
+        (``pv_l1`` over ``l1``). Where the cost model has no row for this machine, fewer bits count as faster.
+
+        Args:
+            check: candidate 0 is selection alone, the following everything in each of the precisions.
+            names: those, the most exact one first.
+        """
+        order = sorted(range(len(names)), key=lambda i: (self._expected_ms(names[i]), -i))
+        number = next((i for i in order if self._holds(check.pick([0, 1 + i]), grid)), 0)
+        self.precision = names[number]
+        return check.pick([0, 1 + number])
+
+    def _expected_ms(self, precision: str) -> float:
+        module, density = self.module, self.in_force().expected_density
+        found = self.shape and times(self.shape, self.device or module._device, precision, module.selector.selection_ms)
+        return found.sparse(1.0 if density is None else density) if found else math.inf
+
+    def _holds(self, check: Tally, grid: Grid) -> bool:
+        """Whether everything (candidate 1) is within the bounds of all sparse heads."""
+        _, pv_l1, tail = self.bounds
+        sparse, mean = self.is_sparse(), mean_error(check)
+        good = mean[:, 1].isfinite()
+        if pv_l1 is not None:
+            good &= mean[:, 1] <= pv_l1
+        if tail is not None:
+            good &= tail_error(check)[:, 1] <= tail
+        if not bool((good | ~sparse).all()):
+            return False
+        if pv_l1 is not None:
+            return True
+        share = self.tradeoff(grid).share.double()
+        selection, everything = ((share * mean[:, i].square())[sparse].sum().sqrt() for i in (0, 1))
+        return bool(everything <= selection * DEFAULT_PV_L1 / DEFAULT_L1)
+
     def back_off(self, check: Tally, last: int) -> Tensor:
         """Tighten the bounds of sparse heads that missed one in the check; says which did, bool ``[H]``.
 
@@ -226,6 +267,7 @@ class Layer:
         l1, pv_l1, tail = self.bounds
         if l1 is not None and pv_l1 is not None:
             module.l1, module.pv_l1, module.tail = l1, pv_l1, tail
+        module.precision = self.precision or module.precision
         module.set_thresholds(dataclasses.replace(self.in_force(), expected_density=float(density.mean()), **facts))
 
 

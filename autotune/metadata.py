@@ -38,7 +38,7 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
     first = next(iter(tuned.values()))
     checked = first.bounds or (module.l1, module.pv_l1, module.tail)
     return {
-        "format": 2 if None not in checked[:2] else FORMAT,
+        "format": FORMAT if None in checked[:2] or len({m.precision for m in modules.values()}) > 1 else 2,
         "model_class": _model_class(model),
         "family": module.family,
         "head_dim": head_dims.pop() if len(head_dims) == 1 else None,
@@ -48,6 +48,7 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
         "selector": _without_thresholds(module.selector),
         "layer_selectors": _layer_selectors(modules),
         "precision": module.precision,
+        "layer_precisions": _layer_precisions(modules),
         "text_sink": module.text_sink,
         "dense_steps": list(module.dense_steps) if module.dense_steps else None,
         **dict(zip(("l1", "pv_l1", "tail"), checked, strict=True)),
@@ -74,6 +75,12 @@ def _layer_selectors(modules: dict[str, SparseAttention]) -> dict[str, dict[str,
     return None if all(content == first for content in found.values()) else found
 
 
+def _layer_precisions(modules: dict[str, SparseAttention]) -> dict[str, str] | None:
+    """The precisions by layer, None where all layers have the same."""
+    found = {path: module.precision for path, module in modules.items()}
+    return found if len({*found.values()}) > 1 else None
+
+
 def _model_class(model: Any) -> str:
     """Class of a model, or of a pipeline's first transformer, as it is without its wrappers."""
     first: Any = transformers_of(model)[0][1]
@@ -97,6 +104,7 @@ class Info:
     mean_density: float | None = None
     layer_density: Mapping[str, float] = field(default_factory=dict)
     layer_selectors: Mapping[str, Selector] = field(default_factory=dict)  # empty: all layers have `selector`
+    layer_precisions: Mapping[str, Any] = field(default_factory=dict)  # empty: all layers have `precision`
     calibrated: bool = True
     thresholds_checked: bool = True
     tradeoff: Tradeoff | None = None
@@ -104,6 +112,10 @@ class Info:
     def selector_of(self, path: str) -> Selector:
         """The selector of a layer."""
         return self.layer_selectors.get(path, self.selector)
+
+    def precision_of(self, path: str) -> Any:
+        """The precision of a layer, None for the module's own."""
+        return self.layer_precisions.get(path, self.precision)
 
     @property
     def checked(self) -> Bounds | None:
@@ -232,6 +244,10 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lengths": ("two numbers of keys", lambda x: _pair(x, _count) and x[0] <= x[1]),
     "mean_density": ("in [0, 1]", _share),
     "layer_density": ("a dict of shares by layer", _shares),
+    "layer_precisions": (
+        "a dict of precisions by layer",
+        lambda x: isinstance(x, dict) and all(value in (*PRECISIONS, *ALIASES) for value in x.values()),
+    ),
     "layer_selectors": ("a dict of selectors by layer", lambda x: isinstance(x, dict)),
     "calibrated": ("True or False", lambda x: isinstance(x, bool)),
     "checked": ("True or False", lambda x: isinstance(x, bool)),

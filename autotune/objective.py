@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spas_attn.call import PRECISIONS
+
 from .accumulate import Grid
 from .budget import Outcome, choose_for, outcome, sparsest
 from .layer import DENSE_IS_FASTER, NOT_WORTH_IT, Layer
@@ -154,6 +156,16 @@ def prompts_for_sensitivity(count: int | None, objective: Objective) -> int:
     if not count and isinstance(objective, Budget) and objective.target.name == "error":
         raise ValueError(f"{objective.target} is predicted from measured sensitivities: sensitivity must be 1 or more")
     return count
+
+
+def precisions_of(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Precisions to choose from, the most exact one first; none where none are named."""
+    if names is None:
+        return ()
+    known = [name for name in PRECISIONS if name != "auto"]
+    if isinstance(names, str) or not names or not set(names) <= set(known):
+        raise ValueError(f"precisions must be a list of some of {known}, got {names!r}")
+    return tuple(name for name in known if name in names)
 
 
 def bounds_of(

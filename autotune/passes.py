@@ -30,6 +30,7 @@ class Work:
 
     Attributes:
         objective: how thresholds follow from the curves.
+        precisions: those that every layer chooses from, the most exact one first; none: the modules' own.
         sensitivity: how many of the fitted prompts the layers' sensitivities are measured on; 0 = none.
         fitted, checked: numbers of the prompts for the curves, and of those kept aside for PV pass and check.
         measured: the model's error with all layers sparse, of each comparison on prompts kept aside.
@@ -40,6 +41,7 @@ class Work:
     rounds: int
     objective: Objective
     sensitivity: int = 0
+    precisions: tuple[str, ...] = ()
     fitted: list[int] = field(default_factory=list)
     checked: list[int] = field(default_factory=list)
     measured: list[float] = field(default_factory=list)
@@ -300,12 +302,12 @@ class CheckPass(Pass):
         self.found: list[float] = []
 
     def candidates(self, layer: Layer) -> int:
-        return 2
+        return 1 + max(1, len(self.work.precisions))
 
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
         bound = layer.bounds[1] or layer.module.pv_l1
         call = call.replace(error_bound=bound)
-        layer.check_backend = add_check(tally, layer.module, call)
+        layer.check_backend = add_check(tally, layer.module, call, self.work.precisions)
         if layer.index not in self.timed:  # one call of this process speaks for all
             self.timed.add(layer.index)
             layer.measured_ms = timed(layer.module, call)
@@ -315,7 +317,9 @@ class CheckPass(Pass):
 
     def conclude(self) -> Pass | None:
         last = self.number if self.number == self.work.rounds else 0
-        missed = [layer.back_off(total, last) for layer, total in self.totals()]
+        names, grid, missed = self.work.precisions, self.work.grid, []
+        for layer, total in self.totals():
+            missed.append(layer.back_off(layer.choose_precision(total, names, grid) if names else total, last))
         self.work.measured = [error for found in self.work.gather(self.found) for error in found]
         if not any(bool(wrong.any()) for wrong in missed):
             return None
