@@ -18,7 +18,7 @@ from .kernels.head_cut import head_cuts
 from .kernels.key_scores import key_scores, row_sums
 from .kernels.last_queries import last_masses
 from .kernels.prepare import Prepared
-from .kernels.probabilities import pooled_probabilities
+from .kernels.probabilities import pooled_blocks
 from .kernels.row_scores import row_scores
 from .kernels.select import Facts, Rule, keep_blocks
 from .kernels.strided import strided_probabilities
@@ -67,10 +67,12 @@ def _by_means(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prep
         parts, call, quantise, pool_q=ranking.pool, pool_k=ranking.pool, similarity=filters, smooth=not causal
     )
     scores = _scores(parts, call)
-    _pooled(ranking, call, made, scores, ranking.pool, sim)
     facts = Facts(made.k.block_filled, made.q.similarity, made.k.similarity, documents=call.document_start)
-    kind = "rank" if isinstance(ranking, TopK) else "mass"
-    return _keep(parts, call, scores, kind, facts, sim_threshold=sim), made
+    rule = _rule(parts, call, "rank" if isinstance(ranking, TopK) else "mass", sim_threshold=sim)
+    counts = _pooled(call, made, scores, ranking.pool, rule, facts)
+    if counts is None:
+        return _kept(call, scores, rule, facts), made
+    return BlockMask(counts, scores, rule.block_q, rule.block_k, call.q_len, call.k_len, trusted=True), made
 
 
 def _by_keys(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
@@ -95,7 +97,7 @@ def _by_keys(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepa
         block_filled = blockwise(call.key_mask, ranking.block_k).any(-1).view(torch.uint8)
     facts = Facts(block_filled, documents=call.document_start)
     lists, per_q = _scores(parts, call), ranking.block_q // ranking.pool
-    mask = None
+    mask, rule = None, _rule(parts, call, "mass")
     for sums in row_sums(lists, per_q, group):
         key_scores(
             vectors, call.k, sums, call.q_len, step=step, pool=ranking.pool, block_q=ranking.block_q,
@@ -103,7 +105,7 @@ def _by_keys(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepa
             valid=kernels.as_bytes(call.key_mask), filled=filled, documents=call.document_start,
         )  # fmt: skip
         counts = None if mask is None else mask.counts
-        mask = _keep(parts, call, lists, "mass", facts, sums=sums, per_q=per_q, counts=counts)
+        mask = _kept(call, lists, rule, facts, sums=sums, per_q=per_q, counts=counts)
     assert mask is not None
     return mask, made
 
@@ -123,7 +125,7 @@ def _by_strides(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Pr
         is_causal=call.is_causal, scale=call.scale, window=call.window, valid=kernels.as_bytes(call.key_mask),
         filled=filled,
     )  # fmt: skip
-    return _keep(parts, call, scores, "mass", Facts(block_filled)), made
+    return _kept(call, scores, _rule(parts, call, "mass"), Facts(block_filled)), made
 
 
 def _by_rows(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
@@ -140,7 +142,8 @@ def _by_rows(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepa
     last_row = None if call.query_mask() is None else last_query(call).to(torch.int32)
     facts = Facts(made.k.block_filled, last_row=last_row)
     sink = max(1, ranking.sink_blocks) if ranking.sink else 0
-    return _keep(parts, call, scores, "share", facts, sink=sink, last_blocks=ranking.last_blocks), made
+    rule = _rule(parts, call, "share", sink=sink, last_blocks=ranking.last_blocks)
+    return _kept(call, scores, rule, facts), made
 
 
 def _by_heads(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
@@ -150,7 +153,9 @@ def _by_heads(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prep
     pool = min(ranking.block_q, ranking.block_k)
     made = _prepare(parts, call, quantise, pool_q=pool, pool_k=pool, smooth=not call.is_causal)
     scores = _scores(parts, call)
-    _pooled(ranking, call, made, scores, pool, None)
+    least, most = ranking.budgets
+    rule = _rule(parts, call, "lines", least=least or None, most=most)
+    _pooled(call, made, scores, pool, rule, None)
     blocks = made.k
     if pool != ranking.block_k:
         blocks = _prepare(parts, call, False, pool_k=ranking.block_k).k
@@ -168,8 +173,7 @@ def _by_heads(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prep
     )  # fmt: skip
     diagonals = lowest_across(ranking, call, by_distance).contiguous()
     facts = Facts(blocks.block_filled, columns=columns.contiguous(), diagonals=diagonals, aware=aware, cuts=cuts)
-    least, most = ranking.budgets
-    return _keep(parts, call, scores, "lines", facts, least=least or None, most=most), made
+    return _kept(call, scores, rule, facts), made
 
 
 def _by_lines(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
@@ -187,7 +191,7 @@ def _by_lines(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prep
     if call.key_mask is not None:
         block_filled = blockwise(call.key_mask, ranking.block_k).any(-1).view(torch.uint8)
     facts = Facts(block_filled, columns=columns, diagonals=diagonals)
-    return _keep(parts, call, _scores(parts, call), "lines", facts), made
+    return _kept(call, _scores(parts, call), _rule(parts, call, "lines"), facts), made
 
 
 _SELECT: dict[type[Selector], Callable[[Parts, Call, bool], tuple[BlockMask, Prepared]]] = {
@@ -244,23 +248,24 @@ def _prepare(parts: Parts, call: Call, quantise: bool, **wanted: Any) -> Prepare
     )  # fmt: skip
 
 
-def _pooled(ranking: Selector, call: Call, made: Prepared, scores: Tensor, pool: int, sim: PerHead | None) -> None:
-    pooled_probabilities(
-        made.q, made.k, scores, call.q_len, call.k_len, pool=pool, block_q=ranking.block_q, block_k=ranking.block_k,
-        is_causal=call.is_causal, scale=call.scale, window=call.window, sim_threshold=sim,
-        documents=call.document_start,
+def _pooled(call: Call, made: Prepared, scores: Tensor, pool: int, rule: Rule, facts: Facts | None) -> Tensor | None:
+    return pooled_blocks(
+        made.q, made.k, scores, call.q_len, call.k_len, pool=pool, is_causal=call.is_causal, scale=call.scale,
+        rule=rule, facts=facts, window=call.window, documents=call.document_start,
     )  # fmt: skip
 
 
-def _keep(parts: Parts, call: Call, scores: Tensor, kind: str, facts: Facts, **more: Any) -> BlockMask:
+def _rule(parts: Parts, call: Call, kind: str, **more: Any) -> Rule:
     ranking = parts.ranking
-    scored = {name: more.pop(name) for name in ("sums", "per_q", "counts") if name in more}
-    rule = Rule(
+    return Rule(
         kind, _checked(ranking.threshold, call, ranking.tuned), ranking.block_q, ranking.block_k,
         more.pop("sink", int(ranking.sink)), ranking.local, dense=parts.dense, tokens=parts.tokens,
         tokens_sink=parts.tokens_sink, tokens_local=parts.tokens_local, touched_q=parts.touched_q,
         touched_k=parts.touched_k, **more,
     )  # fmt: skip
+
+
+def _kept(call: Call, scores: Tensor, rule: Rule, facts: Facts, **scored: Any) -> BlockMask:
     return keep_blocks(
         scores, rule, facts, call.q_len, call.k_len, call.k.shape[1], is_causal=call.is_causal, window=call.window,
         **scored,

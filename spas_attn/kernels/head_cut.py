@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .keep import near_blocks, visible_blocks
 from .operands import PerHead, of_head
 from .recorded import launch
-from .select import _near, _visible
 
 _PASSES = 8  # of four bits
 _PARTS = 32  # most parts of a head
@@ -60,26 +60,27 @@ def cut_kernel(
     if number < PASSES:
         if tl.load(wanted + head) != 0:
             nq, nk = tl.cdiv(q_len, BLOCK_Q), tl.cdiv(k_len, BLOCK_K)
-            block = tl.arange(0, NK)
+            block = tl.arange(0, NK)[None, :]
             offs_t = tl.arange(0, 16)
             # What lies above the last number that begins with these bits and digit t; 15: everything.
             threshold = least + ((offs_t + 1) << (28 - 4 * number)) - 1
             threshold = tl.where((offs_t == 15) | (threshold < 0), -1, threshold)
             above = tl.zeros([16, NK], tl.float32)
-            mass = tl.zeros([NK], tl.float32)
-            for i in range(part, nq, parts):
-                visible, first = _visible(
+            mass = tl.zeros([1, NK], tl.float32)
+            for number_q in range(part, nq, parts):
+                i = number_q + tl.zeros([1, 1], tl.int32)
+                visible, first = visible_blocks(
                     block, i, b, block_filled, None, q_len, k_len, nk, window, BLOCK_Q, BLOCK_K, NK, CAUSAL
                 )
-                forced = visible & _near(block, i, first, q_len, k_len, local, SINK, CAUSAL, BLOCK_Q, BLOCK_K)
+                forced = visible & near_blocks(block, i, first, q_len, k_len, local, SINK, CAUSAL, BLOCK_Q, BLOCK_K)
                 bits = tl.load(probs + (head * nq + i) * nk + block, mask=visible, other=0)
                 p = bits.to(tl.float32, bitcast=True)
                 other = tl.where(forced, 0.0, p)
-                above += tl.where(bits[None, :] > threshold[:, None], other[None, :], 0.0)
+                above += tl.where(bits > threshold[:, None], other, 0.0)
                 mass += tl.where(forced, p, 0.0)
             p_sums = sums + ((number * size + head) * parts + part) * 32 + offs_t
             tl.store(p_sums, tl.sum(above, 1))
-            tl.store(p_sums + 16, tl.where(offs_t == 0, tl.sum(mass, 0), 0.0))
+            tl.store(p_sums + 16, tl.where(offs_t == 0, tl.sum(tl.sum(mass, 1), 0), 0.0))
 
 
 def head_cuts(

@@ -25,8 +25,8 @@ from .recorded import launch
 
 _SCRATCH = 1 << 23  # scores, float32, that are held at a time whatever the length
 _ROWS = 64  # of a tile
-_PROGRAMS = 2048  # among which the keys of a head are split, if there are not as many rows
-_STRETCH = 2048  # keys that a program goes over at least
+_PROGRAMS = 2048  # among which the keys of a head are split
+_STRETCH = (512, 2048)  # keys that a program goes over: at least, and no more while there are not four times as many
 
 
 class RowSums(NamedTuple):
@@ -63,19 +63,19 @@ def mean_probability(
     sums, head, i, block, q_len, k_len, window, documents,
     PER_Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Mean softmax of the PER_Q rows of query block ``i`` over the key blocks ``block``, float32 [NK]."""
+    """Mean softmax of the PER_Q rows of query block ``i`` over the key blocks ``block``, float32 [1, NK]."""
     POOL: tl.constexpr = BLOCK_Q // PER_Q
     nk = tl.cdiv(k_len, BLOCK_K)
     p_row = sums.data + (head * sums.blocks + i - sums.first) * PER_Q * nk + block
-    total_p, counted = tl.zeros([NK], tl.float32), 0.0
+    total_p, counted = tl.zeros([1, NK], tl.float32), tl.zeros([1, 1], tl.float32)
     for x in tl.range(0, PER_Q, loop_unroll_factor=min(PER_Q, 4)):
         row = i * PER_Q + x
         low, high = _row_range(row, row * POOL < q_len, q_len, k_len, window, documents, POOL, CAUSAL)
         seen = (block * BLOCK_K <= high) & (block * BLOCK_K + BLOCK_K > low)
         log_mass = tl.load(p_row + tl.cast(x, tl.int64) * nk, mask=seen, other=float("-inf"))
-        peak = tl.max(log_mass, 0)
+        peak = tl.max(log_mass, 1, keep_dims=True)
         p = tl.exp2(log_mass - tl.where(peak == float("-inf"), 0.0, peak))
-        total = tl.sum(p, 0)
+        total = tl.sum(p, 1, keep_dims=True)
         counted += (total > 0).to(tl.float32)
         total_p += p * (1.0 / tl.where(total > 0, total, 1.0))
     return total_p * (1.0 / tl.maximum(counted, 1.0))
@@ -295,8 +295,7 @@ def key_scores(
         blocks = cdiv(last, block_k)
         if window is not None and documents is None:
             blocks = min(blocks, cdiv(window + cdiv(m, group) * pool, block_k) + 1)
-    stretch = max(_STRETCH // block_k, blocks * programs * batch * k_heads // _PROGRAMS) // (n // block_k)
-    stretch = max(1, stretch) * (n // block_k)
+    stretch = _stretch(blocks * programs * batch * k_heads, n // block_k, n)
     splits = cdiv(blocks, stretch)
     launch(
         key_scores_kernel, (programs * splits * batch * k_heads,),
@@ -306,6 +305,17 @@ def key_scores(
         PAIR=means and vectors.shape[3] == 2, M=m, N=n, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def _stretch(blocks: int, wide: int, n: int) -> int:
+    """Key blocks that a program goes over, whole tiles of ``wide`` blocks and ``n`` keys.
+
+    Args:
+        blocks: key blocks that all programs go over.
+    """
+    least, most = (max(1, keys // n) for keys in _STRETCH)
+    tiles = blocks // (_PROGRAMS * wide)
+    return max(least, min(tiles, most), tiles // 4) * wide
 
 
 def _tiles(k: Tensor, dim: int, block_k: int) -> tuple[int, int, int, int]:

@@ -1,7 +1,9 @@
-"""How probable key blocks are for query blocks, from the means of sub-blocks, without holding fine scores.
+"""How probable key blocks are for query blocks, from the means of sub-blocks, and which of them are kept.
 
-The kernel goes over the key sub-blocks twice, once for the log-sum-exp of every row of sub-block scores and once for
-the probabilities, which it sums per key block and averages over the rows of a query block.
+One sweep over the key sub-blocks leaves the log-sum-exp of every row and key block in memory of the program's own,
+which it reads back, mostly from the second cache, as soon as the sum of the row is known: a second sweep would cost as
+much as the first. A program holds all rows of its query blocks, so that it goes on to keep their blocks in the same
+launch.
 """
 
 from __future__ import annotations
@@ -14,17 +16,16 @@ from torch import Tensor
 from ..block_mask import cdiv
 from .arithmetic import dot
 from .config import capability, shared_memory_limit
+from .keep import keep_rows
 from .operands import PerHead, Side, of_head
 from .prepare import LOG2E
 from .recorded import launch
-from .similarity import mixed
+from .select import Facts, Rule, keeping, keeping_constants, new_counts, row_width
+from .similarity import last_within, mixed
 
-
-@triton.jit
-def last_within(limit, length, SIZE: tl.constexpr):
-    """Index of the last stretch of SIZE tokens that ends at ``limit`` or before; the ragged last one ends at length."""
-    whole = tl.where(limit < 0, -1, limit // SIZE - 1)
-    return tl.where(limit >= length, tl.cdiv(length, SIZE) - 1, whole)
+_CHUNK = 64  # key blocks that are normalised at a time
+_MEMORY = 1 << 26  # bytes of log-sum-exps that a launch may hold
+_ROWS_HELD = 8192  # most numbers of rows that a program keeps blocks of
 
 
 @triton.jit
@@ -85,55 +86,13 @@ def _scores(
 
 
 @triton.jit
-def probabilities_kernel(
-    q_means, k_means, filled, k_similarity, sim_threshold, probs, heads, group, q_len, k_len, window, documents, scale,
-    DPAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, POOL: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+def _sweep(
+    p_q, p_k, p_filled, p_similarity, p_scratch, rows, begin, stop, low, high, judged, threshold, lower, scale, fine_q,
+    fine_k, DPAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PER_K: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of M sub-blocks of queries of one head; one function, because the two passes share all names.
-
-    Args:
-        q_means, k_means: bf16 [B, Hq, fine_q, 2, DPAD] and [B, Hkv, fine_k, 2, DPAD], each a sum of two numbers.
-        filled: uint8 [B, fine_k], 0 for sub-blocks of padding; or None.
-        k_similarity: float32 [B, Hkv, nk], or None; sim_threshold: PerHead, or None.
-        probs: [B, Hq, nq, nk]: to be written, the bits of float32 probabilities.
-        window: keys that a query sees under causality, or None.
-        documents: int32, first row of the packed sequence of every 128 rows; or None.
-        scale: factor on q·k, log2(e) included.
-        M, N: query and key sub-blocks of a tile, whole blocks.
-    """
-    PER_Q: tl.constexpr = BLOCK_Q // POOL
-    PER_K: tl.constexpr = BLOCK_K // POOL
-    fine_q, fine_k = tl.cdiv(q_len, POOL), tl.cdiv(k_len, POOL)
-    nq, nk = tl.cdiv(q_len, BLOCK_Q), tl.cdiv(k_len, BLOCK_K)
-    tiles = tl.cdiv(fine_q, M)
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # the longest first
-    head = tl.cast(pid // tiles, tl.int64)
-    b, h = head // heads, head % heads
-    k_head = b * (heads // group) + h // group
-    rows = tile * M + tl.arange(0, M)  # [M]
-
-    p_q = q_means + (head * fine_q + rows)[:, None] * (2 * DPAD) + tl.arange(0, DPAD)[None, :]  # [M, DPAD]
-    q_high = tl.load(p_q, mask=(rows < fine_q)[:, None], other=0.0)
+    """log2 of the exponentials of M rows summed over each key block, into ``p_scratch``; and over all, 0 for none."""
+    q_high = tl.load(p_q, mask=(rows < fine_q)[:, None], other=0.0)  # [M, DPAD]
     q_low = tl.load(p_q + DPAD, mask=(rows < fine_q)[:, None], other=0.0)
-    p_k = k_means + k_head * fine_k * (2 * DPAD)
-    p_filled, p_similarity, threshold = None, None, 0.0
-    if filled is not None:
-        p_filled = filled + b * fine_k
-    if k_similarity is not None:
-        p_similarity, threshold = k_similarity + k_head * nk, of_head(sim_threshold, h)
-
-    low, high, judged = _bounds(rows, q_len, k_len, window, documents, p_filled, POOL, BLOCK_Q, BLOCK_K, CAUSAL)
-    stop = tl.max(high, 0) + 1
-    begin, lower = 0, window
-    if documents is not None:
-        lower = documents
-    if lower is not None:
-        begin = tl.min(low, 0) // N * N
-
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     for start in range(begin, stop, N):
@@ -143,29 +102,95 @@ def probabilities_kernel(
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        total = total * tl.exp2(peak - anchor) + tl.sum(tl.exp2(scores - anchor[:, None]), 1)
+        # A block that is nothing beside the largest score so far is nothing in the end.
+        mass = tl.sum(tl.reshape(tl.exp2(scores - anchor[:, None]), [M, N // PER_K, PER_K]), 2)
+        log_mass = tl.where(mass > 0, anchor[:, None] + tl.log2(mass), float("-inf"))
+        tl.store(p_scratch + (start // PER_K + tl.arange(0, N // PER_K))[None, :], log_mass)
+        total = total * tl.exp2(peak - anchor) + tl.sum(mass, 1)
         peak = new_peak
     nonempty = total > 0
-    log_sum = tl.where(nonempty, peak + tl.log2(tl.where(nonempty, total, 1.0)), 0.0)  # [M]
-    counted = tl.sum(tl.reshape(nonempty.to(tl.int32), [M // PER_Q, PER_Q]), 1)
-    weight = 1.0 / tl.maximum(counted, 1).to(tl.float32)  # [M // PER_Q]
+    return tl.where(nonempty, peak + tl.log2(tl.where(nonempty, total, 1.0)), 0.0), nonempty  # [M]
 
-    block_row = tile * (M // PER_Q) + tl.arange(0, M // PER_Q)
-    p_probs = probs + (head * nq + block_row)[:, None] * nk + tl.arange(0, N // PER_K)[None, :]
-    # Every visible block of these rows gets a value, also those of which no sub-block is seen.
-    if CAUSAL:
-        last_row = tl.minimum(tl.minimum((tile + 1) * M, fine_q) * POOL, q_len) - 1
-        stop = tl.minimum(tl.maximum(last_row + k_len - q_len, -1) // BLOCK_K + 1, nk) * PER_K
-    for start in range(begin, stop, N):
-        scores = _scores(
-            q_high, q_low, p_k, p_filled, p_similarity, start, low, high, judged, threshold, lower, scale, fine_k,
-            DPAD, N, PER_K,
+
+@triton.jit
+def pooled_kernel(
+    q_means, k_means, filled, k_similarity, sim_threshold, probs, scratch, counts, by, tasks, heads, group, q_len,
+    k_len, window, documents, scale, pitch,
+    DPAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, POOL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, RULE: tl.constexpr, SINK: tl.constexpr,
+    CAUSAL: tl.constexpr, LAST: tl.constexpr, TOUCHED_SINK: tl.constexpr,
+):  # fmt: skip
+    """Tile after tile of M sub-blocks of queries of one head; the programs share the tiles evenly.
+
+    Args:
+        q_means, k_means: bf16 [B, Hq, fine_q, 2, DPAD] and [B, Hkv, fine_k, 2, DPAD], each a sum of two numbers.
+        filled: uint8 [B, fine_k], 0 for sub-blocks of padding; or None.
+        k_similarity: float32 [B, Hkv, nk], or None; sim_threshold: PerHead.
+        probs: [B, Hq, nq, nk]: to be written, the bits of float32 probabilities; with ``counts``, int32 [B, Hq, nq],
+            the lists that are kept ``by`` (Keeping; NK, RULE and on: see ``keep_rows``).
+        scratch: float32 [programs, M, pitch].
+        tasks: tiles of all heads.
+        window: keys that a query sees under causality, or None.
+        documents: int32, first row of the packed sequence of every 128 rows; or None.
+        scale: factor on q·k, log2(e) included.
+        M, N: query and key sub-blocks of a tile, whole blocks; CHUNK: key blocks.
+    """
+    PER_Q: tl.constexpr = BLOCK_Q // POOL
+    PER_K: tl.constexpr = BLOCK_K // POOL
+    R: tl.constexpr = M // PER_Q
+    fine_q, fine_k = tl.cdiv(q_len, POOL), tl.cdiv(k_len, POOL)
+    nq, nk = tl.cdiv(q_len, BLOCK_Q), tl.cdiv(k_len, BLOCK_K)
+    tiles = tl.cdiv(fine_q, M)
+    p_scratch = scratch + tl.cast(tl.program_id(0), tl.int64) * M * pitch + tl.arange(0, M)[:, None] * pitch
+    lower = window if documents is None else documents
+    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
+        tile = task % tiles
+        if CAUSAL:
+            tile = tiles - 1 - tile  # the longest first
+        head = tl.cast(task // tiles, tl.int64)
+        b, h = head // heads, head % heads
+        k_head = b * (heads // group) + h // group
+        rows = tile * M + tl.arange(0, M)  # [M]
+        p_q = q_means + (head * fine_q + rows)[:, None] * (2 * DPAD) + tl.arange(0, DPAD)[None, :]  # [M, DPAD]
+        p_k = k_means + k_head * fine_k * (2 * DPAD)
+        p_filled, p_similarity, threshold = None, None, 0.0
+        if filled is not None:
+            p_filled = filled + b * fine_k
+        if k_similarity is not None:
+            p_similarity, threshold = k_similarity + k_head * nk, of_head(sim_threshold, h)
+        low, high, judged = _bounds(rows, q_len, k_len, window, documents, p_filled, POOL, BLOCK_Q, BLOCK_K, CAUSAL)
+        begin, stop = 0, tl.max(high, 0) + 1
+        if lower is not None:
+            begin = tl.min(low, 0) // N * N
+        log_sum, nonempty = _sweep(
+            p_q, p_k, p_filled, p_similarity, p_scratch, rows, begin, stop, low, high, judged, threshold, lower, scale,
+            fine_q, fine_k, DPAD, M, N, PER_K,
         )  # fmt: skip
-        p = tl.reshape(tl.exp2(scores - log_sum[:, None]), [M // PER_Q, PER_Q, N // PER_K, PER_K])
-        p = tl.sum(tl.sum(p, 3), 1) * weight[:, None]  # [M // PER_Q, N // PER_K]
-        first = start // PER_K
-        inside = (block_row < nq)[:, None] & (first + tl.arange(0, N // PER_K) < nk)[None, :]
-        tl.store(p_probs + first, p.to(tl.int32, bitcast=True), mask=inside)
+        weight = 1.0 / tl.maximum(tl.sum(tl.reshape(nonempty.to(tl.float32), [R, PER_Q]), 1), 1.0)  # [R]
+        tl.debug_barrier()  # what other threads stored is read now
+
+        i = tile * R + tl.arange(0, R)
+        p_probs = probs + (head * nq + i)[:, None] * nk
+        # Every visible block of these rows gets a value, also those of which no sub-block is seen.
+        last = nk
+        if CAUSAL:
+            last_row = tl.minimum(tl.minimum((tile + 1) * M, fine_q) * POOL, q_len) - 1
+            last = tl.minimum(tl.maximum(last_row + k_len - q_len, -1) // BLOCK_K + 1, nk)
+        written = (begin + tl.cdiv(tl.maximum(stop - begin, 0), N) * N) // PER_K
+        for start in range(begin // PER_K, last, CHUNK):
+            block = start + tl.arange(0, CHUNK)
+            log_mass = tl.load(p_scratch + block[None, :], mask=(block < written)[None, :], other=float("-inf"))
+            p = tl.sum(tl.reshape(tl.exp2(log_mass - log_sum[:, None]), [R, PER_Q, CHUNK]), 1) * weight[:, None]
+            inside = (i < nq)[:, None] & (block < last)[None, :]
+            tl.store(p_probs + block[None, :], p.to(tl.int32, bitcast=True), mask=inside)
+        if counts is not None:
+            tl.debug_barrier()
+            i = tile * R + tl.arange(0, R)[:, None]
+            keep_rows(
+                counts, probs, None, by, i, head, heads, group, q_len, k_len,
+                PER_Q, BLOCK_Q, BLOCK_K, NK, RULE, SINK, CAUSAL, LAST, TOUCHED_SINK,
+            )  # fmt: skip
+        tl.debug_barrier()  # the next tile writes where this one was read
 
 
 def _tiles(programs: int, dim: int, per_q: int, per_k: int, device: torch.device) -> tuple[int, int, int, int]:
@@ -177,7 +202,7 @@ def _tiles(programs: int, dim: int, per_q: int, per_k: int, device: torch.device
     return m, n, 8 if m * n > 64 * 128 else 4, stages
 
 
-def pooled_probabilities(
+def pooled_blocks(
     q: Side,
     k: Side,
     probs: Tensor,
@@ -185,33 +210,51 @@ def pooled_probabilities(
     k_len: int,
     *,
     pool: int,
-    block_q: int,
-    block_k: int,
     is_causal: bool,
     scale: float,
+    rule: Rule,
+    facts: Facts | None,
     window: int | None = None,
-    sim_threshold: float | Tensor | None = None,
     documents: Tensor | None = None,
-) -> None:
-    """Write the bits of float32 probabilities into ``probs``, int32 ``[B, Hq, nq, nk]``.
+) -> Tensor | None:
+    """Write the bits of float32 probabilities into ``probs``, int32 ``[B, Hq, nq, nk]``, or the lists that are kept.
 
     Args:
-        q: means of the queries; k: of the keys, with ``filled`` where the call has key padding, and with a
+        q: means of the queries; k: of the keys, with ``filled`` where the call has key padding, and with the rule's
             ``sim_threshold`` with similarities.
         pool: tokens of a mean.
+        rule: how blocks are kept; facts: what that depends on, None where they are not to be kept yet.
         documents: ``Call.document_start``; needs ``filled``, which serves both sides.
         others: as in ``Selector.select``.
+
+    Returns:
+        the lengths of the lists, int32 ``[B, Hq, nq]``; None where ``probs`` holds probabilities, as it does without
+        ``facts`` and for rows that are too long to be kept in the same launch.
     """
     means_q, means_k = q.means, k.means
     if means_q is None or means_k is None:
-        raise ValueError("pooled_probabilities needs the means of both sides: prepare(..., pool=...)")
-    (batch, heads, fine_q, _, dim), device = means_q.shape, means_q.device
-    m, n, warps, stages = _tiles(batch * heads * fine_q, dim, block_q // pool, block_k // pool, device)
+        raise ValueError("pooled_blocks needs the means of both sides: prepare(..., pool_q=..., pool_k=...)")
+    (batch, heads, fine_q, _, dim), device, block_k = means_q.shape, means_q.device, rule.block_k
+    per_k, sim, window = block_k // pool, rule.sim_threshold, window if is_causal else None
+    m, n, warps, stages = _tiles(batch * heads * fine_q, dim, rule.block_q // pool, per_k, device)
+    width, rows = row_width(k_len, block_k), m // (rule.block_q // pool)
+    counts = by = None
+    if facts is not None and rows * width <= _ROWS_HELD:
+        counts, by = new_counts(probs), keeping(rule, facts, device, window)
+        warps = max(warps, rows * width // 1024)
+    tasks, pitch = cdiv(fine_q, m) * batch * heads, cdiv(cdiv(k_len, pool), n) * (n // per_k)
+    programs = min(tasks, max(_MEMORY // (4 * m * pitch), _processors(device)))
     launch(
-        probabilities_kernel, (cdiv(fine_q, m) * batch * heads,),
-        means_q, means_k, k.filled, None if sim_threshold is None else k.similarity,
-        PerHead.of(0.0 if sim_threshold is None else sim_threshold, device), probs, heads, heads // means_k.shape[1],
-        q_len, k_len, window if is_causal else None, documents, scale * LOG2E,
-        DPAD=dim, M=m, N=n, POOL=pool, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=is_causal,
-        num_warps=warps, num_stages=stages,
+        pooled_kernel, (programs,),
+        means_q, means_k, k.filled, None if sim is None else k.similarity,
+        PerHead.of(0.0 if sim is None else sim, device), probs,
+        torch.empty(programs, m, pitch, dtype=torch.float32, device=device), counts, by,
+        tasks, heads, heads // means_k.shape[1], q_len, k_len, window, documents, scale * LOG2E, pitch,
+        DPAD=dim, M=m, N=n, CHUNK=min(_CHUNK, triton.next_power_of_2(cdiv(k_len, block_k))), POOL=pool,
+        **keeping_constants(rule, width, is_causal), num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    return counts
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -18,6 +18,13 @@ def unit_rows(b_x):
 
 
 @triton.jit
+def last_within(limit, length, SIZE: tl.constexpr):
+    """Index of the last stretch of SIZE tokens that ends at ``limit`` or before; the ragged last one ends at length."""
+    whole = tl.where(limit < 0, -1, limit // SIZE - 1)
+    return tl.where(limit >= length, tl.cdiv(length, SIZE) - 1, whole)
+
+
+@triton.jit
 def mixed(p_similarity, inside, threshold):
     """Whether blocks are mixed, bool like the pointers; blocks that are not ``inside`` are not."""
     return tl.load(p_similarity, mask=inside, other=1.0) < threshold
