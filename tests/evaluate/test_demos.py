@@ -105,6 +105,10 @@ def test_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_make_runs_them() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target, script in (("demo", "demo_llama.py"), ("demo-video", "demo_video.py")):
+    for target, script in (
+        ("demo", "demo_llama.py"),
+        ("demo-smollm2", "demo_smollm2.py"),
+        ("demo-video", "demo_video.py"),
+    ):
         assert f"{target}: $(STAMP)\n\t$(PY) evaluate/demos/{script}" in makefile
         assert (ROOT / "evaluate" / "demos" / script).is_file()
