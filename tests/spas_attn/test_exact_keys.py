@@ -138,7 +138,7 @@ def test_random_calls(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels, in one part or in several, keep what the rule keeps."""
     chance = random.Random(seed)
     monkeypatch.setattr(key_scores, "_SCRATCH", chance.choice([1, 1 << 23]))
-    monkeypatch.setattr(key_scores, "_STRETCH", chance.choice([64, 2048]))
+    monkeypatch.setattr(key_scores, "_STRETCH", chance.choice([(64, 64), (512, 2048)]))
     is_causal = chance.random() < 0.65
     k_len = chance.randint(1, 350)
     block_q, block_k = chance.choice([(64, 64), (64, 64), (128, 64), (64, 128), (128, 128)])
