@@ -128,7 +128,8 @@ def tradeoff_curve(record: Record) -> str:
     if target is not None and target.name == "sparsity":
         at = axes.px(100 * (1 - target.value))
         drawn += [line(at, axes.top, at, axes.bottom, ORANGE, ' stroke-width="1.5" stroke-dasharray="6 4"')]
-        drawn += [label(at + 5, axes.top + 14, target, anchor="start", more=' class="halo"')]
+        side, anchor = (-5, "end") if target.value < 0.4 else (5, "start")
+        drawn += [label(at + side, axes.top + 14, target, anchor=anchor, more=' class="halo"')]
     words = f"chosen: density {percent(1 - point.sparsity)}, predicted {point.error:.3g}"
     drawn.append(titled(words, axes.dot(100 * (1 - point.sparsity), point.error, BLUE, 6)))
     if tradeoff.measured is not None:
@@ -149,35 +150,38 @@ def error_name(tradeoff: Tradeoff) -> str:
 
 
 def against_bounds(record: Record) -> str:
-    """Every sparse head's errors in the check as shares of their bounds; "" where there are no bounds."""
-    marks, most = [], 1.0
+    """Every sparse head's errors in the check as shares of their bounds, or as they are; "" where all heads are dense."""
+    bounded = record.bounded
+    marks = []
     for i, entry in enumerate(record.layers):
         for head in entry["heads"]:
-            used = {kind: achieved(head, kind) / limit for kind in ERRORS if (limit := bound(entry, kind))}
-            if head["is_sparse"] and used:
-                marks.append((i, entry, head, used))
-                most = max(most, *used.values())
+            # What counts as 1, so that shares are percentages and errors stay what they are.
+            units = {kind: (bound(entry, kind) or 0.0) / 100 if bounded else 1.0 for kind in ERRORS}
+            shown = {kind: achieved(head, kind) / unit for kind, unit in units.items() if unit}
+            if head["is_sparse"] and shown:
+                marks.append((i, entry, head, shown))
     if not marks:
         return ""
-    rows, high = len(record.layers), 115 * most
+    most = max(max(shown.values()) for _, _, _, shown in marks)
+    rows, high = len(record.layers), 1.15 * (max(most, 100.0) if bounded else most or 1.0)
     axes = Axes(
         (-0.6, rows - 0.4), (0, high),
         [(i, number(record.layers[i])) for i in whole_ticks(rows)],
-        [(y, f"{y:g}%") for y in ticks(0, high)],
-        "layer", "share of the bound", _SHORT, 290,
+        [(y, f"{y:g}{'%' if bounded else ''}") for y in ticks(0, high)],
+        "layer", "share of the bound" if bounded else "error", _SHORT, 290,
     )  # fmt: skip
-    drawn = [axes.across(100, ORANGE, "bound")]
-    for i, entry, head, used in marks:
+    drawn = [axes.across(100, ORANGE, "bound")] if bounded else []
+    for i, entry, head, shown in marks:
         dots = []
-        if "mean" in used:
-            dots.append(axes.dot(i - 0.15, 100 * used["mean"], BLUE, 3.5, ' fill-opacity=".75"'))
-        if "tail" in used:
-            x, y = axes.px(i + 0.15), axes.py(100 * used["tail"])
+        if "mean" in shown:
+            dots.append(axes.dot(i - 0.15, shown["mean"], BLUE, 3.5, ' fill-opacity=".75"'))
+        if "tail" in shown:
+            x, y = axes.px(i + 0.15), axes.py(shown["tail"])
             dots.append(f'<path d="M{x:.1f} {y - 4.5:.1f}l4 7h-8z" fill="{INK}" fill-opacity=".6"/>')
-        words = ", ".join(f"{WORDS[kind]} {achieved(head, kind):.3g}" for kind in used)
+        words = ", ".join(f"{WORDS[kind]} {achieved(head, kind):.3g}" for kind in shown)
         drawn.append(titled(f"layer {number(entry)}, head {head['head']}: {words}", *dots))
-    alt = f"Errors of {len(marks)} sparse heads in the check: at most {most:.0%} of the nearer bound."
-    return axes.svg(alt, *drawn)
+    which = f"{most:.0f}% of the nearer bound" if bounded else f"{most:.3g}"
+    return axes.svg(f"Errors of {len(marks)} sparse heads in the check: at most {which}.", *drawn)
 
 
 def times_by_layer(record: Record) -> str:

@@ -79,15 +79,16 @@ def _sparsity(record: Record) -> str:
 
 
 def _bounds(record: Record) -> str:
-    chart = figures.against_bounds(record)
+    chart, title = figures.against_bounds(record), "Achieved error and bound"
     if not chart:
-        return _section("Achieved error and bound", "<p>No bound was set.</p>")
-    words = "<p>Errors of every sparse head, by the real kernel on prompts kept aside, as shares of their bounds.</p>"
+        return _section(title, "<p>No head is sparse.</p>")
+    how = "as shares of their bounds" if record.bounded else "relative to the exact output; no bound was set for heads"
+    words = f"<p>Errors of every sparse head, by the real kernel on prompts kept aside, {how}.</p>"
     triangle = f'<path d="M8 1l5 9h-10z" fill="{INK}"/>'
     marks = figures.legend(
         (f'<circle cx="8" cy="6" r="4" fill="{BLUE}"/>', "mean error"), (triangle, "99.5th percentile query")
     )
-    return _section("Achieved error and bound", words + _figure(chart) + marks)
+    return _section(title, words + _figure(chart) + marks)
 
 
 def _tradeoff(record: Record) -> str:
@@ -126,7 +127,8 @@ def _layers(record: Record) -> str:
     words = (
         "A line per head: the error of selection under every threshold that was tried, on the prompts that thresholds "
         "are fitted to. Left: the mean over queries. Right: the tail, the 99.5th percentile of one query's error. A "
-        "numbered point is the head's choice; it must stand below the bound with 95% confidence, hence the distance."
+        "numbered point is the head's choice"
+        + ("; it must stand below the bound with 95% confidence, hence the distance." if record.bounded else ".")
         if any(entry.get("curves") for entry in record.layers)
         else "No curves were recorded; these are the numbers."
     )

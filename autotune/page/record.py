@@ -67,6 +67,11 @@ class Record:
                     yield entry, head
 
     @property
+    def bounded(self) -> bool:
+        """Whether there are bounds of errors."""
+        return any(bound(entry, kind) for entry in self.layers for kind in ERRORS)
+
+    @property
     def prompts(self) -> tuple[int, int] | None:
         """Numbers of prompts that thresholds were fitted to, and that were kept aside for the check."""
         first = self.layers[0]

@@ -77,7 +77,8 @@ def text(value: object) -> str:
 
 def label(x: float, y: float, content: object, *, anchor: str = "middle", more: str = "") -> str:
     """A text at a place; nothing for an empty one."""
-    return "" if content == "" else f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{text(content)}</text>'
+    place = "" if anchor == "middle" else f' text-anchor="{anchor}"'
+    return "" if content == "" else f'<text x="{x:.1f}" y="{y:.1f}"{place}{more}>{text(content)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, colour: str, more: str = "") -> str:
@@ -125,9 +126,15 @@ class Axes:
         return self.bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (self.bottom - self.top)
 
     def path(self, points: Iterable[tuple[float, float]], colour: str, more: str = "") -> str:
-        """A line through points."""
-        places = "L".join(f"{self.px(x):.1f} {self.py(y):.1f}" for x, y in points)
-        return f'<path d="M{places}" fill="none" stroke="{colour}"{more}/>'
+        """A line through points; those that would stand less than 3 pixels from the last one are left out."""
+        places = [(self.px(x), self.py(y)) for x, y in points]
+        kept = places[:1]
+        for place in places[1:-1]:
+            if math.dist(place, kept[-1]) >= 3:
+                kept.append(place)
+        kept += places[1:][-1:]
+        drawn = "L".join(f"{x:.1f} {y:.1f}" for x, y in kept)
+        return f'<path d="M{drawn}" fill="none" stroke="{colour}"{more}/>'
 
     def dot(self, x: float, y: float, colour: str, radius: float = 4, more: str = "") -> str:
         """A disc."""
@@ -153,14 +160,17 @@ class Axes:
             alt: what it shows, for those who cannot see it.
         """
         frame = []
+        lines = []
         for value, name in self.x_ticks:
             at = self.px(value)
-            frame += [line(at, self.top, at, self.bottom, "#e6e9ed")] if self.grid else []
+            lines.append(f"M{at:.1f} {self.top:.1f}V{self.bottom:.1f}")
             frame += [label(at, self.bottom + 15, name)]
         for value, name in self.y_ticks:
             at = self.py(value)
-            frame += [line(self.left, at, self.right, at, "#e6e9ed")] if self.grid else []
+            lines.append(f"M{self.left:.1f} {at:.1f}H{self.right:.1f}")
             frame += [label(self.left - 6, at + 4, name, anchor="end")]
+        if self.grid:
+            frame.insert(0, f'<path d="{"".join(lines)}" stroke="#e6e9ed"/>')
         middle = (self.top + self.bottom) / 2
         frame += [
             label((self.left + self.right) / 2, self.height - 6, self.x_label),

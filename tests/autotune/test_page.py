@@ -235,7 +235,9 @@ def test_tradeoff(budget: tuple[Chain, Path]) -> None:
     point = outcome(record.tradeoff)
     assert f"chosen: density {100 * (1 - point.sparsity):.1f}%, predicted {point.error:.3g}" in said
     assert "sparsity=0.3" in said and f"measured: {record.tradeoff.measured:.3g}" in said
-    assert "No bound was set." in said, "a budget without guards"
+    assert "no bound was set for heads" in said and "share of the bound" not in said, "a budget without guards"
+    dense = changed(record, layer={"heads": [{**h, "is_sparse": False} for h in record.layers[0]["heads"]]})
+    render(dataclasses.replace(dense, layers=dense.layers[:1]))
     line = next(line for line in summary(record).splitlines() if "trade-off" in line)
     assert f"one budget, sparsity=0.3; KL of the model predicted {record.tradeoff.predicted:.3g}, measured" in line
     missed = dataclasses.replace(record.tradeoff, target=Target("sparsity", 0.99), measured=2 * point.error)
