@@ -150,7 +150,7 @@ def error_name(tradeoff: Tradeoff) -> str:
 
 
 def against_bounds(record: Record) -> str:
-    """Every sparse head's errors in the check as shares of their bounds, or as they are; "" where all heads are dense."""
+    """Every sparse head's errors in the check as shares of their bounds, or as they are; "" where no head is sparse."""
     bounded = record.bounded
     marks = []
     for i, entry in enumerate(record.layers):
