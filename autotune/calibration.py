@@ -35,7 +35,8 @@ from .files import extract_sparse_attention_state_dict, save
 from .layer import NO_MEMORY, SKIPPED_STEP, Layer, check_layers
 from .module import SHORT, Mode, sparse_modules, transformers_of
 from .objective import bounds_of, layer_times, objective_of, precisions_of, prompts_for_sensitivity
-from .passes import CheckPass, CurvePass, FreePass, Pass, Work
+from .passes import CheckPass, CurvePass, FreePass, LevelsPass, Pass, Work
+from .phases import Phases
 from .rerun import Repeater
 from .sampling import Sampler, Steps
 from .tradeoff import Target, Tradeoff
@@ -69,6 +70,9 @@ class Calibration:
         share: with a budget, weigh a head by its share of its layer's squared output, instead of all the same.
         precisions: what every layer chooses its precision from: the one of least time that holds its bounds, with
             errors measured in the check. Left out: the modules' own.
+        phases: of diffusion models, thresholds for each of so many phases of denoising, with equally many steps each
+            (which one more prompt finds out), or the noise levels at which phases meet, falling from 1. It needs the
+            loop over prompts.
         grid: candidate thresholds.
         query_blocks: query blocks looked at per call, at random, for the curves; None = all. Errors are sums over
             queries, so a sample estimates them without bias; the check looks at all.
@@ -104,6 +108,7 @@ class Calibration:
         sensitivity: int | None = None,
         share: bool = True,
         precisions: Sequence[str] | None = None,
+        phases: int | Sequence[float] = 1,
         grid: Grid | None = None,
         query_blocks: int | None = QUERY_BLOCKS,
         kept_aside: float = 0.25,
@@ -129,10 +134,14 @@ class Calibration:
         plan = objective_of(objective, Target.of(sparsity=sparsity, speedup=speedup, error=error), share)
         measured = prompts_for_sensitivity(sensitivity, plan)
         layers: list[Layer] = []
+        divided = Phases.of(phases)
+        if divided.count > 1 and precisions is not None:
+            raise ValueError("precisions are chosen for whole layers: with phases leave them out")
         for path, module in modules.items():
             bounds = bounds_of(module, l1, pv_l1, tail, plan)
             grid.check(module.selector)
-            layers.append(Layer(len(layers), path, module, bounds))
+            for phase in range(divided.count):
+                layers.append(Layer(len(layers), path, module, bounds, phase))
         check_layers(model, layers)
         self.model, self.layers = model, layers
         self.statistics: list[dict[str, Any]] = []
@@ -140,20 +149,23 @@ class Calibration:
         self.sampler, self.steps = Sampler(query_blocks, seed), Steps(every)
         self.kept_aside, self.skip_not_finite = kept_aside, skip_not_finite
         self.checkpoint, self.resume = checkpoint, resume
-        self._work = Work(layers, grid, rounds, plan, measured, precisions_of(precisions))
+        self._work = Work(layers, grid, rounds, plan, measured, precisions_of(precisions), divided)
         self._pass: Pass | None = FreePass(self._work, RESERVOIR_BYTES, seed)
         self._prompt = self._expected = 0
         self._left_out: set[int] = set()
         self._problem: str | None = None  # why the prompt in progress cannot count
         self._fallbacks: Counter[str] = Counter()
         self._files: Checkpoint | None = None
+        self._units = [layers[i : i + divided.count] for i in range(0, len(layers), divided.count)]  # by module
         self._before: list[tuple[Tuned | None, Mode]] = []
         self._repeaters: list[Repeater] = []
         self._open = contextlib.ExitStack()
 
     @property
     def phase(self) -> str:
-        """The pass in progress: "free" (no loop over prompts), "curves", "sensitivity", "pv", "check" or "finished"."""
+        """The pass in progress: "free" (no loop over prompts), "levels" (with phases), "curves", "sensitivity", "pv",
+        "check" or "finished".
+        """
         return "finished" if self._pass is None else self._pass.name
 
     @property
@@ -178,10 +190,10 @@ class Calibration:
                 self._open.callback(part.register_forward_pre_hook(self.steps.begin, with_kwargs=True).remove)
         if self._work.sensitivity:
             self._watch_outputs()
-        for layer in self.layers:
-            module = layer.module
+        for units in self._units:
+            module = units[0].module
             self._before.append((module.tuned, module.mode))
-            module.mode, module.observer = "tune", functools.partial(self._observe, layer)
+            module.mode, module.observer = "tune", functools.partial(self._observe, units)
         self._fallbacks = Counter(fallback_counts())
         return self
 
@@ -198,10 +210,15 @@ class Calibration:
                 )
         finally:
             self._open.close()
-            for layer, before in zip(self.layers, self._before, strict=True):
-                layer.module.observer = None
+            for units, before in zip(self._units, self._before, strict=True):
+                module = units[0].module
+                module.observer = None
                 if self._pass is not None:
-                    layer.module.tuned, layer.module.mode = before
+                    module.tuned, module.mode = before
+
+    def _expect(self, expected: bool) -> None:
+        if self._pass is not None:
+            self._pass.expected = expected
 
     def _watch_outputs(self) -> None:
         """Hook the transformers, so that their calls can be repeated with some layers sparse."""
@@ -233,11 +250,13 @@ class Calibration:
         work.checked = list(range(len(items) - aside, len(items))) or work.fitted  # a single prompt serves for both
         for layer in self.layers:
             layer.lengths = None
-        self._pass = curves = CurvePass(work)
+        curves = CurvePass(work)
+        self._pass = LevelsPass(work, work.phases, curves) if work.phases.unknown else curves
         done = self._begin_checkpoint(curves, items)
         again = 2 if any(layer.bounds[1] is not None for layer in self.layers) else 1
         self._expected = sum(i not in done for i in self._mine(work.fitted)) + again * len(self._mine(work.checked))
-        self._expected += len(self._mine(work.fitted[: work.sensitivity]))
+        more = [*work.fitted[: work.sensitivity], *(self._pass.prompts if work.phases.unknown else ())]
+        self._expected += len(self._mine(more))
         while self._pass is not None:
             current = self._pass
             for i in self._mine(current.prompts):
@@ -255,7 +274,8 @@ class Calibration:
     def _begin_checkpoint(self, curves: CurvePass, items: Sequence[Any]) -> set[int]:
         if self.checkpoint is None:
             return set()
-        sampled = (self._work.grid, self.sampler, self.steps.every, self._work.fitted)
+        phases = (self._work.phases.count, self._work.phases.given)
+        sampled = (self._work.grid, self.sampler, self.steps.every, self._work.fitted, phases)
         self._files = Checkpoint(self.checkpoint, self.model, sampled, items)
         return self._files.begin(curves, self.resume)
 
@@ -269,12 +289,13 @@ class Calibration:
         for repeater in self._repeaters:
             repeater.restart()
             repeater.compare = self._pass.compare if self._pass is not None and self._pass.compares else None
+            repeater.expect = self._expect
         for layer in self.layers:
             layer.calls, layer.unseen = 0, Counter()
 
     def _end(self) -> None:
         assert self._pass is not None
-        blind = [layer for layer in self.layers if layer.calls <= layer.unseen[NO_MEMORY]]
+        blind = [units[0] for units in self._units if sum(x.calls - x.unseen[NO_MEMORY] for x in units) <= 0]
         if self._problem is None and blind:
             self._problem = self._cause(blind[0])
             # Too short, or of another kind than the prompts before: there may be good ones to come.
@@ -299,15 +320,15 @@ class Calibration:
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
-    def _observe(self, layer: Layer, call: Call | str) -> None:
+    def _observe(self, units: list[Layer], call: Call | str) -> None:
         if self._pass is None:
             return
         if isinstance(call, str):
-            layer.unseen[call] += 1
-        elif not self.steps.wanted(layer.calls + layer.unseen[SKIPPED_STEP]):
-            layer.unseen[SKIPPED_STEP] += 1
+            units[0].unseen[call] += 1
+        elif not self.steps.wanted(sum(layer.calls for layer in units) + units[0].unseen[SKIPPED_STEP]):
+            units[0].unseen[SKIPPED_STEP] += 1
         elif self._problem is None:
-            self._see(self._pass, layer, call)
+            self._see(self._pass, self._work.phases.choose(units), call)
 
     def _see(self, current: Pass, layer: Layer, call: Call) -> None:
         where = f"call {layer.calls} of layer {layer.path!r} in prompt {self._prompt}"
@@ -335,6 +356,8 @@ class Calibration:
 
     def _finish_from(self, free: FreePass) -> None:
         """Without a loop over prompts: PV pass and check on the calls that were kept."""
+        if self._work.phases.count > 1:
+            raise RuntimeError("phases need the loop over calibration.prompts(...)")
         for layer in self.layers:
             if free.sums[layer.index] is None:
                 raise RuntimeError(self._cause(layer))
@@ -351,8 +374,11 @@ class Calibration:
         self.tradeoff = work.objective.tradeoff(self.layers, work.grid, work.measured)
         expected = layer_times(self.layers)
         skipped = [sum(counts) for counts in zip(*work.gather([x.skipped for x in self.layers]), strict=True)]
+        for units in self._units:
+            states = [layer.finish(tradeoff=self.tradeoff) for layer in units]
+            edges = work.phases.edges_of(units[0])
+            units[0].module.set_thresholds(Tuned.joined(states, edges) if edges else states[0])
         for layer in self.layers:
-            layer.finish(tradeoff=self.tradeoff)
             assert layer.curves is not None and layer.check is not None
             facts = {
                 "query_blocks_per_call": self.sampler.limit,
@@ -361,6 +387,7 @@ class Calibration:
                 "checked_on_the_fitted_calls": self._work.fitted == self._work.checked,
                 "calls_skipped_for_memory": skipped[layer.index],
                 "precision": layer.module.precision,
+                **work.phases.facts(layer),
             }
             times = None if expected is None else expected[layer.index]
             self.statistics.append(report.layer_statistics(layer, self._work.grid, times, facts))

@@ -196,8 +196,10 @@ def _tuned(path: str, module: SparseAttention, entry: dict[str, Any], info: Info
     absent = [key for key in FILE_KEYS if key not in entry]
     if absent:
         raise ValueError(f"layer {path!r} of the tuned file lacks {absent}")
-    sizes = {len(x) for key in FILE_KEYS if isinstance(x := entry[key], Tensor) and x.dim() == 1}
-    heads = module.heads or max(sizes, default=1)
+    edges = info.phase_edges.get(path, ())
+    shape = (len(edges) + 1,) if edges else ()
+    sizes = {x.shape[-1] for key in FILE_KEYS if isinstance(x := entry[key], Tensor) and x.dim() == len(shape) + 1}
+    shape = (*shape, module.heads or max(sizes, default=1))
     selector = info.selector_of(path)
     ranges = {  # by key: lowest and highest value, and whether the lowest is excluded
         "is_sparse": (0.0, 1.0, False),
@@ -206,33 +208,38 @@ def _tuned(path: str, module: SparseAttention, entry: dict[str, Any], info: Info
         "pvthreshd": (0.0, math.inf, True),
     }
     values: dict[str, Any] = {
-        FILE_KEYS[key]: _numbers(f"layer {path!r}: {key}", entry[key], heads, *ranges[key]) for key in FILE_KEYS
+        FILE_KEYS[key]: _numbers(f"layer {path!r}: {key}", entry[key], shape, *ranges[key]) for key in FILE_KEYS
     }
     flags = values["is_sparse"]
     if not bool(((flags == 0) | (flags == 1)).all()):
         raise ValueError(f"layer {path!r}: is_sparse must be true or false (1 or 0), got {flags.tolist()}")
     facts: dict[str, Any] = {name: getattr(info, name) for name in ("lengths", "calibrated", "tradeoff")}
     facts |= {"bounds": info.checked, "checked": info.thresholds_checked}
+    facts |= {"edges": edges, "densities": info.phase_density.get(path, ()) if edges else ()}
     tuned = Tuned(**values, expected_density=info.layer_density.get(path), **facts)
     try:
-        tuned.serve(selector, torch.device("cpu"))
+        for phase in range(len(edges) + 1):
+            tuned.at(phase).serve(selector, torch.device("cpu"))
     except ValueError as error:  # a selector may allow fewer values
         raise ValueError(f"layer {path!r}: {error}") from error
     return tuned
 
 
-def _numbers(name: str, value: Any, heads: int, low: float, high: float, above: bool) -> Tensor:
-    """A tensor of a file as float32 ``[heads]``."""
+def _numbers(name: str, value: Any, shape: tuple[int, ...], low: float, high: float, above: bool) -> Tensor:
+    """A tensor of a file as float32 ``[heads]``, or ``[phases, heads]``."""
+    wanted = "[heads]" if len(shape) == 1 else "[phases, heads]"
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a tensor [heads], got {type(value).__name__} {str(value)[:60]}")
+        raise ValueError(f"{name} must be a tensor {wanted}, got {type(value).__name__} {str(value)[:60]}")
     usual = value.layout is torch.strided and not value.is_quantized and value.device.type != "meta"
-    if value.dim() > 1 or not usual or value.is_complex():
-        raise ValueError(
-            f"{name} must be a tensor [heads], got {value.dtype} {list(value.shape)}, {value.layout}, on {value.device}"
-        )
-    if value.dim() == 1 and len(value) != heads:
-        raise ValueError(f"{name} has {len(value)} values, the model has {heads} heads")
-    numbers = value.detach().cpu().float().expand(heads)
+    dims = (len(shape),) if len(shape) > 1 else (0, 1)
+    if value.dim() not in dims or not usual or value.is_complex():
+        found = f"{value.dtype} {list(value.shape)}, {value.layout}, on {value.device}"
+        raise ValueError(f"{name} must be a tensor {wanted}, got {found}")
+    if value.dim() == 1 and len(value) != shape[0]:
+        raise ValueError(f"{name} has {len(value)} values, the model has {shape[0]} heads")
+    if len(shape) > 1 and tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}, the file's phases and the model's heads {list(shape)}")
+    numbers = value.detach().cpu().float().expand(shape)
     if not bool((torch.isfinite(numbers) & ((numbers > low) if above else (numbers >= low)) & (numbers <= high)).all()):
         raise ValueError(f"{name} must be finite, in {'(' if above else '['}{low:g}, {high:g}], got {numbers.tolist()}")
     return numbers

@@ -34,9 +34,12 @@ PROBE = 0.1
 
 
 class Layer:
-    """What a calibration knows of one layer, and how it chooses the layer's thresholds from it.
+    """What a calibration knows of one layer, in one phase where there are several, and how it chooses the layer's
+    thresholds from it.
 
     Attributes:
+        phase: its number; 0 without phases.
+        tuned: the thresholds chosen last, on the CPU.
         curves, check: what those passes counted.
         lengths: fewest and most keys, padding left out.
         shape: of the longest call, see :data:`autotune.tradeoff.Shape`.
@@ -53,8 +56,10 @@ class Layer:
         measured_ms: of one call of the check, dense and sparse; see :func:`autotune.timing.timed`.
     """
 
-    def __init__(self, index: int, path: str, module: SparseAttention, bounds: Bounds) -> None:
-        self.index, self.path, self.module, self.bounds = index, path, module, bounds
+    def __init__(self, index: int, path: str, module: SparseAttention, bounds: Bounds, phase: int = 0) -> None:
+        self.index, self.path, self.module, self.bounds, self.phase = index, path, module, bounds, phase
+        self.tuned: Tuned | None = None
+        self._served: tuple[Tuned | None, Tuned | None] | None = None  # as chosen, and on the module's device
         self.curves: Tally | None = None
         self.check: Tally | None = None
         self.lengths: tuple[int, int] | None = None
@@ -141,16 +146,17 @@ class Layer:
         return LayerTradeoff(
             self.path, threshold.contiguous(), sim.contiguous(), curves.density().half(), error, self.allowed(),
             (share / share.sum().clamp(min=1e-300)).float(), chosen.to(torch.int16), self.sensitivity, self.shape,
+            self.phase,
         )  # fmt: skip
 
-    def probe(self, grid: Grid) -> tuple[Tensor, Tuned]:
-        """The candidates ``[H]`` at which its sensitivity is measured, and the state that serves them."""
+    def probe(self, grid: Grid) -> Tuned:
+        """The state at which its sensitivity is measured."""
         assert self.curves is not None
         error = mean_error(self.curves).nan_to_num(nan=torch.inf)
         good = error <= error.amin(1, keepdim=True).clamp(min=PROBE)  # where none is that good, the best one
         index, found = least(self.curves, good)
         chosen = torch.where(found, index, self.curves.candidates)
-        return chosen, self._tuned(chosen, grid, torch.full((len(chosen),), PV_OFF))
+        return self._tuned(chosen, grid, torch.full((len(chosen),), PV_OFF))
 
     def choose_within(self, grid: Grid, pv: Tensor) -> None:
         """Thresholds of least density within the bounds."""
@@ -165,7 +171,7 @@ class Layer:
         for head in (chosen == self.curves.candidates).nonzero()[:, 0].tolist():
             if not self.reasons[head].startswith(MISSED):
                 self.reasons[head] = NOTHING_HOLDS if none_allowed[head] else why_dense
-        self.chosen, self.module.tuned = chosen, self._tuned(chosen, grid, pv)
+        self.chosen, self.tuned = chosen, self._tuned(chosen, grid, pv)
 
     def _tuned(self, chosen: Tensor, grid: Grid, pv: Tensor) -> Tuned:
         assert self.curves is not None
@@ -190,7 +196,7 @@ class Layer:
         mean = torch.full((curves.heads,), pv_l1, dtype=torch.float64)
         good = within_bounds(curves, mean, None if tail is None else torch.full_like(mean, tail))
         pv = torch.where(good, torch.tensor(grid.pv), PV_OFF).amin(1)
-        self.module.tuned = dataclasses.replace(self.in_force(), pv=torch.where(self.is_sparse(), pv, PV_OFF))
+        self.tuned = dataclasses.replace(self.in_force(), pv=torch.where(self.is_sparse(), pv, PV_OFF))
 
     def choose_precision(self, check: Tally, names: Sequence[str], grid: Grid) -> Tally:
         """Take the precision of least time that holds the bounds; returns the check of it alone.
@@ -254,12 +260,20 @@ class Layer:
 
     def in_force(self) -> Tuned:
         """The thresholds chosen last."""
-        assert self.module.tuned is not None
-        return self.module.tuned
+        assert self.tuned is not None
+        return self.tuned
 
-    def finish(self, **facts: Any) -> None:
-        """Put the thresholds in force, with the density that the check measured for the choice of the backend, and
-        other facts about them.
+    def serve(self) -> None:
+        """Let the module use them."""
+        if self._served is None or self._served[0] is not self.tuned:
+            self.module.tuned = self.tuned
+            self._served = (self.tuned, self.module.tuned)
+        elif self.module.tuned is not self._served[1]:  # another phase was served meanwhile
+            self.module.tuned = self._served[1]
+
+    def finish(self, **facts: Any) -> Tuned:
+        """The thresholds with the density that the check measured, for the choice of the backend, and with other facts
+        about them. The module takes bounds and precision.
         """
         assert self.check is not None
         module = self.module
@@ -268,7 +282,8 @@ class Layer:
         if l1 is not None and pv_l1 is not None:
             module.l1, module.pv_l1, module.tail = l1, pv_l1, tail
         module.precision = self.precision or module.precision
-        module.set_thresholds(dataclasses.replace(self.in_force(), expected_density=float(density.mean()), **facts))
+        self.tuned = dataclasses.replace(self.in_force(), expected_density=float(density.mean()), **facts)
+        return self.tuned
 
 
 def _work(shape: Shape) -> int:

@@ -35,10 +35,11 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
     densities = {path: t.expected_density for path, t in tuned.items() if t.expected_density is not None}
     lengths = [length for t in tuned.values() for length in t.lengths or ()]
     head_dims = {module.head_dim for module in modules.values()}
-    first = next(iter(tuned.values()))
+    first, precisions = next(iter(tuned.values())), _layer_precisions(modules)
+    edges = {path: list(t.edges) for path, t in tuned.items() if t.edges} or None
     checked = first.bounds or (module.l1, module.pv_l1, module.tail)
     return {
-        "format": FORMAT if None in checked[:2] or len({m.precision for m in modules.values()}) > 1 else 2,
+        "format": FORMAT if None in checked[:2] or precisions or edges else 2,
         "model_class": _model_class(model),
         "family": module.family,
         "head_dim": head_dims.pop() if len(head_dims) == 1 else None,
@@ -48,7 +49,9 @@ def metadata_of(model: Any, modules: dict[str, SparseAttention]) -> dict[str, An
         "selector": _without_thresholds(module.selector),
         "layer_selectors": _layer_selectors(modules),
         "precision": module.precision,
-        "layer_precisions": _layer_precisions(modules),
+        "layer_precisions": precisions,
+        "phase_edges": edges,
+        "phase_density": {path: list(t.densities) for path, t in tuned.items() if t.edges} or None,
         "text_sink": module.text_sink,
         "dense_steps": list(module.dense_steps) if module.dense_steps else None,
         **dict(zip(("l1", "pv_l1", "tail"), checked, strict=True)),
@@ -105,6 +108,8 @@ class Info:
     layer_density: Mapping[str, float] = field(default_factory=dict)
     layer_selectors: Mapping[str, Selector] = field(default_factory=dict)  # empty: all layers have `selector`
     layer_precisions: Mapping[str, Any] = field(default_factory=dict)  # empty: all layers have `precision`
+    phase_edges: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by layer; empty: no phases
+    phase_density: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     calibrated: bool = True
     thresholds_checked: bool = True
     tradeoff: Tradeoff | None = None
@@ -196,6 +201,8 @@ def read_metadata(info: Any, block_q: int | None, block_k: int | None) -> Info:
         values[name] = tuple(value) if isinstance(value, list) else value
     if "precision" in values:
         values["precision"] = ALIASES.get(values["precision"], values["precision"])
+    for name in ("phase_edges", "phase_density"):
+        values[name] = {path: tuple(numbers) for path, numbers in values.get(name, {}).items()}
     if "layer_selectors" in values:
         values["layer_selectors"] = {path: _made(content) for path, content in values["layer_selectors"].items()}
     values["thresholds_checked"] = values.pop("checked", True)
@@ -229,6 +236,11 @@ def _shares(x: Any) -> bool:
     return isinstance(x, dict) and all(value is None or _share(value) for value in x.values())
 
 
+def _falling(x: Any) -> bool:
+    inside = isinstance(x, (list, tuple)) and len(x) > 0 and all(_share(edge) for edge in x)
+    return inside and all(high > low for high, low in zip((1.0, *x), (*x, 0.0), strict=True))
+
+
 def _pair(x: Any, valid: Callable[[Any], bool]) -> bool:
     return isinstance(x, (list, tuple)) and len(x) == 2 and all(valid(value) for value in x)
 
@@ -247,6 +259,17 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layer_precisions": (
         "a dict of precisions by layer",
         lambda x: isinstance(x, dict) and all(value in (*PRECISIONS, *ALIASES) for value in x.values()),
+    ),
+    "phase_edges": (
+        "a dict of falling noise levels by layer",
+        lambda x: isinstance(x, dict) and all(map(_falling, x.values())),
+    ),
+    "phase_density": (
+        "a dict of lists of shares by layer",
+        lambda x: (
+            isinstance(x, dict)
+            and all(isinstance(v, (list, tuple)) and all(d is None or _share(d) for d in v) for v in x.values())
+        ),
     ),
     "layer_selectors": ("a dict of selectors by layer", lambda x: isinstance(x, dict)),
     "calibrated": ("True or False", lambda x: isinstance(x, bool)),

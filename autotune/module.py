@@ -101,6 +101,7 @@ class SparseAttention(nn.Module):
         self.record_density = False
         self.last_density: Tensor | None = None
         self.recorded = torch.zeros(2, device="cpu")  # also where models are built on `meta`
+        self.seen_noise: float | None = None  # of the call that the observer is shown
         self._tuned: Tuned | None = None
         self._device = torch.device("cpu")  # of the model's weights
         self._warned: set[str] = set()
@@ -113,9 +114,14 @@ class SparseAttention(nn.Module):
     @tuned.setter
     def tuned(self, tuned: Tuned | None) -> None:
         if tuned is not None:
-            self.set_heads(len(tuned.is_sparse))
+            self.set_heads(tuned.heads)
             tuned = tuned if tuned.is_sparse.device == self._device else tuned.to(self._device)
         self._tuned = tuned
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether a call has to bring its noise level: there are thresholds by phase, or a calibration is looking."""
+        return self.mode == "tune" or (self._tuned is not None and bool(self._tuned.edges))
 
     def set_heads(self, heads: int) -> None:
         """Say how many query heads the layer has; a ValueError when it is known to have another number."""
@@ -143,6 +149,7 @@ class SparseAttention(nn.Module):
         text: Ranges = (),
         scheduled: bool = False,
         share: tuple[int, int] | None = None,
+        noise: float | Tensor | None = None,
     ) -> Tensor:
         """Attention of one call.
 
@@ -160,6 +167,8 @@ class SparseAttention(nn.Module):
                 because threads share the module.
             share: (rank, size) where q, k and v hold the heads of one of ``size`` ranks (sequence parallelism by
                 exchange of heads): its heads' thresholds are taken.
+            noise: the noise level of the call, 1 = pure noise, for thresholds by phase; under torch.compile a tensor
+                on the device of ``q``. None where the model has none.
 
         Returns:
             ``[B, Hq, Lq, D]``; in the modes "dense" and "tune", and for fewer queries than a block (decode), exactly
@@ -171,9 +180,10 @@ class SparseAttention(nn.Module):
             cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, precision=self.precision, error_bound=self.pv_l1,
         )  # fmt: skip
         if self.mode == "sparse" and unfit is None and not (self.always_dense or self._in_force().all_dense):
-            return self._sparse(q, k, v, options, share)
+            return self._sparse(q, k, v, options, share, noise)
         out = dense()
         if self.mode == "tune" and self.observer is not None:
+            self.seen_noise = None if noise is None else float(noise)
             with torch.no_grad():
                 for seen in [unfit] if unfit else Call.make(*self._cast(q, k, v), **options).split():
                     self.observer(SHORT if isinstance(seen, Call) and seen.q_len < self.selector.block_q else seen)
@@ -202,12 +212,20 @@ class SparseAttention(nn.Module):
         return q, k, v
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], share: tuple[int, int] | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: dict[str, Any],
+        share: tuple[int, int] | None,
+        noise: float | Tensor | None,
     ) -> Tensor:
         tuned = self._in_force()
+        if not isinstance(noise, Tensor):
+            tuned = tuned.at(tuned.phase_of(noise))
         self._check_length(k.shape[2], options, tuned.lengths)
         tuned = tuned if share is None else tuned.share(*share)
-        selector, pv = tuned.serve(self.selector, q.device)
+        selector, pv = tuned.serve(self.selector, q.device, noise)
         # On a CPU PV skip saves no time: leaving it out is faster and more exact. The calibration's check, which calls
         # the kernels itself, carries it out, so that a file tuned here holds its bounds on a GPU too.
         skip = pv if tuned.skips and q.device.type != "cpu" else None

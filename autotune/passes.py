@@ -13,9 +13,9 @@ import torch.distributed as dist
 from spas_attn.call import Call
 
 from .accumulate import Grid, PromptTally, Tally, add_check, add_curves, add_pv_curves
-from .budget import layer_error
 from .layer import NO_MEMORY, Layer
 from .objective import Objective
+from .phases import Phases, noise_of
 from .sampling import Reservoir
 from .timing import timed
 from .tradeoff import KL
@@ -30,6 +30,7 @@ class Work:
 
     Attributes:
         objective: how thresholds follow from the curves.
+        phases: of denoising, each of which has a Layer of its own for every layer of the model.
         precisions: those that every layer chooses from, the most exact one first; none: the modules' own.
         sensitivity: how many of the fitted prompts the layers' sensitivities are measured on; 0 = none.
         fitted, checked: numbers of the prompts for the curves, and of those kept aside for PV pass and check.
@@ -42,6 +43,7 @@ class Work:
     objective: Objective
     sensitivity: int = 0
     precisions: tuple[str, ...] = ()
+    phases: Phases = field(default_factory=Phases)
     fitted: list[int] = field(default_factory=list)
     checked: list[int] = field(default_factory=list)
     measured: list[float] = field(default_factory=list)
@@ -75,6 +77,7 @@ class Pass:
         prompts: numbers of the prompts that it goes over.
         sums: what was counted, layer by layer; None where nothing was.
         open: the same of the prompt in progress.
+        expected: whether the transformer's call in progress will be compared.
         compares: whether it looks at what the model gives (``compare``).
         samples: whether it looks at some query blocks of a call only, so that fewer are possible.
     """
@@ -87,6 +90,7 @@ class Pass:
         self.work, self.prompts = work, work.checked
         self.sums: list[Tally | None] = [None] * len(work.layers)
         self.open: list[PromptTally | None] = [None] * len(work.layers)
+        self.expected = False
 
     def candidates(self, layer: Layer) -> int:
         """How many candidates are judged."""
@@ -155,7 +159,8 @@ class Pass:
         for layer in self.work.layers:
             total = self.sums[layer.index]
             if total is None:
-                raise RuntimeError(f"layer {layer.path!r} saw no prompt in the {self.name} pass")
+                phase = f", phase {layer.phase}," if self.work.phases.count > 1 else ""
+                raise RuntimeError(f"layer {layer.path!r}{phase} saw no prompt in the {self.name} pass")
             yield layer, total
 
     def _merge_ranks(self) -> None:
@@ -172,6 +177,27 @@ class Pass:
                 layer.grow(shape)
                 layer.check_backend = layer.check_backend or backend
                 layer.measured_ms = layer.measured_ms or measured
+
+
+class LevelsPass(Pass):
+    """At which noise levels a model runs, from one prompt: where its phases meet, equally many steps in each."""
+
+    name = "levels"
+
+    def __init__(self, work: Work, phases: Phases, curves: CurvePass) -> None:
+        super().__init__(work)
+        self.prompts, self.phases, self.curves = work.fitted[:1], phases, curves
+        self.found: dict[str, list[float]] = {}
+
+    def observe(self, layer: Layer, call: Call, blocks: list[int]) -> None:
+        """Only the level is noted."""
+        self.found.setdefault(layer.path, []).append(noise_of(layer))
+
+    def conclude(self) -> Pass:
+        for found in self.work.gather(self.found):
+            for path, levels in found.items():
+                self.phases.divide(path, levels)
+        return self.curves
 
 
 class CurvePass(Pass):
@@ -224,51 +250,70 @@ class FreePass(CurvePass):
 
 
 class SensitivityPass(Pass):
-    """The error of the model's output when one layer alone is sparse, over the square of that layer's own error."""
+    """The error of the model's output when one layer alone is sparse, over the square of the layer's own error in that
+    very call.
+
+    Squares of relative errors, and divergences, grow with the square of the layer's error.
+    """
 
     name = "sensitivity"
-    compares = True
+    compares, samples = True, False
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         self.prompts = work.fitted[: work.sensitivity]
-        self.found: list[list[float]] = [[] for _ in work.layers]
+        self.probes = [layer.probe(work.grid) for layer in work.layers]
+        self.shares = [layer.tradeoff(work.grid).share.double() for layer in work.layers]
+        self.own = [0.0] * len(work.layers)  # squared, in the call in progress
+        self.found = [(0.0, 0.0)] * len(work.layers)  # sums of the model's error (squared, if relative) and of own
         self.measure = ""
 
-    def observe(self, layer: Layer, call: Call, blocks: list[int]) -> None:
-        """Nothing is counted of a layer's call; the transformer is run again when it has returned."""
+    def candidates(self, layer: Layer) -> int:
+        return 2
+
+    def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
+        self.own[layer.index] = 0.0
+        if not self.expected or self.probes[layer.index].all_dense:
+            return
+        layer.module.tuned = self.probes[layer.index]
+        add_check(tally, layer.module, call.replace(precision="native"))
+        errors = (tally.sums[1] / tally.sums[0].clamp(min=1e-300)).cpu()
+        self.own[layer.index] = float((self.shares[layer.index] * errors.square()).sum())
+
+    def close(self, prompt: int) -> None:
+        self.drop()
 
     def compare(self, layers: list[Layer], rerun: Rerun) -> None:
-        for layer in layers:
-            _, tuned = layer.probe(self.work.grid)
-            if not tuned.all_dense:
-                self.found[layer.index].append(rerun.error({layer.module: tuned}))
-        self.measure = rerun.measure
+        for layer in self.work.phases.current(layers):
+            if own := self.own[layer.index]:
+                error = rerun.error({layer.module: self.probes[layer.index]})
+                model, known = self.found[layer.index]
+                self.found[layer.index] = (model + (error if rerun.measure == KL else error * error), known + own)
+        self.measure = rerun.measure or self.measure
 
     def conclude(self) -> Pass:
         gathered = self.work.gather((self.measure, self.found))
-        self.work.objective.measure = next((measure for measure, _ in gathered if measure), None)
-        if self.work.objective.measure is None:
+        measure = self.work.objective.measure = next((measure for measure, _ in gathered if measure), None)
+        if measure is None:
             warnings.warn(
                 "the sensitivities of the layers could not be measured, and all count the same: no call of the model "
                 "itself was seen (a part of it was called, or it went on from a cache)",
                 RuntimeWarning,
                 stacklevel=2,
             )
+            return self.work.chosen()
+        known: dict[str, list[float]] = {}
         for layer in self.work.layers:
-            errors = [error for _, found in gathered for error in found[layer.index]]
-            layer.sensitivity = self._of(layer, errors)
+            model, own = (sum(found[layer.index][i] for _, found in gathered) for i in (0, 1))
+            layer.sensitivity = model / own if own else None
+            if layer.sensitivity is not None:
+                known.setdefault(layer.path, []).append(layer.sensitivity)
+        everything = [value for values in known.values() for value in values] or [0.0]  # nothing errs at all
+        for layer in self.work.layers:
+            if layer.sensitivity is None:  # it did not err in these calls: as in its other phases, or as other layers
+                values = known.get(layer.path, everything)
+                layer.sensitivity = sum(values) / len(values)
         return self.work.chosen()
-
-    def _of(self, layer: Layer, errors: list[float]) -> float | None:
-        """Squares of relative errors, and divergences, grow with the square of the layer's error."""
-        if self.work.objective.measure is None:
-            return None
-        own = layer_error(layer.tradeoff(self.work.grid), layer.probe(self.work.grid)[0])
-        if not errors or not own:  # no candidate errs: whatever is chosen costs the model nothing
-            return 0.0
-        squares = errors if self.work.objective.measure == KL else [error * error for error in errors]
-        return sum(squares) / len(squares) / own**2
 
 
 class PVPass(Pass):
@@ -280,6 +325,7 @@ class PVPass(Pass):
         return len(self.work.grid.pv)
 
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
+        layer.serve()
         add_pv_curves(tally, layer.module, call, self.work.grid, blocks)
 
     def conclude(self) -> Pass:
@@ -307,13 +353,15 @@ class CheckPass(Pass):
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
         bound = layer.bounds[1] or layer.module.pv_l1
         call = call.replace(error_bound=bound)
+        layer.serve()
         layer.check_backend = add_check(tally, layer.module, call, self.work.precisions)
         if layer.index not in self.timed:  # one call of this process speaks for all
             self.timed.add(layer.index)
             layer.measured_ms = timed(layer.module, call)
 
     def compare(self, layers: list[Layer], rerun: Rerun) -> None:
-        self.found.append(rerun.error({layer.module: layer.in_force() for layer in layers}))
+        current = self.work.phases.current(layers)
+        self.found.append(rerun.error({layer.module: layer.in_force() for layer in current}))
 
     def conclude(self) -> Pass | None:
         last = self.number if self.number == self.work.rounds else 0

@@ -128,10 +128,12 @@ class Repeater:
     Attributes:
         layers: those of the transformer.
         compare: gets them and a Rerun; None where nobody wants to.
+        expect: is told, before a call, whether it will be handed over if it is looked at.
     """
 
     layers: list[Layer]
     compare: Callable[[list[Layer], Rerun], None] | None = None
+    expect: Callable[[bool], None] = lambda expected: None
     _usual: int = 1  # calls of a prompt
     _count: int = 0
     _seen: int = 0  # calls of layers, before the transformer's call in progress
@@ -146,15 +148,16 @@ class Repeater:
         """Forward pre-hook: keeps what the call will change."""
         if not self._busy:
             self._seen = self._looked_at()
+            self.expect(self._is_wanted())
             self._kwargs = kwargs if self.compare is None else {k: _fresh(k, v) for k, v in _empty(kwargs).items()}
 
     def after(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: hands over the call."""
         if self._busy or self._looked_at() == self._seen:
             return
-        number, kept = self._count, min(self._usual, CALLS)
+        wanted = self._is_wanted()
         self._count += 1
-        if self.compare is None or number not in [int((i + 0.5) * self._usual / kept) for i in range(kept)]:
+        if not wanted or self.compare is None:
             return
         if self._kwargs.keys() != kwargs.keys():  # it went on from a cache
             return
@@ -164,6 +167,10 @@ class Repeater:
                 self.compare(self.layers, Rerun(part, args, self._kwargs))
         finally:
             self._busy = False
+
+    def _is_wanted(self) -> bool:
+        kept = min(self._usual, CALLS)
+        return self.compare is not None and self._count in [int((i + 0.5) * self._usual / kept) for i in range(kept)]
 
     def _looked_at(self) -> int:
         return sum(layer.calls for layer in self.layers)

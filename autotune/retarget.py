@@ -36,10 +36,11 @@ def choose_at_load(
     """
     if tradeoff is None:
         raise ValueError(f"the file holds no trade-off that {target} could be chosen from: calibrate with this version")
-    layers = {layer.path: layer for layer in tradeoff.layers}
-    wrong = [path for path, state in tuned.items() if path not in layers or layers[path].heads != len(state.is_sparse)]
-    if wrong or len(layers) != len(tuned):
-        raise ValueError(f"the trade-off of the file is not that of its layers, first {(wrong or [*layers])[0]!r}")
+    ours = [(path, phase, state.heads) for path, state in tuned.items() for phase in range(len(state.edges) + 1)]
+    theirs = [(layer.path, layer.phase, layer.heads) for layer in tradeoff.layers]
+    if sorted(ours) != sorted(theirs):
+        first = sorted(set(ours) ^ set(theirs))[0] if set(ours) != set(theirs) else theirs[0]
+        raise ValueError(f"the trade-off of the file is not that of its layers, first {first[0]!r}")
     expected = _times(tradeoff, modules, info)
     return _states(tuned, tradeoff, target, choose_for(tradeoff, target, expected))
 
@@ -58,9 +59,10 @@ def _times(tradeoff: Tradeoff, modules: Mapping[str, SparseAttention], info: Any
 
 
 def _states(tuned: Mapping[str, Tuned], tradeoff: Tradeoff, target: Target, found: Outcome) -> dict[str, Tuned]:
-    made = {}
+    phases: dict[str, dict[int, Tuned]] = {path: {} for path in tuned}
     for layer, chosen in zip(tradeoff.layers, found.chosen, strict=True):
-        made[layer.path] = _state(tuned[layer.path], layer, chosen)
+        phases[layer.path][layer.phase] = _state(tuned[layer.path].at(layer.phase), layer, chosen)
+    made = {path: _joined(tuned[path], parts) for path, parts in phases.items()}
     same = all(_equal(made[path], tuned[path]) for path in made)
     facts: dict[str, Any] = {"checked": same and all(state.checked for state in tuned.values())}
     errors = {} if same else {"predicted": found.error if tradeoff.measure else None, "measured": None}
@@ -68,8 +70,13 @@ def _states(tuned: Mapping[str, Tuned], tradeoff: Tradeoff, target: Target, foun
     return {path: dataclasses.replace(state, **facts) for path, state in made.items()}
 
 
+def _joined(before: Tuned, parts: Mapping[int, Tuned]) -> Tuned:
+    states = [parts[phase] for phase in range(len(parts))]
+    return Tuned.joined(states, before.edges) if before.edges else states[0]
+
+
 def _state(before: Tuned, layer: LayerTradeoff, chosen: Tensor) -> Tuned:
-    """A layer's state with other candidates; PV skip stays where the candidate does."""
+    """A layer's state, of one phase, with other candidates; PV skip stays where the candidate does."""
     sparse, threshold, sim, density = layer.thresholds_of(chosen)
     stays = (before.threshold == threshold) & (before.sim == sim) & (before.is_sparse == sparse)
     state = dataclasses.replace(before, is_sparse=sparse, threshold=threshold, sim=sim,

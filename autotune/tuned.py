@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -46,7 +47,7 @@ class Tuned:
     """The tuned state of one layer. Whatever follows from it is computed here, once, and never asked of the device.
 
     Attributes:
-        is_sparse: bool ``[heads]``; the other heads keep every block.
+        is_sparse: bool ``[heads]``; the other heads keep every block. With phases all tensors are ``[phases, heads]``.
         threshold: float32 ``[heads]``, what the selector's levels are compared with.
         sim: float32 ``[heads]``, similarity filter; 0 or less is off.
         pv: float32 ``[heads]``, PV skip; ``PV_OFF`` or more is off.
@@ -57,10 +58,12 @@ class Tuned:
         checked: False for thresholds that were chosen from a trade-off afterwards: their errors are those of the
             calibration's curves, and the real kernel was not checked with them.
         tradeoff: the whole model's, from which they were chosen, for files; None when unknown.
+        edges: noise levels at which the phases of a diffusion model meet, falling; empty without phases.
+        densities: of the phases, as ``expected_density``.
         all_dense, filters, skips: no head is sparse; some sparse head has a similarity filter; some has PV skip.
 
     Raises:
-        ValueError: when a tensor is not ``[heads]`` or not finite.
+        ValueError: when a tensor is not ``[heads]``, or ``[phases, heads]``, or not finite.
     """
 
     is_sparse: Tensor
@@ -73,18 +76,21 @@ class Tuned:
     calibrated: bool = True
     checked: bool = True
     tradeoff: Tradeoff | None = field(default=None, repr=False)
+    edges: tuple[float, ...] = ()
+    densities: tuple[float | None, ...] = ()
     all_dense: bool = field(init=False)
     filters: bool = field(init=False)
     skips: bool = field(init=False)
     _served: dict[torch.device, tuple[Selector, Selector, Tensor]] = field(init=False, repr=False)
     _shares: dict[tuple[int, int], Tuned] = field(init=False, repr=False)
+    _phases: dict[int, Tuned] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name).detach() for name in FILE_KEYS.values()}
-        heads = len(self.is_sparse)
+        shape = [*([len(self.edges) + 1] if self.edges else []), *self.is_sparse.shape[-1:]]
         for name, value in values.items():
-            if tuple(value.shape) != (heads,):
-                raise ValueError(f"{name} must have shape [{heads}], got {list(value.shape)}")
+            if list(value.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
             if not bool(torch.isfinite(value.float()).all()):
                 raise ValueError(f"{name} must be finite, got {value.tolist()}")
             dtype = torch.bool if name == "is_sparse" else torch.float32
@@ -95,6 +101,7 @@ class Tuned:
         object.__setattr__(self, "skips", bool((self.pv[sparse] < PV_OFF).any()))
         object.__setattr__(self, "_served", {})
         object.__setattr__(self, "_shares", {})
+        object.__setattr__(self, "_phases", {})
 
     @classmethod
     def dense(cls, heads: int) -> Tuned:
@@ -111,6 +118,49 @@ class Tuned:
         sim = per_head(getattr(selector, "sim_threshold", -1.0), heads, "sim_threshold", cpu)
         pv = torch.full((heads,), PV_OFF)
         return cls(~dense, threshold, sim, pv, expected_density=selector.expected_density, calibrated=False)
+
+    @classmethod
+    def joined(cls, phases: Sequence[Tuned], edges: tuple[float, ...]) -> Tuned:
+        """The states of the phases as one; what else they say is the first one's, and the mean of the densities."""
+        tensors: dict[str, Any] = {
+            name: torch.stack([getattr(phase, name) for phase in phases]) for name in FILE_KEYS.values()
+        }
+        densities = tuple(phase.expected_density for phase in phases)
+        known = [density for density in densities if density is not None]
+        mean = sum(known) / len(known) if known else None
+        more: dict[str, Any] = dict(edges=edges, densities=densities, expected_density=mean)
+        return dataclasses.replace(phases[0], **tensors, **more)
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self.is_sparse.shape[-1]
+
+    def phase_of(self, noise: float | None) -> int:
+        """The phase of a noise level (1 = pure noise), 0 the noisiest.
+
+        Raises:
+            RuntimeError: when there are phases and the level is not known.
+        """
+        if not self.edges:
+            return 0
+        if noise is None:
+            raise RuntimeError(
+                "this layer has thresholds for each phase of denoising, and its call came without a noise level: its "
+                "model does not tell one (only transformers of diffusers do)"
+            )
+        return sum(noise < edge for edge in self.edges)
+
+    def at(self, phase: int) -> Tuned:
+        """The state of one phase; itself without phases."""
+        if not self.edges:
+            return self
+        known = self._phases.get(phase)
+        if known is None:
+            part: dict[str, Any] = {name: getattr(self, name)[phase] for name in FILE_KEYS.values()}
+            part["expected_density"] = self.densities[phase] if self.densities else self.expected_density
+            known = self._phases[phase] = dataclasses.replace(self, **part, edges=(), densities=())
+        return known
 
     @property
     def origin(self) -> str:
@@ -135,36 +185,53 @@ class Tuned:
         """
         known = self._shares.get((rank, size))
         if known is None:
-            heads = len(self.is_sparse)
+            heads = self.heads
             if heads % size or not 0 <= rank < size:
                 raise ValueError(f"rank {rank} of {size} has no equal share of {heads} heads")
             part = slice(rank * heads // size, (rank + 1) * heads // size)
-            known = dataclasses.replace(self, **{name: getattr(self, name)[part] for name in FILE_KEYS.values()})
+            known = dataclasses.replace(self, **{name: getattr(self, name)[..., part] for name in FILE_KEYS.values()})
             self._shares[rank, size] = known
         return known
 
-    def serve(self, selector: Selector, device: torch.device) -> tuple[Selector, Tensor]:
+    def serve(
+        self, selector: Selector, device: torch.device, noise: float | Tensor | None = None
+    ) -> tuple[Selector, Tensor]:
         """``selector`` with these thresholds, and the PV thresholds ``[heads]``, on ``device``; dense heads keep all.
 
         Made once for each device: a call must not wait for copies, nor launch kernels for a few numbers.
+
+        Args:
+            noise: with phases, the noise level of the call; under torch.compile a tensor on ``device``, so that a new
+                level compiles nothing.
         """
         if torch.compiler.is_compiling():  # a traced graph must not depend on what is kept here
-            return self._serve(selector, device)
+            return self._serve(selector, *self._values(device, noise))
+        if self.edges:
+            assert not isinstance(noise, Tensor)
+            return self.at(self.phase_of(noise)).serve(selector, device)
         known = self._served.get(device)
         if known is None or known[0] is not selector:
-            known = self._served[device] = (selector, *self._serve(selector, device))
+            known = self._served[device] = (selector, *self._serve(selector, *self._values(device, None)))
         return known[1:]
 
-    def _serve(self, selector: Selector, device: torch.device) -> tuple[Selector, Tensor]:
-        sparse = self.is_sparse.to(device)
+    def _values(self, device: torch.device, noise: float | Tensor | None) -> list[Tensor]:
+        """The four tensors ``[heads]`` on ``device``, of the phase of a noise level where there are phases."""
+        values = [getattr(self, name).to(device) for name in FILE_KEYS.values()]
+        if not self.edges:
+            return values
+        if not isinstance(noise, Tensor):
+            return [value[self.phase_of(noise)] for value in values]
+        phase = (noise < torch.tensor(self.edges, device=device)).sum()
+        return [value.index_select(0, phase[None])[0] for value in values]
+
+    def _serve(
+        self, selector: Selector, sparse: Tensor, threshold: Tensor, sim: Tensor, pv: Tensor
+    ) -> tuple[Selector, Tensor]:
         if hasattr(selector, "sim_threshold"):
-            sim = torch.where(sparse, self.sim.to(device), -1.0) if self.filters else -1.0
-            selector = dataclasses.replace(selector, sim_threshold=sim)  # type: ignore[call-arg]
-        pv = torch.where(sparse, self.pv.to(device), PV_OFF)
-        return selector.tuned_to(self.threshold.to(device), sparse), pv
+            filters = torch.where(sparse, sim, -1.0) if self.filters else -1.0
+            selector = dataclasses.replace(selector, sim_threshold=filters)  # type: ignore[call-arg]
+        return selector.tuned_to(threshold, sparse), torch.where(sparse, pv, PV_OFF)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {
-            "_served": {},
-            "_shares": {},
-        }  # tensors on devices that a copy in another process may not have
+        # Tensors on devices that a copy in another process may not have.
+        return vars(self) | {"_served": {}, "_shares": {}, "_phases": {}}

@@ -27,7 +27,7 @@ from autotune import SparseAttention
 from .context_parallel import exchange_for, parts_of_sequence
 from .families import Place, count_dense_call
 from .rebind import Table, obstacle, rebound
-from .schedule import now
+from .schedule import noise_of_call, now
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -203,6 +203,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], dense: Calla
     options = {
         "is_causal": bool(given.get("is_causal")),
         "scale": q.shape[-1] ** -0.5 if given.get("scale") is None else given["scale"],
+        "noise": noise_of_call(),
     }
     if exchange is not None:
         return exchange.attend(inner, q, k, v, key_mask, text, options)

@@ -40,9 +40,16 @@ class _Now(threading.local):
     def __init__(self) -> None:
         self.dense = False  # this call runs dense by schedule
         self.text_length = 0  # tokens of encoder_hidden_states
+        self.noise: float | None = None  # level of this call, where a layer needs it
+        self.noise_tensor: Tensor | None = None  # the same for traced code, which must not depend on its value
 
 
 now = _Now()
+
+
+def noise_of_call() -> float | Tensor | None:
+    """The noise level of the transformer's call in progress; for traced code a tensor on the call's device."""
+    return now.noise_tensor if torch.compiler.is_compiling() else now.noise
 
 
 class DenseSteps:
@@ -64,24 +71,36 @@ class DenseSteps:
 
     def is_dense(self, timestep: Tensor | float) -> bool:
         """Whether a call with this timestep runs dense."""
-        level = float(self.noise_level(torch.as_tensor(timestep).detach().float()).max())
+        level = self._level(timestep)
         return 1 - level < self.first or level < self.last
+
+    def _level(self, timestep: Tensor | float) -> float:
+        return float(self.noise_level(torch.as_tensor(timestep).detach().float()).max())
+
+    def _needs_noise(self) -> bool:
+        """Whether a layer has thresholds by phase, or is being calibrated."""
+        inners = [layer[1]._modules.get("inner_attention") for layer in self.layers]
+        return any(inner is not None and inner.needs_noise for inner in inners)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         text = self._argument("encoder_hidden_states", args, kwargs)
         now.text_length = text.shape[1] if isinstance(text, Tensor) else 0
-        now.dense = False
-        if self.first or self.last:
+        now.dense, now.noise, now.noise_tensor = False, None, None
+        if self.first or self.last or self._needs_noise():
             self._decide(module, args, kwargs)
 
     # Not traced: the decision needs a number on the host. A whole compiled model has one graph break here.
     @torch.compiler.disable
     def _decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = self._argument("timestep", args, kwargs)
+        if timestep is None and not (self.first or self.last):
+            return
         if timestep is None:
             name = type(getattr(module, "_orig_mod", module)).__name__
             raise TypeError(f"{name} was called without timestep, which its dense steps need")
-        now.dense = self.is_dense(timestep)
+        now.dense, now.noise = self.is_dense(timestep), self._level(timestep)
+        device = timestep.device if isinstance(timestep, Tensor) else torch.device("cpu")
+        now.noise_tensor = torch.tensor(now.noise, device=device)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An argument of the transformer's call, however it was passed; None when it was not."""
