@@ -177,12 +177,25 @@ def _describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor], addr
             _describe(value, key, tensors, addresses)
         elif kind is dict:
             key += (dict, tuple(value))
-            _describe(value.values(), key, tensors, addresses)
+            _describe_all(list(value.values()), key, tensors, addresses)
         elif isinstance(value, (Selector, BlockMask)):
-            fields = vars(value)
-            key += (kind, len(fields))
+            key.append(kind)
             if kind is Union and tensors[0].is_cuda:  # what is made of its Tokens is kept per stream
                 key.append(torch._C._cuda_getCurrentRawStream(tensors[0].device.index))
-            _describe(fields.values(), key, tensors, addresses)
+            _describe_all(list(vars(value).values()), key, tensors, addresses)
         else:
             raise _Unknown
+
+
+def _describe_all(values: list[Any], key: list[Any], tensors: list[Tensor], addresses: list[int]) -> None:
+    """:func:`_describe` for values of which most are plain, faster."""
+    kinds = tuple(map(type, values))
+    others = []
+    if not _PLAIN.issuperset(kinds):
+        for place, kind in enumerate(kinds):
+            if kind not in _PLAIN:
+                others.append(values[place])
+                values[place] = None
+    key += (kinds, tuple(values))
+    if others:
+        _describe(others, key, tensors, addresses)
