@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import replay
+from . import backends, replay
 from .attend import AttentionStats, attend, attend_with_lse, no_autocast, with_density
 from .block_mask import BlockMask
 from .call import Call
@@ -42,8 +42,12 @@ def attend_again(
         return out, _stats_again(request.plan.about, made(), selector, lists) if wants_stats else None
     out, stats = request.watch(lambda: attend(made(), selector, backend=backend, strict=strict))
     lists = [] if not wants_stats or stats.computed is None else [stats.computed.counts, stats.computed.indices]
-    request.keep([out, *lists], stats.plan, stats.backend)
+    request.keep([out, *lists], stats.plan, _obstacle(stats.backend))
     return out, stats
+
+
+def _obstacle(backend: str) -> str | None:
+    return None if backends.get(backend).replays else f"backend {backend!r} is not recorded"
 
 
 def _reads_values(options: Mapping[str, Any]) -> bool:
@@ -78,5 +82,5 @@ def with_lse_again(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any], 
         out, lse = request.run()
         return out, lse
     out, lse, name = request.watch(compute)
-    request.keep([out, lse], None, name)
+    request.keep([out, lse], obstacle=_obstacle(name))
     return out, lse

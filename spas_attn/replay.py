@@ -8,6 +8,7 @@ but kernels of this library; the second is recorded (kernels/recorded.py), and f
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import backends, epoch
+from . import epoch
 from .block_mask import BlockMask
 from .kernels import plans
 from .kernels.recorded import Recorder
@@ -83,14 +84,17 @@ class Request:
         self._recorder = recorder
         return result
 
-    def keep(self, outputs: Sequence[Tensor], about: Any, backend: str) -> None:
-        """Make a plan of what was watched, whose results these were, if ``backend`` ran it and can be recorded."""
+    def keep(self, outputs: Sequence[Tensor], about: Any = None, obstacle: str | None = None) -> None:
+        """Make a plan of what was watched.
+
+        Args:
+            outputs: its results, each a tensor that it allocated.
+            about: what the plan is to remember.
+            obstacle: why there can be no plan.
+        """
         if self._recorder is None:
             return
-        if backends.get(backend).replays:
-            made = plans.make(self._recorder.recording, outputs, about)
-        else:
-            made = f"backend {backend!r} is not recorded"
+        made = obstacle or plans.make(self._recorder.recording, outputs, about)
         if isinstance(made, str):
             self.entry.obstacle = made
         else:
@@ -129,6 +133,23 @@ def request(q: Tensor, *values: Any) -> Request | None:
     if entry.obstacle is not None or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     return Request(entry, tensors, addresses, due=True)
+
+
+def replayed(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """``function``, whose arguments (the first is a tensor) are all that its results depend on, with plans."""
+
+    @functools.wraps(function)
+    def run(q: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        found = request(q, q, function.__qualname__, *others)
+        if found is None:
+            return function(q, *others)
+        if found.plan is not None:
+            return found.run()
+        results = found.watch(lambda: function(q, *others))
+        found.keep(results)
+        return results
+
+    return run
 
 
 def forget() -> None:

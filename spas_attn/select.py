@@ -20,6 +20,7 @@ from .block_mask import BlockMask, cdiv
 from .call import Call
 from .kernels.config import capability, shared_memory_limit
 from .kernels.recorded import constant
+from .replay import replayed
 from .selectors import (
     ExactKeys,
     FlashPrefill,
@@ -244,6 +245,7 @@ def _unchecked(kind: type[Selector], values: dict[str, Any]) -> Selector:
 
 
 @torch.library.custom_op("spas_attn::select_blocks", mutates_args=())
+@replayed
 def _fused_op(
     q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, tensors: list[Tensor | None],
     document_start: Tensor | None, numbers: list[float], flags: list[int], is_causal: bool, scale: float,

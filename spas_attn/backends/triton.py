@@ -13,6 +13,7 @@ import os
 import torch
 from torch import Tensor
 
+from .. import replay
 from ..block_mask import BlockMask
 from ..call import Call
 from ..kernels import config
@@ -113,6 +114,7 @@ def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("spas_attn::triton_attention", mutates_args=())
+@replay.replayed
 def _triton_op(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, indices: Tensor | None, block_q: int, block_k: int,
     key_mask: Tensor | None, pv_threshold: Tensor | None, k_int8: Tensor | None, k_scale: Tensor | None,
