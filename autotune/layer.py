@@ -215,7 +215,7 @@ class Layer:
 
     def _expected_ms(self, precision: str) -> float:
         module, density = self.module, self.in_force().expected_density
-        found = self.shape and times(self.shape, self.device or module._device, precision, module.selector.selection_ms)
+        found = self.shape and times(self.shape, self.device or module._device, precision, module.selector)
         return found.sparse(1.0 if density is None else density) if found else math.inf
 
     def _holds(self, check: Tally, grid: Grid) -> bool:

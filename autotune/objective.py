@@ -111,7 +111,7 @@ def layer_times(layers: Sequence[Layer]) -> list[Times] | None:
     for layer in layers:
         module = layer.module
         expected = None if layer.shape is None else times(
-            layer.shape, layer.device or module._device, module.precision, module.selector.selection_ms
+            layer.shape, layer.device or module._device, module.precision, module.selector
         )  # fmt: skip
         if expected is None:
             return None

@@ -51,7 +51,7 @@ def _times(tradeoff: Tradeoff, modules: Mapping[str, SparseAttention], info: Any
     for layer in tradeoff.layers:
         module, selector = modules[layer.path], info.selector_of(layer.path)
         precision = info.precision_of(layer.path) or module.precision
-        expected = layer.shape and times(layer.shape, module._device, precision, selector.selection_ms)
+        expected = layer.shape and times(layer.shape, module._device, precision, selector)
         if expected is None:
             return None
         found.append(expected)

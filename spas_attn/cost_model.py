@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
@@ -62,13 +63,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured on one GPU for one head dim, causal or not.
+    """What was measured on one GPU for one head dim and size of mask blocks, causal or not.
 
     Attributes:
         device: the GPU's name; capability: its compute capability.
-        head_dim, is_causal: of the calls.
+        head_dim, is_causal: of the calls; blocks: sizes of the mask's blocks, queries and keys.
         dense: lines of exact dense backends by name.
-        select: the line of selection (TopK, pool 16, 128 x 128 blocks).
+        select: the line of selection (ExactKeys; TopK with pool 16 where ``blocks`` is not in a file).
         sparse: lines of the sparse kernels by "backend/precision", quantisation included.
         measured: date; versions: of torch, triton and so on.
     """
@@ -82,10 +83,13 @@ class Row:
     sparse: dict[str, Line]
     measured: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    blocks: tuple[int, int] = (128, 128)
 
     def __str__(self) -> str:
         causal = ", causal" if self.is_causal else ""
-        return f"{self.device}, head dim {self.head_dim}{causal}, measured {self.measured or 'at an unknown date'}"
+        blocks = f", blocks {self.blocks[0]} x {self.blocks[1]}"
+        when = self.measured or "at an unknown date"
+        return f"{self.device}, head dim {self.head_dim}{causal}{blocks}, measured {when}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def predict(call: Call, density: float | None, *, selects: bool, extra: float = 
         extra: milliseconds that its selection takes beyond the measured one (``Selector.selection_ms``).
     """
     batch, heads, q_len, head_dim = call.q.shape
-    found = _measured(call.q.device.index, head_dim, call.is_causal)
+    found = _measured(call.q.device.index, head_dim, call.is_causal, call.blocks or (128, 128))
     if found is None:
         return None
     dense, selection, sparse, source = found
@@ -151,15 +155,15 @@ def _ms(line: _Numbers, work: Work, density: float) -> float:
 
 
 @constant_when_traced
-def _measured(index: int | None, head_dim: int, is_causal: bool) -> _Plain | None:
+def _measured(index: int | None, head_dim: int, is_causal: bool, blocks: tuple[int, int]) -> _Plain | None:
     """What the tables say, in tuples of numbers: constants that torch.compile traces through."""
-    return _measured_on(torch.cuda.current_device() if index is None else index, head_dim, is_causal)
+    return _measured_on(torch.cuda.current_device() if index is None else index, head_dim, is_causal, blocks)
 
 
 @functools.cache
-def _measured_on(index: int, head_dim: int, is_causal: bool) -> _Plain | None:
+def _measured_on(index: int, head_dim: int, is_causal: bool, blocks: tuple[int, int]) -> _Plain | None:
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    found = nearest(rows(), name, capability, head_dim, is_causal)
+    found = nearest(rows(), name, capability, head_dim, is_causal, blocks)
     if found is None:
         return None
     row, note = found
@@ -169,17 +173,24 @@ def _measured_on(index: int, head_dim: int, is_causal: bool) -> _Plain | None:
 
 
 def nearest(
-    table: tuple[Row, ...], name: str, capability: tuple[int, int], head_dim: int, is_causal: bool
+    table: tuple[Row, ...],
+    name: str,
+    capability: tuple[int, int],
+    head_dim: int,
+    is_causal: bool,
+    blocks: tuple[int, int] = (128, 128),
 ) -> tuple[Row, str] | None:
     """The row that speaks for a GPU, and what is not exact about it; None when no architecture comes near.
 
     Rows of the same GPU come before those of the same compute capability, and those before the same major one; then
-    the nearest head dim, larger ones first; then the earlier row (the user's own table).
+    the nearest head dim, larger ones first; then the nearest size of blocks; then the earlier row (the user's own
+    table).
     """
 
-    def distance(row: Row) -> tuple[int, bool, int]:
+    def distance(row: Row) -> tuple[int, bool, int, float]:
         device = 0 if row.device == name else 1 if row.capability == capability else 2
-        return device, row.head_dim < head_dim, abs(row.head_dim - head_dim)
+        apart = abs(math.log2(row.blocks[0] / blocks[0])) + abs(math.log2(row.blocks[1] / blocks[1]))
+        return device, row.head_dim < head_dim, abs(row.head_dim - head_dim), apart
 
     close = [row for row in table if row.is_causal == is_causal and row.capability[0] == capability[0]]
     if not close:
@@ -187,6 +198,7 @@ def nearest(
     row = min(close, key=distance)
     notes = [] if row.device == name else [f"nearest to {name}"]
     notes += [] if row.head_dim == head_dim else [f"nearest to head dim {head_dim}"]
+    notes += [] if row.blocks == blocks else [f"nearest to blocks {blocks[0]} x {blocks[1]}"]
     return row, f" ({', '.join(notes)})" if notes else ""
 
 
@@ -227,7 +239,9 @@ def read(path: Path) -> tuple[Row, ...]:
 def _row(entry: dict[str, Any]) -> Row:
     major, minor = entry["capability"]
     lines = {name: {key: Line(*value) for key, value in entry[name].items()} for name in ("dense", "sparse")}
-    return Row(**{**entry, **lines, "capability": (major, minor), "select": Line(*entry["select"])})
+    block_q, block_k = entry.get("blocks", (128, 128))
+    plain = {"capability": (major, minor), "blocks": (block_q, block_k), "select": Line(*entry["select"])}
+    return Row(**{**entry, **lines, **plain})
 
 
 def write(table: tuple[Row, ...], path: Path) -> None:

@@ -3,9 +3,9 @@
     python -m spas_attn.measure                       # writes the user's own table, which is read from then on
     python -m spas_attn.measure --out table.json --head-dims 64 96 128 256
 
-For every head dim, causal and not: exact dense backends, and every sparse one at a few lengths and densities, with and
-without selection. To the times lines are fitted (cost_model.py), and the crossover to dense is printed. It takes about
-two minutes, in which nothing else should run on the GPU.
+For every head dim and size of mask blocks, causal and not: exact dense backends, and every sparse one at a few lengths
+and densities, with and without selection. To the times lines are fitted (cost_model.py), and the crossover to dense is
+printed. It takes about three minutes, in which nothing else should run on the GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from .block_mask import BlockMask
 from .call import Call
 from .cost_model import Line, Row, Work
 from .select import select
-from .selectors import TopK
+from .selectors import ExactKeys
 
 SPARSE = (
     ("triton", "native"),
@@ -38,8 +39,9 @@ SPARSE = (
     ("cudnn", "native"),
 )
 DENSE = ("sdpa", "flash")
+BLOCKS = ((128, 128), (128, 64), (64, 64))
 LENGTHS = (1024, 4096, 12288, 32768)
-DENSITIES = (1.0, 0.375, 0.0625)
+MASSES = (1.0, 0.375, 0.0625)  # of random keys, which matter alike: nearly the densities
 Timer = Callable[[Callable[[], object]], float]
 
 
@@ -73,9 +75,10 @@ def measure(
     *,
     heads: int = 24,
     lengths: Sequence[int] = LENGTHS,
-    densities: Sequence[float] = DENSITIES,
+    masses: Sequence[float] = MASSES,
     dense: Sequence[str] = DENSE,
     sparse: Sequence[tuple[str, str]] = SPARSE,
+    blocks: tuple[int, int] = (128, 128),
 ) -> tuple[dict[str, Line], Line, dict[str, Line]]:
     """Time what runs on this machine.
 
@@ -92,9 +95,10 @@ def measure(
             if chosen.missing() is None and chosen.declines(call) is None:
                 ms = timer(functools.partial(chosen.run, call))
                 times.setdefault(name, []).append(Point(work, 1.0, ms, ms))
-        for density in densities:
-            selector = TopK(keep=density)
+        for mass in masses:
+            selector = ExactKeys(mass, block_q=blocks[0], block_k=blocks[1])
             mask = select(selector, call).mask
+            density = float(mask.density(is_causal).mean())
             for name, precision in sparse:
                 chosen = backends.get(name)
                 if chosen.missing() is not None or chosen.declines(call.replace(mask=mask, precision=precision)):
@@ -109,7 +113,9 @@ def measure(
     return {name: line for name, line in lines.items() if name not in kernels}, fit(selection), kernels
 
 
-def _given_and_whole(call: Call, mask: BlockMask, selector: TopK, timer: Timer, **options: Any) -> tuple[float, float]:
+def _given_and_whole(
+    call: Call, mask: BlockMask, selector: ExactKeys, timer: Timer, **options: Any
+) -> tuple[float, float]:
     """Milliseconds of a call whose mask is given, and of one that selects it."""
     options |= {"is_causal": call.is_causal, "strict": True}
     tensors = call.q, call.k, call.v
@@ -156,8 +162,12 @@ def report(row: Row) -> str:
 
 def merge(new: Sequence[Row], old: Sequence[Row]) -> tuple[Row, ...]:
     """The new rows, and the old ones that they do not replace."""
-    measured = {(row.device, row.head_dim, row.is_causal) for row in new}
-    return (*new, *(row for row in old if (row.device, row.head_dim, row.is_causal) not in measured))
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row.device, row.head_dim, row.is_causal, row.blocks
+
+    measured = {key(row) for row in new}
+    return (*new, *(row for row in old if key(row) not in measured))
 
 
 def _versions() -> dict[str, str]:
@@ -187,11 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return float(do_bench(call, warmup=max(1, int(options.ms / 5)), rep=options.ms, return_mode="median"))
 
     rows = []
-    for head_dim in options.head_dims:
-        for is_causal in (False, True):
-            dense, select, sparse = measure("cuda", head_dim, is_causal, timer, heads=options.heads)
-            gpu = (torch.cuda.get_device_name(), torch.cuda.get_device_capability(), head_dim, is_causal)
-            rows.append(Row(*gpu, dense, select, sparse, datetime.date.today().isoformat(), _versions()))
+    gpu = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    when = datetime.date.today().isoformat(), _versions()
+    for head_dim, is_causal in itertools.product(options.head_dims, (False, True)):
+        known: dict[str, Line] = {}  # dense attention knows no blocks
+        for blocks in BLOCKS:
+            found = measure(
+                "cuda", head_dim, is_causal, timer, heads=options.heads, dense=() if known else DENSE, blocks=blocks
+            )
+            known = known or found[0]
+            rows.append(Row(*gpu, head_dim, is_causal, known, *found[1:], *when, blocks))
             print(report(rows[-1]), flush=True)
     table = merge(rows, cost_model.read(options.out) if options.out.exists() else ())
     cost_model.write(table, options.out)

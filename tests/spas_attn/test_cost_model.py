@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from made_up_gpu import FakeGpu, row
 
-from spas_attn import BlockMask, backends, cost_model, measure
+from spas_attn import BlockMask, Call, backends, cost_model, measure
 from spas_attn.cost_model import Line, Work
 from spas_attn.measure import Point
-from spas_attn.selectors import TopK
+from spas_attn.select import select as select_blocks
+from spas_attn.selectors import ExactKeys
 
 H200, NAME = (9, 0), "NVIDIA H200"
 measured = functools.partial(row, device=NAME, capability=H200)
@@ -56,10 +57,17 @@ class TestNearest:
             assert found[0] is self.TABLE[expected]
             assert (note in found[1]) if note else found[1] == ""
 
+    def test_blocks(self) -> None:
+        """Those of the call if they were measured, else the nearest; the head dim counts first."""
+        table = (measured(head_dim=64, blocks=(64, 64)), measured(), measured(blocks=(64, 64)))
+        assert cost_model.nearest(table, NAME, H200, 128, False, (64, 64)) == (table[2], "")
+        found = cost_model.nearest(table, NAME, H200, 128, False, (128, 64))
+        assert found == (table[1], " (nearest to blocks 128 x 64)")
+
 
 class TestFiles:
     def test_round_trip(self, tmp_path: Path) -> None:
-        table = (row(), row(is_causal=True, versions={"torch": "2.13"}))
+        table = (row(), row(is_causal=True, versions={"torch": "2.13"}), row(blocks=(128, 64)))
         cost_model.write(table, tmp_path / "new" / "table.json")
         assert cost_model.read(tmp_path / "new" / "table.json") == table
 
@@ -114,15 +122,16 @@ class TestMeasure:
                 (made,) = call.args
                 return dense(Work.of(2, made.q.shape[2], made.q.shape[2]))
             q, how = call.args[0], call.args[3]
-            work, density = Work.of(2, q.shape[2], q.shape[2]), how.keep if isinstance(how, TopK) else densities(how)
-            return kernel(work, density) + (select(work) if isinstance(how, TopK) else 0.0)
-
-        def densities(mask: BlockMask) -> float:
-            return float(mask.density().mean())
+            work, selects = Work.of(2, q.shape[2], q.shape[2]), isinstance(how, ExactKeys)
+            mask: BlockMask = (
+                select_blocks(how, Call(*call.args[:3], scale=q.shape[-1] ** -0.5)).mask if selects else how
+            )
+            assert (mask.block_q, mask.block_k) == (128, 64)
+            return kernel(work, float(mask.density().mean())) + (select(work) if selects else 0.0)
 
         found = measure.measure(
-            "cpu", 32, False, timer, heads=2, lengths=(256, 512, 1024), densities=(1.0, 0.5),
-            dense=("sdpa",), sparse=(("cpu", "native"), ("cpu", "int8_bf16")),
+            "cpu", 32, False, timer, heads=2, lengths=(256, 512, 1024), masses=(1.0, 0.5),
+            dense=("sdpa",), sparse=(("cpu", "native"), ("cpu", "int8_bf16")), blocks=(128, 64),
         )  # fmt: skip
         assert list(found[0]) == ["sdpa"]
         assert list(found[2]) == ["cpu/native"], "int8_bf16 does not run on a CPU"
@@ -145,9 +154,9 @@ class TestMeasure:
         assert "1024: " in measure.report(made)
 
     def test_merge_replaces_what_was_measured_again(self) -> None:
-        old = (row(measured="old"), row(device="other"), row(head_dim=64))
+        old = (row(measured="old"), row(device="other"), row(head_dim=64), row(blocks=(64, 64)))
         new = (row(measured="new"),)
-        assert measure.merge(new, old) == (new[0], old[1], old[2])
+        assert measure.merge(new, old) == (new[0], *old[1:])
 
     @pytest.mark.usefixtures("gpu_like")
     def test_needs_a_gpu(self) -> None:
