@@ -21,6 +21,7 @@ from autotune.tradeoff import KL, RELATIVE
 from spas_attn import cost_model
 from spas_attn.call import Call
 from spas_attn.metrics import relative_l1
+from spas_attn.selectors import FlexPrefill
 
 WEIGHTS = (1.0, 4.0, 0.2)
 BUDGET: dict[str, Any] = dict(objective="budget", sparsity=0.35, grid=GRID, query_blocks=None)
@@ -339,15 +340,18 @@ def test_expected_times_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     monkeypatch.setattr(machine, "_row", lambda *_: row)
     shape, tokens, pairs = (8, 50_000, 50_000, 64, True), 0.8, 20.0
-    native = machine.times(shape, torch.device("cuda"), "native", 0.05)
+    slow = FlexPrefill()
+    cuda, rest = torch.device("cuda"), slow.selection_ms
+    native = machine.times(shape, cuda, "native", slow)
     assert native is not None
     assert native.dense == pytest.approx(0.3 + pairs)
-    assert native.sparse(0.25) == pytest.approx(0.2 + 0.1 * tokens + 0.01 * pairs + 0.05 + 0.1 + 0.2 * tokens + 15.0)
-    best = machine.times(shape, torch.device("cuda"), "auto")
+    assert rest > 0
+    assert native.sparse(0.25) == pytest.approx(0.2 + 0.1 * tokens + 0.01 * pairs + rest + 0.1 + 0.2 * tokens + 15.0)
+    best = machine.times(shape, cuda, "auto", slow)
     assert best is not None and best.blocks == pytest.approx(1.5 * pairs)
-    assert machine.times(shape, torch.device("cuda"), "int8_fp8") is None
+    assert machine.times(shape, cuda, "int8_fp8", slow) is None
     monkeypatch.undo()
-    assert machine.times(shape, torch.device("cpu")) is None
+    assert machine.times(shape, torch.device("cpu"), "native", slow) is None
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
