@@ -30,7 +30,7 @@ class Probe(ExactKeys):
         means: tokens of further stretches whose means are rows too; 0 for none.
         peak: a block counts by the row that gives it most, instead of by the mean over the rows.
         alive: share of the visible blocks that the rows judge: those of most mass for the mean of all queries of the
-            block. The others are kept by a threshold of 1 only.
+            block. The others have the mass that this mean gives them.
         floor: share of the visible blocks that is kept at least.
     """
 
@@ -52,12 +52,16 @@ class Probe(ExactKeys):
         rows = self.rows(call)
         if self.means:
             rows = torch.cat([rows, self._plain(self.means).rows(call)], 3)
-        if self.alive == 1.0:
-            return self._with_floor(self._judge(rows, forced, visible), forced, visible)
-        coarse = mean_row(probabilities(self._plain(self.block_q).rows(call)))
-        hopeless = places(coarse, forced, visible) >= self.alive * visible.sum(-1, keepdim=True)
-        levels = self._judge(rows.masked_fill_(hopeless[:, :, :, None], -torch.inf), forced, visible)
-        return self._with_floor(levels.masked_fill(hopeless, 1.0), forced, visible)
+        if self.alive < 1:
+            levels = self._coarse_to_fine(rows, call, forced, visible)
+        elif self.peak:
+            levels = (1.0 - probabilities(rows).amax(-2)).clamp(min=0.0)
+        else:
+            levels = mass_before(mean_row(probabilities(rows)), forced, visible)
+        if self.floor:
+            first = places(1.0 - levels, forced, visible) < self.floor * visible.sum(-1, keepdim=True)
+            levels = levels.masked_fill(first, -torch.inf)
+        return levels
 
     def vectors(self, call: Call) -> tuple[Tensor, Tensor | None]:
         if not self.pick:
@@ -72,18 +76,9 @@ class Probe(ExactKeys):
     def _plain(self, pool: int) -> ExactKeys:
         return ExactKeys(pool=pool, block_q=self.block_q, block_k=self.block_k, local=self.local)
 
-    def _judge(self, rows: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
-        probs = probabilities(rows)
-        return (1.0 - probs.amax(-2)).clamp(min=0.0) if self.peak else mass_before(mean_row(probs), forced, visible)
-
-    def _with_floor(self, levels: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
-        if not self.floor:
-            return levels
-        return levels.masked_fill(
-            places(1.0 - levels, forced, visible) < self.floor * visible.sum(-1, keepdim=True), -torch.inf
-        )
-
-
-def cost(selector: ExactKeys) -> float:
-    """Score products over those of QKᵀ."""
-    return selector.cost if isinstance(selector, Probe) else 1 / selector.pool
+    def _coarse_to_fine(self, rows: Tensor, call: Call, forced: Tensor, visible: Tensor) -> Tensor:
+        coarse = mean_row(probabilities(self._plain(self.block_q).rows(call)))
+        hopeless = places(coarse, forced, visible) >= self.alive * visible.sum(-1, keepdim=True)
+        fine = mean_row(probabilities(rows.masked_fill_(hopeless[:, :, :, None], -torch.inf)))
+        left = (coarse * hopeless).sum(-1, keepdim=True)
+        return mass_before(torch.where(hopeless, coarse, (1 - left) * fine), forced, visible)
