@@ -88,7 +88,8 @@ def machine_facts(layers: Sequence[Layer]) -> dict[str, Any]:
     """What a tuned file says of the machine that it was made on: its name, and times of a call of each layer."""
     device = layers[0].module.is_sparse.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "measured_ms": {x.path: list(x.measured_ms) for x in layers if x.measured_ms is not None}}
+    measured = {page.unit(x.path, x.phase): list(x.measured_ms) for x in layers if x.measured_ms is not None}
+    return {"device": name, "measured_ms": measured}
 
 
 def statistics_path(tuned: str | os.PathLike[str]) -> Path:
@@ -143,11 +144,16 @@ def _others(state: files.State, statistics: Statistics) -> bool:
     """Whether a file's thresholds are others than those of the statistics."""
     try:
         return any(
-            abs(float(state[f"{entry['path']}.{key}"][head["head"]]) - head[key]) > 1e-5
+            abs(float(_of_phase(state[f"{entry['path']}.{key}"], entry)[head["head"]]) - head[key]) > 1e-5
             for entry in statistics for head in entry["heads"] for key in ("is_sparse", "cdfthreshd")
         )  # fmt: skip
     except (KeyError, IndexError, TypeError):  # not even its layers and heads; Record and read say so
         return False
+
+
+def _of_phase(values: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
+    """Values ``[heads]`` of the phase that an entry of the statistics is about."""
+    return values[entry["phase"]] if values.dim() == 2 else values
 
 
 def write_page(tuned: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:

@@ -2,6 +2,6 @@
 
 from .findings import summary
 from .html import render
-from .record import Record
+from .record import Record, unit
 
-__all__ = ["Record", "render", "summary"]
+__all__ = ["Record", "render", "summary", "unit"]

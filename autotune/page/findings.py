@@ -111,6 +111,9 @@ def _notes(record: Record) -> Iterator[str]:
             f"The prompts had {_range(lengths)} keys. Nothing is known below {lengths[0] // 2:,} and above "
             f"{2 * lengths[1]:,}: layers warn there."
         )
+    if phases := {number(entry)[-1]: entry["noise"] for entry in record.layers if "noise" in entry}:
+        letters = ", ".join(f"{letter} from {high:g} to {low:g}" for letter, (high, low) in phases.items())
+        yield f"Every layer has thresholds for each phase of denoising; the letters stand for noise levels: {letters}."
     if record.layers[0].get("tail") is None:
         yield "No bound was set on the error of single queries (tail): a few queries may go wrong unseen."
     if (used := _used(record)) is not None and used < ROOM:

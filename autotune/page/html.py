@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from string import Template
@@ -192,6 +193,14 @@ def _maps(record: Record) -> str:
     return words + f'<div class="maps">{"".join(_figure(chart, caption) for caption, chart in found)}</div>'
 
 
+def _precision(record: Record) -> str | None:
+    """Of the sparse kernels, and in how many layers where they differ."""
+    found = Counter(entry.get("precision") or record.info.get("precision") for entry in record.layers)
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{name} in {count(layers, 'layer')}" for name, layers in found.most_common())
+
+
 def _facts(record: Record) -> str:
     info, first, about = record.info, record.layers[0], record.info.get("about") or {}
     selector = info.get("selector")
@@ -208,7 +217,7 @@ def _facts(record: Record) -> str:
         else "bounds for every head",
         "bounds": ", ".join(f"{key}={info[key]:.3g}" for key in ("l1", "pv_l1", "tail") if info.get(key)) or "none",
         "selector": selector,
-        "precision": info.get("precision"),
+        "precision": _precision(record),
         "dense steps": info.get("dense_steps"),
         "checked by": f"the kernels `{first['check_backend']}`" if first.get("check_backend") else None,
         "device": info.get("device"),

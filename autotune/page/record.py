@@ -92,7 +92,7 @@ class Record:
 
     def times_of(self, entry: Entry, kind: str = "measured") -> tuple[float, float] | None:
         """Milliseconds of a layer dense and sparse, "measured" or "expected"; None where that is unknown."""
-        measured = (self.info.get("measured_ms") or {}).get(entry["path"])
+        measured = (self.info.get("measured_ms") or {}).get(unit(entry["path"], entry.get("phase", 0)))
         found = measured if kind == "measured" else entry.get("expected_ms")
         return None if found is None else (float(found[0]), float(found[1]))
 
@@ -119,8 +119,14 @@ def bound(entry: Entry, kind: str) -> float | None:
 
 
 def number(entry: Entry) -> str:
-    """A layer's number, as people read it: of a second transformer with "2:"."""
-    return f"{'2:' if entry['path'].startswith('transformer_2.') else ''}{entry['layer_idx']}"
+    """A layer's number, as people read it: of a second transformer with "2:", with phases with their letters."""
+    phase = chr(ord("a") + entry["phase"]) if "phase" in entry else ""
+    return f"{'2:' if entry['path'].startswith('transformer_2.') else ''}{entry['layer_idx']}{phase}"
+
+
+def unit(path: str, phase: int) -> str:
+    """What stands for a layer, or for one of its phases after the first, in ``measured_ms`` of a tuned file."""
+    return f"{path}#{phase}" if phase else path
 
 
 def percent(share: float, digits: int = 1) -> str:

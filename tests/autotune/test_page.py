@@ -348,6 +348,18 @@ def test_what_cannot_be_read(file: Path, tmp_path: Path) -> None:
         report.write_page(alone)
 
 
+def test_phases(record: Record) -> None:
+    """A row for each phase of each layer, named by letters."""
+    layers = [dict(entry, phase=phase, noise=[1 - phase / 2, 0.5 - phase / 2], precision=name)
+              for entry in record.layers for phase, name in ((0, "native"), (1, "int8_bf16"))]  # fmt: skip
+    measured = {key: [3.0, 1.0] for path in record.info["measured_ms"] for key in (path, f"{path}#1")}
+    phased = dataclasses.replace(record, layers=layers, info={**record.info, "measured_ms": measured})
+    said = " ".join(Page(render(phased)).words)
+    assert "layer 0a" in said and "layer 1b" in said and "native in 2 layers, int8_bf16 in 2 layers" in said
+    assert "12 ms dense, 4 ms sparse" in summary(phased)
+    assert "the letters stand for noise levels: a from 1 to 0.5, b from 0.5 to 0." in words(phased)
+
+
 # -- its parts --------------------------------------------------------------------------------------------------------
 
 
