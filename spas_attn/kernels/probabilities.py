@@ -105,6 +105,7 @@ def _sweep(
         # A block that is nothing beside the largest score so far is nothing in the end.
         mass = tl.sum(tl.reshape(tl.exp2(scores - anchor[:, None]), [M, N // PER_K, PER_K]), 2)
         log_mass = tl.where(mass > 0, anchor[:, None] + tl.log2(mass), float("-inf"))
+        log_mass = tl.where(mass >= 0, log_mass, float("inf"))  # scores that overflowed: such blocks are kept
         tl.store(p_scratch + (start // PER_K + tl.arange(0, N // PER_K))[None, :], log_mass)
         total = total * tl.exp2(peak - anchor) + tl.sum(mass, 1)
         peak = new_peak
