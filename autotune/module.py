@@ -179,7 +179,7 @@ class SparseAttention(nn.Module):
             attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, text=text, sinks=sinks,
             cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, precision=self.precision, error_bound=self.pv_l1,
         )  # fmt: skip
-        if self.mode == "sparse" and unfit is None and not (self.always_dense or self._in_force().all_dense):
+        if self.mode == "sparse" and unfit is None and not (self.always_dense or self._of_phase(noise).all_dense):
             return self._sparse(q, k, v, options, share, noise)
         out = dense()
         if self.mode == "tune" and self.observer is not None:
@@ -220,9 +220,7 @@ class SparseAttention(nn.Module):
         share: tuple[int, int] | None,
         noise: float | Tensor | None,
     ) -> Tensor:
-        tuned = self._in_force()
-        if not isinstance(noise, Tensor):
-            tuned = tuned.at(tuned.phase_of(noise))
+        tuned = self._of_phase(noise)
         self._check_length(k.shape[2], options, tuned.lengths)
         tuned = tuned if share is None else tuned.share(*share)
         selector, pv = tuned.serve(self.selector, q.device, noise)
@@ -252,6 +250,11 @@ class SparseAttention(nn.Module):
         if known is None or known[0] is not selector or known[1] != text:
             known = self._joined = (selector, text, _with_tokens(selector, text))
         return known[2]
+
+    def _of_phase(self, noise: float | Tensor | None) -> Tuned:
+        """The thresholds of a noise level; of one that only the device knows, those of all phases."""
+        tuned = self._in_force()
+        return tuned if isinstance(noise, Tensor) else tuned.at(tuned.phase_of(noise))
 
     def _in_force(self) -> Tuned:
         if self._tuned is None:
