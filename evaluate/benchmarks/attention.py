@@ -20,6 +20,7 @@ from spas_attn.backends import flex
 from spas_attn.block_mask import cdiv, visible_blocks
 from spas_attn.call import Call
 from spas_attn.metrics import relative_l1
+from spas_attn.plan import plan
 from spas_attn.select import select
 from spas_attn.selectors import ExactKeys, Selector, TopK
 
@@ -122,23 +123,33 @@ class AttentionSetup(Setup):
         return 4 * case.batch * case.heads * pairs * case.dim / ms * 1e-9
 
     def ours(self, backend: str, precision: str) -> Runs:
-        """The whole call, and its parts: selection, quantisation where there is one, and the kernel by itself."""
+        """The whole call, and its parts: selection, quantisation where there is one, and the kernel by itself.
+
+        Of "auto" the whole call alone: it may run dense attention, and select nothing.
+        """
         masked, selector, case = self.call(self.mask, precision), self.selector, self.case
-        declined = backends.get(backend).declines(masked)
+        declined = None if backend == "auto" else backends.get(backend).declines(masked)
         if declined is not None:
             raise Declined(declined)
-        parts = _parts(masked, backend)
+        parts = {} if backend == "auto" else _parts(masked, backend)
         if selector is None:
             return Runs(parts["ms_kernel"], parts)
 
         def total() -> Tensor:
             return sparse_attention(
                 self.q, self.k, self.v, selector, is_causal=case.is_causal, window=case.window, precision=precision,
-                backend=backend, strict=True,
+                backend=backend, strict=True, expected_density=self.density,
             )  # fmt: skip
 
+        if backend == "auto":
+            return Runs(total, {"ms_total": total})
         unmasked = self.call(None, precision)
         return Runs(total, {"ms_total": total, "ms_select": lambda: select(selector, unmasked), **parts})
+
+    def dense_by_choice(self, precision: str) -> str | None:
+        """The dense backend that "auto" takes for a call of this setup; None where it runs sparse."""
+        chosen = plan(self.call(None, precision), self.selector)
+        return chosen.backend if chosen.instead_of is not None else None
 
     def sdpa(self, kernel: SDPBackend | None) -> Runs:
         options: dict[str, Any] = {"is_causal": self.case.is_causal, "enable_gqa": self.case.heads != self.case.k_heads}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import replace
 
 import torch
 from attention import AttentionSetup
@@ -97,6 +98,15 @@ def _library(backend: str, device: str, precision: str = "native") -> Provider:
     return Provider(f"spas_attn {backend}", device, make, precision, backends.get(backend).missing)
 
 
+def _auto(precision: str) -> Provider:
+    """What users get: this library, or exact dense attention where the cost model expects it to be faster."""
+
+    def make(setup: Setup) -> Runs:
+        return replace(setup.ours("auto", precision), dense=_single_call(setup).dense_by_choice(precision) is not None)
+
+    return Provider("spas_attn auto", "cuda", make, precision, backends.get("triton").missing)
+
+
 def _torch(name: str, device: str, kernel: SDPBackend | None, last_resort: bool = False) -> Provider:
     def make(setup: Setup) -> Runs:
         return setup.sdpa(kernel)
@@ -120,6 +130,8 @@ PROVIDERS.update({
     "triton": _library("triton", "cuda"),
     "triton-int8_bf16": _library("triton", "cuda", "int8_bf16"),
     "triton-int8_fp8": _library("triton", "cuda", "int8_fp8"),
+    "auto": _auto("native"),
+    "auto-int8_fp8": _auto("int8_fp8"),
     "flash": _library("flash", "cuda"),
     "cudnn": _library("cudnn", "cuda"),
     "flex": Provider("FlexAttention", "cuda", _flex),

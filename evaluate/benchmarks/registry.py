@@ -27,15 +27,17 @@ class Runs:
 
     Attributes:
         output: computes the result, which is checked before anything is timed.
-        parts: calls to time, by the column of :class:`report.Row` that their milliseconds go to.
+        parts: calls to time, by the column of :class:`results.Row` that their milliseconds go to.
         within: by column, the milliseconds that something inside the last call took.
         before: called, untimed, before a part is.
+        dense: the result is that of dense attention, though its provider is not a dense one.
     """
 
     output: Callable[[], Tensor]
     parts: dict[str, Callable[[], object]]
     within: dict[str, Callable[[], float]] = field(default_factory=dict)
     before: Callable[[], None] = lambda: None
+    dense: bool = False
 
 
 class Setup:

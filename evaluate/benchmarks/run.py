@@ -31,7 +31,7 @@ from typing import Any
 
 import attention
 import providers  # noqa: F401 - registers them
-import report
+import results
 import step_models  # noqa: F401 - registers its cases
 import timing
 import torch
@@ -66,11 +66,11 @@ SUITES: dict[str, dict[str, Any]] = {
         "blocks": [], "ms": 0.0, "providers": ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient", *LIBRARY],
     },
 }  # fmt: skip
-Checked = tuple[report.Row, Setup, Runs | None]  # a row without times, and what to time: None for a wrong output
+Checked = tuple[results.Row, Setup, Runs | None]  # a row without times, and what to time: None for a wrong output
 TINY = {"dtypes": ["fp32"], "providers": ["cpu-sdpa", "cpu"]}  # where there is no GPU
 
 
-def run_case(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> list[report.Row]:
+def run_case(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> list[results.Row]:
     """All rows of a case, without times where the output was wrong."""
     with tqdm(desc=f"{case.title} {LABELS[dtype]}", unit="output", leave=False) as bar:
         checked = check_all(case, dtype, options, bar)
@@ -82,7 +82,7 @@ def run_case(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> lis
         if runs is not None and options.device.type == "cuda" and not runs.within and "ms_total" in runs.parts:
             row = replace(row, **timing.call_facts(runs.parts["ms_total"], options.ms))
         rows.append(replace(row, tflops=None if row.spent is None else setup.tflops(row.spent)))
-    return report.with_speedups(rows)
+    return results.with_speedups(rows)
 
 
 def check_all(case: Case, dtype: torch.dtype, options: argparse.Namespace, bar: Any) -> list[Checked]:
@@ -110,14 +110,16 @@ def check(case: Case, setup: Setup, provider: Provider, where: dict[str, str]) -
     runs = provider.make(setup)
     if provider.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    error = setup.error(runs.output(), provider.dense)
+    error = setup.error(runs.output(), provider.dense or runs.dense)
     blocks: dict[str, Any] = {"density": setup.density, "kept": setup.kept, "block": f"{setup.block_q}x{setup.block_k}"}
+    if runs.dense:
+        blocks["kept"] = 1.0
     if provider.dense:
-        blocks: dict[str, Any] = {"density": 1.0, "kept": 1.0, "block": "dense"}
+        blocks = {"density": 1.0, "kept": 1.0, "block": "dense"}
     lists = getattr(setup, "mask", None)
     if lists is not None and not provider.dense:
         blocks["lists_MiB"] = (lists.indices.nbytes + lists.counts.nbytes) / 2**20
-    row = report.Row(
+    row = results.Row(
         case=case.title, provider=provider.name, precision=provider.precision_of(setup), rel_l1=error,
         **blocks, **setup.facts(), **where,
     )  # fmt: skip
@@ -182,10 +184,10 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def draw(rows: Sequence[report.Row], path: Path) -> None:
+def draw(rows: Sequence[results.Row], path: Path) -> None:
     """The picture of the rows: against length where they grow, else against density."""
     grows = all(row.case.startswith("growth") for row in rows)
-    (report.growth_picture if grows else report.picture)(rows, path)
+    (results.growth_picture if grows else results.picture)(rows, path)
 
 
 @torch.no_grad()
@@ -193,8 +195,8 @@ def main(given: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = read_arguments(given)
     if options.plot:
-        rows = report.read_csv(beside(options.plot, ".csv"))
-        print(report.table(rows))
+        rows = results.read_csv(beside(options.plot, ".csv"))
+        print(results.table(rows))
         draw(rows, beside(options.plot, ".png"))
         return
     options.device = torch.device("cuda" if options.gpu and torch.cuda.is_available() else "cpu")
@@ -205,21 +207,21 @@ def main(given: Sequence[str] | None = None) -> None:
     if options.shape is not None:
         batch, heads, length, dim = options.shape
         cases = [attention.AttentionCase("shape", heads, heads, length, dim, batch=batch)]
-    rows: list[report.Row] = []
+    rows: list[results.Row] = []
     for case in cases:
         for dtype in options.dtypes:
             found = run_case(case.tiny() if options.tiny else case, DTYPES[dtype], options)
-            print(report.table(found), flush=True)
+            print(results.table(found), flush=True)
             rows += found
             gc.collect()  # hooks and layers refer to each other
             torch.cuda.empty_cache()
             if options.out and rows:  # after each case, so that an interrupted run is not lost
-                report.write_csv(rows, beside(options.out, ".csv"))
+                results.write_csv(rows, beside(options.out, ".csv"))
     if options.out:
         draw(rows, beside(options.out, ".png"))
     wrong = [row for row in rows if row.spent is None]
     if wrong:
-        sys.exit(f"wrong results, not timed:\n{report.table(wrong)}")
+        sys.exit(f"wrong results, not timed:\n{results.table(wrong)}")
 
 
 if __name__ == "__main__":

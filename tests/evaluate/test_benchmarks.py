@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
-import report
+import results
 import run
 import timing
 import torch
 from attention import AttentionCase, AttentionSetup, ragged_mask
 from registry import CASES, PROVIDERS, Declined, Provider, Runs, Setup
-from report import Row
+from results import Row
 from step_models import StepCase
 from torch import Tensor
 
@@ -139,25 +140,25 @@ def test_table_csv_and_picture(tmp_path: Path) -> None:
         Row("A", 99, density=1.0, kept=None, provider="dense", block="dense", ms_total=1.9, tflops=620.0, **common),
         Row("B", 99, density=1.0, kept=1.0, provider="wrong", block="128x128", rel_l1=0.5, **common),
     ]
-    assert [row.speedup for row in report.with_speedups(rows)] == [0.95, 1.9, 1.9 / 0.9, 1.0, None]
-    report.write_csv(rows, tmp_path / "new" / "table.csv")
-    assert report.read_csv(tmp_path / "new" / "table.csv") == rows
-    text = report.table(rows)
+    assert [row.speedup for row in results.with_speedups(rows)] == [0.95, 1.9, 1.9 / 0.9, 1.0, None]
+    results.write_csv(rows, tmp_path / "new" / "table.csv")
+    assert results.read_csv(tmp_path / "new" / "table.csv") == rows
+    text = results.table(rows)
     assert "ms_kernel" in text and "ms_quant" not in text and "1.900" in text
-    report.picture(rows, tmp_path / "picture.png")
+    results.picture(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(DOCS.glob("*.csv"))])
 def test_published_tables_can_be_read(name: str) -> None:
-    rows = report.read_csv(DOCS / name)
+    rows = results.read_csv(DOCS / name)
     assert len(rows) > 20 and all(row.spent is not None and row.device == "NVIDIA H200" for row in rows)
 
 
 def test_attention_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "v1.5" / "cpu"
     run.main(["--tiny", "--cases", "A", "--ms", "1", "--densities", "1", "0.5", "--out", str(out)])
-    rows = report.read_csv(tmp_path / "v1.5" / "cpu.csv")
+    rows = results.read_csv(tmp_path / "v1.5" / "cpu.csv")
     assert [(row.provider, row.density) for row in rows] == [
         ("SDPA", 1.0),
         ("spas_attn cpu", 1.0),
@@ -174,7 +175,7 @@ def test_attention_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_cpu_suite(tmp_path: Path) -> None:
     """Masks are given, so that no selection is timed; every block size and dtype is."""
     run.main(["cpu", "--shape", "1", "2", "640", "32", "--ms", "1", "--out", str(tmp_path / "cpu")])
-    rows = report.read_csv(tmp_path / "cpu.csv")
+    rows = results.read_csv(tmp_path / "cpu.csv")
     blocks = ["dense", "128x128", "128x64", "64x64"]
     assert [(row.precision, row.block) for row in rows] == [
         (dtype, block) for dtype in ("fp32", "bf16") for block in blocks
@@ -256,7 +257,7 @@ def test_steps_without_a_gpu(tmp_path: Path) -> None:
     run.main(["steps", "--tiny", "--turns", "1", "--densities", "0.5", "1", "--out", str(tmp_path / "a.b")])
     with (tmp_path / "a.b.csv").open() as file:
         assert list(next(csv.DictReader(file)))[:3] == ["case", "tokens", "heads"]
-    rows = report.read_csv(tmp_path / "a.b.csv")
+    rows = results.read_csv(tmp_path / "a.b.csv")
     assert [row.case for row in rows] == [f"{name} tiny" for name in STEPS for _ in range(3)]
     assert all((row.heads, row.head_dim) == (2, 64) for row in rows)
     assert {row.case.split()[0]: row.tokens for row in rows} == {
@@ -319,3 +320,15 @@ def test_facts_of_a_call_on_a_gpu() -> None:
     assert 0 < facts["ms_graph"] < 5
     assert 4 <= facts["peak_MiB"] <= 8
     assert facts["us_host"] > 0
+
+
+def test_auto_is_timed_whatever_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it takes dense attention its output is compared with that, and all its blocks count as kept."""
+    case = AttentionCase("auto", 2, 2, 512, 64)
+    auto = replace(PROVIDERS["auto"], device="cpu")
+    given = options(providers=[PROVIDERS["cpu-sdpa"], auto], densities=[0.5])
+    _, sparse = run.run_case(case, torch.float32, given)
+    assert sparse.ms_total is not None and sparse.kept is not None and sparse.kept < 0.7
+    monkeypatch.setattr(AttentionSetup, "dense_by_choice", lambda self, precision: "sdpa")
+    _, wrong = run.run_case(case, torch.float32, given)
+    assert wrong.ms_total is None and wrong.kept == 1.0, "it ran sparse, which is not what dense attention gives"
