@@ -66,7 +66,7 @@ def _warnings(record: Record) -> Iterator[str]:
     if little:
         yield (
             f"Less than {percent(LITTLE, 0)} of the blocks {'is' if len(little) == 1 else 'are'} left out in "
-            f"{_layers(little)}: choosing blocks may cost more time there than it saves; dense_layers keeps it dense."
+            f"{_layers(little)}: choosing blocks may cost more time there than it saves; dense_layers keeps {'it' if len(little) == 1 else 'them'} dense."
         )
 
 
@@ -177,9 +177,10 @@ def summary(record: Record) -> str:
     found, layers = findings(record), sorted(record.layers, key=lambda entry: entry["mean_sparsity"])
     total, sparse = sum(1 for _ in record.heads()), list(record.heads(sparse=True))
     reasons = Counter(head["runs_dense_because"] for _, head in record.heads(sparse=False)).most_common(1)
+    warned = sum(item.level == "warning" for item in found)
     ordered = sorted(sparse, key=lambda pair: -pair[1]["sparsity"])
     rows = {
-        "model": f"{record.model}, {count(len(layers), 'layer')}, {count(total, 'head')}",
+        "model": f"{record.model}, {record.size}, {count(total, 'head')}",
         "calibrated": calibrated_on(record),
         "sparsity": f"{percent(record.sparsity)} of the blocks left out; by layer "
         + " to ".join(
@@ -195,7 +196,7 @@ def summary(record: Record) -> str:
             for which, (entry, head) in zip(("sparsest", "densest sparse"), ordered[:1] + ordered[-1:], strict=False)
         )
         or "no head is sparse",
-        "notes": f"{count(sum(item.level == 'warning' for item in found), 'warning')}; {found[0].text}",
+        "notes": f"{count(warned, 'warning')}{', first' * (warned > 1)}: {found[0].text}" if warned else found[0].text,
     }
     return "\n".join(f"{name:>10}  {value}" for name, value in rows.items())
 

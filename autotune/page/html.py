@@ -53,7 +53,7 @@ def _tiles(record: Record) -> str:
         (
             "sparse heads",
             f"{sum(1 for _ in record.heads(sparse=True))} of {heads}",
-            f"in {count(len(record.layers), 'layer')}",
+            f"in {record.size}",
         ),
     ]
     for kind, name in (("mean", "mean error"), ("tail", "tail error")):

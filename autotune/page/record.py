@@ -55,6 +55,13 @@ class Record:
         return about.get("model") or self.info.get("model_class") or "a model"
 
     @property
+    def size(self) -> str:
+        """How many layers there are, and phases of denoising."""
+        layers = len({entry["path"] for entry in self.layers})
+        phases = len(self.layers) // layers
+        return count(layers, "layer") + (f" in {phases} phases" if phases > 1 else "")
+
+    @property
     def sparsity(self) -> float:
         """Share of the blocks that are left out, mean over layers."""
         return statistics.fmean(entry["mean_sparsity"] for entry in self.layers)

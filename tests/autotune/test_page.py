@@ -356,7 +356,7 @@ def test_phases(record: Record) -> None:
     phased = dataclasses.replace(record, layers=layers, info={**record.info, "measured_ms": measured})
     said = " ".join(Page(render(phased)).words)
     assert "layer 0a" in said and "layer 1b" in said and "native in 2 layers, int8_bf16 in 2 layers" in said
-    assert "12 ms dense, 4 ms sparse" in summary(phased)
+    assert "12 ms dense, 4 ms sparse" in summary(phased) and "2 layers in 2 phases" in summary(phased)
     assert "the letters stand for noise levels: a from 1 to 0.5, b from 0.5 to 0." in words(phased)
 
 
