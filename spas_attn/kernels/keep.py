@@ -77,23 +77,43 @@ def near_blocks(
 
 
 @triton.jit
-def _threshold(bits, value, base, limit):
+def _halve(bits, value, base, limit, least, most):
+    """One step of the bisection in ``_threshold``."""
+    middle = (least + most) // 2
+    below_limit = base + _total(tl.where(bits > middle, value, 0.0)) < limit
+    return tl.where(below_limit, least, middle + 1), tl.where(below_limit, middle, most)
+
+
+@triton.jit
+def _largest(x):
+    """The largest of all, a scalar."""
+    return tl.max(tl.max(x, 1), 0)
+
+
+@triton.jit
+def _threshold(bits, value, base, limit, lowest):
     """What is kept of rows by rank: the blocks before which, forced ones first, less than ``limit`` stands.
 
     Args:
         bits: float32 probabilities as integers, which order them alike; -1 for blocks that are no candidates; [R, NK].
         value: what a block adds to what stands before the next: its probability, or 1.
         base: what the forced blocks add, [R, 1].
+        lowest: a probability, 0 or more, that the least one kept does not lie below, [R, 1].
     """
-    # The least probability above which less than the limit stands: everything above it is kept, nothing below it.
-    least = (base * 0.0).to(tl.int32)
-    most = least + 0x40000000  # 0.0 and 2.0
-    for _ in range(31):
-        middle = (least + most) // 2
-        above = base + _total(tl.where(bits > middle, value, 0.0))
-        below_limit = above < limit
-        most = tl.where(below_limit, middle, most)
-        least = tl.where(below_limit, least, middle + 1)
+    # The least probability above which less than the limit stands: everything above it is kept, nothing below it. The
+    # last steps tell apart what agrees in all but 13 bits; where that is one block at most they are left out.
+    least = lowest.to(tl.int32, bitcast=True)
+    # Probabilities are 1 at most: what is above 2 has overflowed and is kept.
+    most = tl.maximum(tl.minimum(tl.max(bits, 1, keep_dims=True), 0x40000000), least)
+    steps = tl.log2((_largest(most - least) + 1).to(tl.float32)).to(tl.int32) + 1
+    coarse = tl.maximum(steps - 13, 0)
+    for _ in range(coarse):
+        least, most = _halve(bits, value, base, limit, least, most)
+    several = _largest(_total((bits >= least) & (bits <= most))) > 1
+    for _ in range(tl.where(several, steps - coarse, 0)):
+        least, most = _halve(bits, value, base, limit, least, most)
+    last = tl.max(tl.where((bits >= least) & (bits <= most), bits, -1), 1, keep_dims=True)
+    most = tl.where(last >= 0, last, most)
     above = base + _total(tl.where(bits > most, value, 0.0))
     tie = bits == most
     earlier = (tl.cumsum(tie.to(tl.int32), 1) - tie.to(tl.int32)).to(tl.float32)
@@ -139,14 +159,17 @@ def _within_rule(bits, p, visible, forced, block, limit, line, is_aware, cut, by
     """The candidates of rows that the rule keeps; see ``keep_rows``."""
     candidate = visible & ~forced
     one = tl.where(visible, 1.0, 1.0)
+    none = _total(visible) * 0.0
     if RULE == "mass":
-        kept = _threshold(bits, p, _total(tl.where(forced, p, 0.0)), limit)
+        # What is not above the least one kept, NK times that at most, is the rest of the mass.
+        rest = _total(tl.where(visible, p, 0.0)) - limit - 1e-5
+        kept = _threshold(bits, p, _total(tl.where(forced, p, 0.0)), limit, tl.maximum(rest, 0.0) / bits.shape[1])
     elif RULE == "rank":
         # Places of the ranking whose share of the visible blocks lies below the level.
         possible = tl.maximum(_total(visible).to(tl.float32), 1.0)
         share = tl.div_rn(block.to(tl.float32) * one, one * possible)
         places = _total(share < limit).to(tl.float32)
-        kept = _threshold(bits, one, _total(forced).to(tl.float32), places)
+        kept = _threshold(bits, one, _total(forced).to(tl.float32), places, none)
     elif RULE == "share":
         kept = 1.0 - p < limit
     else:
@@ -154,9 +177,9 @@ def _within_rule(bits, p, visible, forced, block, limit, line, is_aware, cut, by
         if cut is not None:
             kept = tl.where(is_aware, bits >= cut, kept)
         if by.most is not None:
-            kept &= _threshold(bits, one, _total(forced).to(tl.float32), by.most * 1.0)
+            kept &= _threshold(bits, one, _total(forced).to(tl.float32), by.most * 1.0, none)
         if by.least is not None:
-            kept |= _threshold(bits, one, _total(forced).to(tl.float32), by.least * 1.0)
+            kept |= _threshold(bits, one, _total(forced).to(tl.float32), by.least * 1.0, none)
     kept &= candidate
     if RULE != "rank":
         kept = tl.where(limit >= 1.0, visible, kept)
