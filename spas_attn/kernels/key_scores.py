@@ -23,10 +23,10 @@ from .operands import Rows, Valid, are_valid
 from .prepare import LOG2E, padded_dim
 from .recorded import launch
 
-_SCRATCH = 1 << 23  # scores, float32, that are held at a time whatever the length
+_SCRATCH = 1 << 24  # scores, float32, that are held at a time whatever the length
 _ROWS = 64  # of a tile
-_PROGRAMS = 2048  # among which the keys of a head are split
-_STRETCH = (512, 2048)  # keys that a program goes over: at least, and no more while there are not four times as many
+_PROGRAMS = 768  # among which the keys of a head are split, if there are not more rows: three waves on an H100
+_STRETCH = (512, 2048)  # keys that a program goes over: at least, and no more before there are eight times as many
 
 
 class RowSums(NamedTuple):
@@ -240,7 +240,7 @@ def row_sums(lists: Tensor, per_q: int, group: int) -> Iterator[RowSums]:
     """Memory for the scores of some query blocks at a time, the same memory again and again.
 
     Args:
-        lists: int32 ``[B, Hq, nq, nk]``, the lists of kept blocks; the scores never take more memory, beyond 32 MiB.
+        lists: int32 ``[B, Hq, nq, nk]``, the lists of kept blocks; the scores never take more memory, beyond 64 MiB.
         per_q: rows of a query block.
         group: query heads per KV head.
     """
@@ -315,7 +315,7 @@ def _stretch(blocks: int, wide: int, n: int) -> int:
     """
     least, most = (max(1, keys // n) for keys in _STRETCH)
     tiles = blocks // (_PROGRAMS * wide)
-    return max(least, min(tiles, most), tiles // 4) * wide
+    return max(least, min(tiles, most), tiles // 8) * wide
 
 
 def _tiles(k: Tensor, dim: int, block_k: int) -> tuple[int, int, int, int]:

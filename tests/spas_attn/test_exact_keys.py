@@ -137,7 +137,7 @@ def test_fields_that_cannot_be_meant(fields: dict[str, Any], error: type[Excepti
 def test_random_calls(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels, in one part or in several, keep what the rule keeps."""
     chance = random.Random(seed)
-    monkeypatch.setattr(key_scores, "_SCRATCH", chance.choice([1, 1 << 23]))
+    monkeypatch.setattr(key_scores, "_SCRATCH", chance.choice([1, 1 << 24]))
     monkeypatch.setattr(key_scores, "_STRETCH", chance.choice([(64, 64), (512, 2048)]))
     is_causal = chance.random() < 0.65
     k_len = chance.randint(1, 350)
@@ -236,4 +236,4 @@ def test_scores_take_no_more_memory_than_the_lists() -> None:
         parts = list(key_scores.row_sums(lists, per_q, group))
         assert [x.first for x in parts] == [sum(y.blocks for y in parts[:n]) for n in range(len(parts))]
         assert sum(x.blocks for x in parts) == nq
-        assert parts[0].data.numel() <= max(lists.numel(), 1 << 23)
+        assert parts[0].data.numel() <= max(lists.numel(), 1 << 24)
