@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 import triton
@@ -14,6 +13,7 @@ from ..block_mask import BlockMask, cdiv
 from . import config as configs
 from .forward import sparse_attention_fwd_kernel
 from .operands import Blocks, Keys, Rows, Valid, Values
+from .padding import tile_valid
 from .prepare import LOG2E, as_bytes, prepare
 from .prepare import padded_dim as padded_dim_8_bits
 from .recorded import launch
@@ -128,7 +128,8 @@ def _launch(
         sparse_attention_fwd_kernel, (cdiv(q_len, config.block_m) * batch * heads,),
         Rows.of(q), k_rows, v_rows, Rows.of(out), lse, k_desc, v_desc,
         keys.scale if keys else None, keys.mean if keys and lse is not None else None, values[1] if values else None,
-        _blocks(mask, batch, heads) if mask else None, Valid.of(valid), _tile_valid(valid, block_n), pv_threshold,
+        _blocks(mask, batch, heads) if mask else None, Valid.of(valid),
+        None if valid is None else tile_valid(valid, block_n), pv_threshold,
         heads, heads // k.shape[1], q_len, k_len, window if is_causal else None, scale * LOG2E,
         D=d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=block_n, MASK_Q=mask_q, MASK_K=mask_k,
         CAUSAL=is_causal, RAGGED=k_len % mask_k != 0,
@@ -158,11 +159,3 @@ def _descriptor(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor | None:
     if strides[3] != 1 or x.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:3]):
         return None
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, *tile])
-
-
-def _tile_valid(valid: Tensor | None, block: int) -> Tensor | None:
-    """uint8 ``[B, ceil(Lk / block)]``: 1 where all keys of the tile may be attended to."""
-    if valid is None:
-        return None
-    padded: Any = torch.nn.functional.pad(valid, (0, -valid.shape[1] % block))
-    return padded.unflatten(1, (-1, block)).amin(-1)
