@@ -54,6 +54,8 @@ SETTINGS: dict[str, Setting] = {
     "exact 16": exact(16),
     "exact 8": exact(8),
     "exact 16, real": exact(16, queries="sample", plans=("budget", "weighted")),
+    "exact 32, real": exact(32, queries="sample"),
+    "128x64, exact 32, real": exact(32, 128, queries="sample"),
     "128x64, exact 64": exact(64, 128),
     "128x64, exact 32": exact(32, 128),
     "128x64, exact 8, real": exact(8, 128, queries="sample", plans=("budget", "weighted")),
@@ -65,6 +67,8 @@ SETTINGS: dict[str, Setting] = {
     "best half, 8 real": probe(8, alive=0.5),
     "best quarter, 8 real": probe(8, alive=0.25),
     "best quarter, 4 real": probe(4, alive=0.25),
+    "best quarter of means 32, 8 real": probe(8, alive=0.25, coarse=32),
+    "last 2048 by 8 real, far by means 32": probe(8, near=2048, coarse=32),
     # Which queries are real.
     "16, longest": probe(16, pick="longest"),
     "16, farthest": probe(16, pick="farthest"),

@@ -29,8 +29,10 @@ class Probe(ExactKeys):
         pick: which real query of a stretch speaks for it, a name of PICKS; "" for what ``queries`` says.
         means: tokens of further stretches whose means are rows too; 0 for none.
         peak: a block counts by the row that gives it most, instead of by the mean over the rows.
-        alive: share of the visible blocks that the rows judge: those of most mass for the mean of all queries of the
-            block. The others have the mass that this mean gives them.
+        alive: share of the visible blocks that the rows judge: those of most mass by a coarser look, the means of
+            ``coarse`` queries. The others have the mass that those give them.
+        near: the rows judge the blocks of so many last keys only, in the same way; 0 for all.
+        coarse: tokens of the stretches of the coarser look; 0 for the whole block.
         floor: share of the visible blocks that is kept at least.
     """
 
@@ -38,21 +40,17 @@ class Probe(ExactKeys):
     means: int = 0
     peak: bool = False
     alive: float = 1.0
+    near: int = 0
+    coarse: int = 0
     floor: float = 0.0
     packs: ClassVar[bool] = False
-
-    @property
-    def cost(self) -> float:
-        """Score products over those of QKᵀ."""
-        rows = 1 / self.pool + (1 / self.means if self.means else 0)
-        return rows * self.alive + (1 / self.block_q if self.alive < 1 else 0)
 
     def levels(self, call: Call) -> Tensor:
         forced, visible = self.forced(call), self.visible(call)
         rows = self.rows(call)
         if self.means:
             rows = torch.cat([rows, self._plain(self.means).rows(call)], 3)
-        if self.alive < 1:
+        if self.alive < 1 or self.near:
             levels = self._coarse_to_fine(rows, call, forced, visible)
         elif self.peak:
             levels = (1.0 - probabilities(rows).amax(-2)).clamp(min=0.0)
@@ -77,8 +75,12 @@ class Probe(ExactKeys):
         return ExactKeys(pool=pool, block_q=self.block_q, block_k=self.block_k, local=self.local)
 
     def _coarse_to_fine(self, rows: Tensor, call: Call, forced: Tensor, visible: Tensor) -> Tensor:
-        coarse = mean_row(probabilities(self._plain(self.block_q).rows(call)))
+        coarse = mean_row(probabilities(self._plain(self.coarse or self.block_q).rows(call)))
         hopeless = places(coarse, forced, visible) >= self.alive * visible.sum(-1, keepdim=True)
+        if self.near:
+            ends = (torch.arange(visible.shape[-1], device=coarse.device) + 1) * self.block_k
+            starts = torch.arange(visible.shape[-2], device=coarse.device)[:, None] * self.block_q + call.offset
+            hopeless = hopeless | (ends <= starts - self.near)
         fine = mean_row(probabilities(rows.masked_fill_(hopeless[:, :, :, None], -torch.inf)))
         left = (coarse * hopeless).sum(-1, keepdim=True)
         return mass_before(torch.where(hopeless, coarse, (1 - left) * fine), forced, visible)

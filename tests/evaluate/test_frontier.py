@@ -91,9 +91,14 @@ def test_probes() -> None:
     worst = coarse.levels(given).masked_fill(~visible, -1).argmax(-1)  # judged by the mean query
     last = half.masked_fill(~visible, -1).gather(-1, worst[..., None])[:, :, 4:, 0]
     assert bool((last > 0.6).all()) and not torch.allclose(half, coarse.levels(given))
+    # Far blocks keep the shares that the coarser look gives them, near ones those of the rows.
+    far = Probe(pool=16, near=128, coarse=32, **SMALL)
+    everything = Probe(pool=16, near=10_000, coarse=32, **SMALL).levels(given)
+    assert torch.allclose(everything, Probe(pool=16, **SMALL).levels(given))
+    assert torch.allclose(far.levels(given)[:, :, :3], everything[:, :, :3])  # nothing is far yet
+    assert not torch.allclose(far.levels(given)[:, :, 4:], everything[:, :, 4:])
     mixed = Probe(pool=16, means=32, **SMALL).levels(given)
     assert mixed.shape == levels.shape and not torch.equal(mixed, levels)
-    assert Probe(pool=8, alive=0.25, **SMALL).cost == pytest.approx(1 / 32 + 1 / 64)
     peak = Probe(pool=1, peak=True, **SMALL).levels(given)  # 1 minus the most that any query puts there
     scores = (given.q.float() @ given.k.float().repeat_interleave(2, 1).mT) * given.scale
     probs = scores.masked_fill(~given.token_mask(0, 700), -torch.inf).softmax(-1)  # type: ignore[operator]
