@@ -65,8 +65,8 @@ def _warnings(record: Record) -> Iterator[str]:
     ]
     if little:
         yield (
-            f"Less than {percent(LITTLE, 0)} of the blocks {'is' if len(little) == 1 else 'are'} left out in "
-            f"{_layers(little)}: choosing blocks may cost more time there than it saves; dense_layers keeps {'it' if len(little) == 1 else 'them'} dense."
+            f"Less than {percent(LITTLE, 0)} of the blocks are left out in {_layers(little)}: choosing blocks may cost "
+            "more time there than it saves (dense_layers keeps layers dense)."
         )
 
 

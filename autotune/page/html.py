@@ -176,9 +176,8 @@ def _times(record: Record) -> str:
     marks = [(square.format(GREY), "dense"), (square.format(BLUE), "sparse")]
     if record.times("expected"):
         marks.append((f'<path d="M1 6h14" stroke="{INK}" stroke-width="2.5"/>', "expected by the cost model"))
-    words = (
-        f"One call of each layer, exact dense attention and as it is served, selection included: {time_text(record)}."
-    )
+    words = "One call of each layer, with exact dense attention and as it is served, selection included"
+    words += f": {time_text(record)}." if record.times("measured") or record.times("expected") else "."
     return _section(title, f"<p>{text(words)}</p>{_figure(chart)}{figures.legend(*marks)}")
 
 

@@ -293,7 +293,7 @@ def test_nothing_to_warn_of(record: Record) -> None:
         ({}, {"prompts_fitted": 8, "prompts_checked": 1}, {}, "One prompt was kept aside"),
         ({}, {"calls_skipped_for_memory": 3}, {}, "Memory did not suffice to look at 3 calls"),
         ({}, {"checked_on_the_fitted_calls": True}, {}, "There was a single prompt"),
-        ({}, {"mean_sparsity": 0.04}, {}, "Less than 10% of the blocks is left out in layer 0"),
+        ({}, {"mean_sparsity": 0.04}, {}, "Less than 10% of the blocks are left out in layer 0"),
     ],
 )  # fmt: skip
 def test_warnings(record: Record, info: dict[str, Any], layer: dict[str, Any], head: dict[str, Any], text: str) -> None:
