@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,9 @@ from typing import Any
 import demo_smollm2
 import pytest
 import smollm2
+import tiny_gguf
+
+from autotune import load
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 
@@ -79,7 +83,18 @@ def test_without_the_package_that_reads_it(tmp_path: Path, monkeypatch: pytest.M
         smollm2.fetch(tmp_path)
 
 
-def _subject(folder: Path) -> Any:
-    import dataclasses
+def test_the_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a tiny model in a .gguf file: tuned on help topics, judged on the standard library."""
+    path = tiny_gguf.write(tiny_gguf.make(), tmp_path / "tiny.gguf")
+    monkeypatch.setattr(demo_smollm2, "SUBJECT", dataclasses.replace(demo_smollm2.SUBJECT, model=lambda: path))
+    short = ["--samples", "2", "--max_length", "512", "--evaluate", "1", "--out_path", str(tmp_path / "tuned.pt")]
+    assert demo_smollm2.main(short) == 0
+    shown = capsys.readouterr().out
+    assert [line[:3] for line in shown.splitlines() if line[1:5] == "/6  "] == [f"{n}/6" for n in range(1, 7)]
+    assert "2 samples of 512 tokens" in shown and "     | def read_config(path):" in shown
+    assert "the standard library; the calibration saw help topics only" in shown and "prefill, ms" in shown
+    assert load(tmp_path / "tuned.pt")["_metadata"]["lengths"] == [512, 512]
 
+
+def _subject(folder: Path) -> Any:
     return dataclasses.replace(demo_smollm2.SUBJECT, model=lambda: smollm2.fetch(folder))
