@@ -40,7 +40,8 @@ def attend_again(
     if request.plan is not None:
         out, *lists = request.run()
         return out, _stats_again(request.plan.about, made(), selector, lists) if wants_stats else None
-    out, stats = request.watch(lambda: attend(made(), selector, backend=backend, strict=strict))
+    chosen = request.about
+    out, stats = request.watch(lambda: attend(made(), selector, backend=backend, strict=strict, chosen=chosen))
     lists = [] if not wants_stats or stats.computed is None else [stats.computed.counts, stats.computed.indices]
     request.keep([out, *lists], stats.plan, _obstacle(stats.backend))
     return out, stats

@@ -58,14 +58,20 @@ class AttentionStats:
 
 
 def attend(
-    call: Call, selector: Selector | None = None, *, backend: str = "auto", strict: bool = False
+    call: Call,
+    selector: Selector | None = None,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    chosen: Plan | None = None,
 ) -> tuple[Tensor, AttentionStats]:
     """Run a call, with the blocks of its mask or those that ``selector`` keeps; the output is ``[B, Hq, Lq, D]``.
 
+    ``chosen`` is how it runs, where that is known of a call of the same signature.
     Autocast is off inside: the inputs' dtype and ``precision`` say what is computed in.
     """
     with no_autocast(call.q):
-        return _attend(with_density(call, selector), selector, backend, strict)
+        return _attend(with_density(call, selector), selector, backend, strict, chosen)
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -74,9 +80,11 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _attend(call: Call, selector: Selector | None, backend: str, strict: bool) -> tuple[Tensor, AttentionStats]:
+def _attend(
+    call: Call, selector: Selector | None, backend: str, strict: bool, chosen: Plan | None
+) -> tuple[Tensor, AttentionStats]:
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-        return _attend_one(call, selector, backend, strict)
+        return _attend_one(call, selector, backend, strict, chosen)
     together = as_one(call, selector, backend)
     if together is not None:
         return _attend_together(together, call)
@@ -140,9 +148,11 @@ def _attend_together(together: _Together, call: Call) -> tuple[Tensor, Attention
     return out.index_select(2, together.place), AttentionStats(together.plan, call, aligned.mask)
 
 
-def _attend_one(call: Call, selector: Selector | None, backend: str, strict: bool) -> tuple[Tensor, AttentionStats]:
+def _attend_one(
+    call: Call, selector: Selector | None, backend: str, strict: bool, chosen: Plan | None = None
+) -> tuple[Tensor, AttentionStats]:
     """:func:`attend` for one sequence: plan, select, run."""
-    chosen = plan(call, selector, backend)
+    chosen = chosen or plan(call, selector, backend)
     runner = backends.get(chosen.backend)
     call = call.replace(precision=chosen.precision)
     if chosen.selects:

@@ -33,10 +33,11 @@ _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 
 @dataclass
 class _Entry:
-    """What is known of a signature: its plan, or why there is none, and when it was last asked for."""
+    """What is known of a signature: its plan, or why there is none and what was said of it; when it was asked for."""
 
     plan: plans.Plan | None = None
     obstacle: str | None = None
+    about: Any = None
     used: int = 0
 
 
@@ -70,6 +71,11 @@ class Request:
         """What repeats such calls; None where they run as they are written."""
         return self.entry.plan
 
+    @property
+    def about(self) -> Any:
+        """What :meth:`keep` was told of a call that cannot be recorded; None of others."""
+        return self.entry.about
+
     def run(self) -> tuple[Tensor, ...]:
         """The results, from the plan."""
         assert self.entry.plan is not None
@@ -89,14 +95,14 @@ class Request:
 
         Args:
             outputs: its results, each a tensor that it allocated.
-            about: what the plan is to remember.
+            about: what the plan is to remember, or where there can be none, the signature.
             obstacle: why there can be no plan.
         """
         if self._recorder is None:
             return
         made = obstacle or plans.make(self._recorder.recording, outputs, about)
         if isinstance(made, str):
-            self.entry.obstacle = made
+            self.entry.obstacle, self.entry.about = made, about
         else:
             self.entry.plan = made
 
@@ -130,9 +136,8 @@ def request(q: Tensor, *values: Any) -> Request | None:
     entry.used = _clock
     if entry.plan is not None:
         return Request(entry, tensors, addresses)
-    if entry.obstacle is not None or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    return Request(entry, tensors, addresses, due=True)
+    due = entry.obstacle is None and not (q.is_cuda and torch.cuda.is_current_stream_capturing())
+    return Request(entry, tensors, addresses, due)
 
 
 def replayed(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:

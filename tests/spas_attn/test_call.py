@@ -49,6 +49,8 @@ def test_pv_threshold_is_per_head(value: Any) -> None:
 def test_a_mask_brings_its_block_sizes() -> None:
     mask = BlockMask.from_dense(torch.ones(2, 4, 2, 2, dtype=torch.bool), 100, 150, 64, 128)
     assert make(mask=mask).blocks == make().replace(mask=mask).blocks == (64, 128)
+    with pytest.raises(TypeError, match="maks"):
+        make().replace(maks=mask)
 
 
 def test_masks_of_keys_queries_and_tokens() -> None:

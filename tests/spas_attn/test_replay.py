@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import spas_attn
-from spas_attn import BlockMask, block_sparse_attention, replay, sparse_attention
+from spas_attn import BlockMask, attend, block_sparse_attention, fallback_counts, replay, sparse_attention
 from spas_attn.kernels import plans
 from spas_attn.kernels.recorded import Launch, Place, Recorder, Source, launch
 from spas_attn.selectors import FlexPrefill, MeanSimilarity, Selector, Tokens, TopK
@@ -280,3 +281,19 @@ def test_every_launch_can_be_noted() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 assert "kernel" not in ast.unparse(node.func.value), f"{path}:{node.lineno}"
+
+
+def test_a_dense_call_is_decided_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be recorded keeps the decision how it runs; its fallbacks are counted every time."""
+    decided: list[int] = []
+    plan = attend.plan
+    monkeypatch.setattr(attend, "plan", lambda *args: decided.append(1) or plan(*args))
+    inputs = qkv(0)
+    full = torch.ones(1, 1, 100, 100, dtype=torch.bool, device=DEVICE)
+    before = sum(fallback_counts().values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outs = [sparse_attention(*inputs, TopK(0.3), backend="triton", attn_mask=full) for _ in range(4)]
+    assert all(torch.equal(outs[0], out) for out in outs)
+    assert len(decided) == 2
+    assert sum(fallback_counts().values()) == before + 4
