@@ -39,9 +39,16 @@ class Prepared(NamedTuple):
 
 @triton.jit
 def _sum_rows(b_x, SIZE: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, DPAD: tl.constexpr):
-    """Sums over stretches of SIZE tokens, [ROWS // SIZE, DPAD], of rows in the order of ``_order``."""
+    """Sums over stretches of SIZE tokens, [ROWS // SIZE, DPAD], of rows in the order of ``_side``."""
     chains = tl.sum(tl.reshape(b_x, [CHAIN, ROWS // CHAIN, DPAD]), 0)
     return tl.sum(tl.reshape(chains, [ROWS // SIZE, SIZE // CHAIN, DPAD]), 1)
+
+
+@triton.jit
+def _highest(b_x, SIZE: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, DPAD: tl.constexpr):
+    """Largest numbers of the columns, likewise."""
+    chains = tl.max(tl.reshape(b_x, [CHAIN, ROWS // CHAIN, DPAD]), 0)
+    return tl.max(tl.reshape(chains, [ROWS // SIZE, SIZE // CHAIN, DPAD]), 1)
 
 
 @triton.jit
@@ -68,25 +75,26 @@ def _rows(x, valid, b, h, first, offs, length, D: tl.constexpr, DPAD: tl.constex
 
 
 @triton.jit
-def _centre(
+def _few(
     k, valid, sums, b, h, head, length, every,
     D: tl.constexpr, DPAD: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """What K of a head is smoothed by, float32 [DPAD]: alike in all programs, which add in the same order.
+    """Sums of keys of a head, float32 [n, DPAD], and of how many, [n]: their mean is what K is smoothed by.
 
-    Softmax does not change when any vector is subtracted from all keys of a head, so the mean of a few does.
+    Softmax does not change when any vector is subtracted from all keys of a head, so the mean of a few does. All
+    programs take the same ones and add them in the same order.
     """
     if sums is not None:
         chunk = tl.arange(0, CHUNKS)
         p_sums = sums.total + (head * sums.chunks + chunk)[:, None] * DPAD + tl.arange(0, DPAD)[None, :]
-        total = tl.sum(tl.load(p_sums, mask=(chunk < sums.chunks)[:, None], other=0.0), 0)
-        number = tl.sum(tl.load(sums.number + head * sums.chunks + chunk, mask=chunk < sums.chunks, other=0.0), 0)
+        total = tl.load(p_sums, mask=(chunk < sums.chunks)[:, None], other=0.0)
+        number = tl.load(sums.number + head * sums.chunks + chunk, mask=chunk < sums.chunks, other=0.0)
     else:
         # From the middle of the first stretch on: the first key is like no other in many models.
         offs = tl.cast(tl.arange(0, SAMPLES), tl.int64) * every
-        b_k, taken = _rows(k, valid, b, h, every // 2, offs, length, D, DPAD)
-        total, number = tl.sum(b_k, 0), tl.sum(taken.to(tl.float32), 0)
-    return total / tl.maximum(number, 1.0)
+        total, taken = _rows(k, valid, b, h, every // 2, offs, length, D, DPAD)
+        number = taken.to(tl.float32)
+    return total, number
 
 
 @triton.jit
@@ -119,9 +127,9 @@ def _means(
 
 @triton.jit
 def _side(
-    x, valid, centre, out, keys, b, h, head, part, length,
-    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, POOL: tl.constexpr,
-    BLOCK: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
+    x, valid, sums, out, keys, b, h, head, part, length, every,
+    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
+    CHAIN: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A tile of Q or of K: for selection, and to int8 where there is ``keys.int8``.
 
@@ -132,11 +140,15 @@ def _side(
     PARTS: tl.constexpr = ROWS // BLOCK
     first, offs_r = part * ROWS, tl.arange(0, ROWS)
     order = offs_r % (ROWS // CHAIN) * CHAIN + offs_r // (ROWS // CHAIN)  # [ROWS]
+    centre = None
+    if SMOOTH or keys is not None:  # summed behind the tile's loads, so that both are under way together
+        total, number = _few(x, valid, sums, b, h, head, length, every, D, DPAD, SAMPLES, CHUNKS)
     b_x, taken = _rows(x, valid, b, h, first, order, length, D, DPAD)
-    smooth = b_x
-    if centre is not None:
-        take = taken[:, None] & (tl.arange(0, DPAD) < D)[None, :]  # [ROWS, DPAD]
-        smooth = tl.where(take, b_x - centre[None, :], 0.0)
+    if keys is not None:
+        highest = _highest(tl.where(taken[:, None], b_x, float("-inf")), BLOCK, ROWS, CHAIN, DPAD)  # [PARTS, DPAD]
+        lowest = -_highest(tl.where(taken[:, None], -b_x, float("-inf")), BLOCK, ROWS, CHAIN, DPAD)
+    if SMOOTH or keys is not None:
+        centre = tl.sum(total, 0) / tl.maximum(tl.sum(number, 0), 1.0)
     block, blocks = part * PARTS + tl.arange(0, PARTS), tl.cdiv(length, BLOCK)
     if out.means is not None:
         _means(
@@ -144,13 +156,17 @@ def _side(
             DPAD, ROWS, CHAIN, POOL, BLOCK, PADDING, PAIRS,
         )  # fmt: skip
     if out.similarity is not None:
-        unit = unit_rows(smooth if SMOOTH else b_x)
+        unit = b_x
+        if SMOOTH:
+            unit = tl.where(taken[:, None] & (tl.arange(0, DPAD) < D)[None, :], b_x - centre[None, :], 0.0)
+        unit = unit_rows(unit)
         members = _members(taken, first, length, BLOCK, ROWS, CHAIN, PADDING)
         mean = _sum_rows(unit, BLOCK, ROWS, CHAIN, DPAD) * (1.0 / tl.maximum(members, 1.0))[:, None]
         tl.store(out.similarity + head * blocks + block, tl.sum(mean * mean, 1), mask=block < blocks)
     if keys is not None:
-        largest = tl.max(tl.reshape(tl.abs(smooth), [CHAIN, ROWS // CHAIN, DPAD]), 0)
-        largest = tl.max(tl.max(tl.reshape(largest, [PARTS, BLOCK // CHAIN, DPAD]), 1), 1)
+        if part == 0:
+            tl.store(keys.mean + head * DPAD + tl.arange(0, DPAD), centre)
+        largest = tl.max(tl.maximum(highest - centre[None, :], centre[None, :] - lowest), 1)
         step = tl.maximum(largest, 1e-12) / 127.0  # [PARTS]
         tl.store(keys.scale + head * blocks + block, step, mask=block < blocks)
         p_int8 = keys.int8 + (head * length + first) * DPAD
@@ -185,8 +201,7 @@ def _values(
     first, offs_r = part * ROWS, tl.arange(0, ROWS)
     order = offs_r % (ROWS // CHAIN) * CHAIN + offs_r // (ROWS // CHAIN)  # as in ``_side``
     b_v, _ = _rows(v, valid, b, h, first, order, length, D, DPAD)
-    largest = tl.max(tl.reshape(tl.abs(b_v), [CHAIN, ROWS // CHAIN, DPAD]), 0)
-    largest = tl.max(tl.max(tl.reshape(largest, [PARTS, BLOCK // CHAIN, DPAD]), 1), 1)
+    largest = tl.max(_highest(tl.abs(b_v), BLOCK, ROWS, CHAIN, DPAD), 1)
     # Rounded up to a power of two, of which attention reads off logarithm and reciprocal; fp8 loses nothing by that.
     bits = (tl.maximum(largest, V_FLOOR) / 448.0).to(tl.int32, bitcast=True)
     step = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)  # [PARTS]
@@ -225,15 +240,9 @@ def prepare_kernel(
         if pid < tiles * batch * k_heads:
             part, head = pid % tiles, tl.cast(pid // tiles, tl.int64)
             b, h = head // k_heads, head % k_heads
-            centre = None
-            if SMOOTH or keys is not None:
-                centre = _centre(k, valid, sums, b, h, head, k_len, every, D, DPAD, SAMPLES, CHUNKS)
-            if keys is not None:
-                if part == 0:
-                    tl.store(keys.mean + head * DPAD + tl.arange(0, DPAD), centre)
             _side(
-                k, valid, centre, k_side, keys, b, h, head, part, k_len,
-                D, DPAD, ROWS, CHAIN_K, POOL_K, BLOCK_K, SMOOTH, PAIRS,
+                k, valid, sums, k_side, keys, b, h, head, part, k_len, every,
+                D, DPAD, ROWS, SAMPLES, CHUNKS, CHAIN_K, POOL_K, BLOCK_K, SMOOTH, PAIRS,
             )  # fmt: skip
         pid -= tiles * batch * k_heads
     if v is not None:
@@ -247,8 +256,8 @@ def prepare_kernel(
             tiles = tl.cdiv(q_len, ROWS)
             part, head = pid % tiles, tl.cast(pid // tiles, tl.int64)
             _side(
-                q, valid_q, None, q_side, None, head // heads, head % heads, head, part, q_len,
-                D, DPAD, ROWS, CHAIN_Q, POOL_Q, BLOCK_Q, False, PAIRS,
+                q, valid_q, None, q_side, None, head // heads, head % heads, head, part, q_len, every,
+                D, DPAD, ROWS, SAMPLES, CHUNKS, CHAIN_Q, POOL_Q, BLOCK_Q, False, PAIRS,
             )  # fmt: skip
 
 
