@@ -284,7 +284,7 @@ def run(args: argparse.Namespace) -> int:
     print(long_results.table(data["cells"]))
     long_results.picture(data, args.out.with_name(args.out.name + ".png"))
     if args.page:
-        long_results.fill_page(args.page, data)
+        long_results.fill_page(args.page, long_results.page(data))
     return 0
 
 

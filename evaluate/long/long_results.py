@@ -150,12 +150,12 @@ def page(data: Row) -> str:
     return "\n\n".join(parts)
 
 
-def fill_page(path: Path, data: Row) -> None:
-    """Replace what stands between the two marks of a page; a ValueError when they are not there."""
+def fill_page(path: Path, text: str) -> None:
+    """Put a text between the two marks of a page; a ValueError when they are not there."""
     parts = path.read_text("utf-8").split(MARK)
     if len(parts) != 3:
         raise ValueError(f"{str(path)!r} must have two lines {MARK!r}, with the results between them")
-    path.write_text(f"{parts[0]}{MARK}\n\n{page(data)}\n\n{MARK}{parts[2]}", "utf-8")
+    path.write_text(f"{parts[0]}{MARK}\n\n{text}\n\n{MARK}{parts[2]}", "utf-8")
 
 
 def picture(data: Row, path: Path) -> None:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from curves import Curves
 from frontier_results import DENSE, Row
 from frontier_settings import SETTINGS, Setting
-from long_results import Results, read
+from long_results import Results, fill_page, read
 from long_tasks import RETRIEVAL, Material, samples
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -295,6 +295,7 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="auto")
     add("--out", type=Path, default=Path("out/frontier"), help="OUT.json and OUT.png are written")
     add("--plot", action="store_true", help="only print the tables and draw the picture from OUT.json")
+    add("--page", type=Path, metavar="FILE", help="put the tables into this page, between its marks")
     return parser.parse_args(given)
 
 
@@ -305,7 +306,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.plot:
         evaluate(args, path)
     data = read(path)
-    print(frontier_results.tables(data))
+    shown = frontier_results.tables(data)
+    print(shown)
+    if args.page:
+        fill_page(args.page, shown)
     frontier_results.picture(data, args.out.with_name(args.out.name + ".png"))
     return 0
 
