@@ -30,6 +30,7 @@ from spas_attn.selectors import (
 from spas_attn.selectors.pooled import mean_row, pooled_rows, probabilities
 
 pytest.importorskip("triton")
+from spas_attn.kernels import probabilities as pooled_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TIE = 2e-4  # probabilities and sums of them this close may come in either order
@@ -232,6 +233,23 @@ def test_blocks_of_no_probability() -> None:
     kept = fused(MeanSimilarity(0.999, sink=False), call).mask.to_dense()
     assert torch.equal(kept.cpu(), MeanSimilarity(0.999, sink=False).kept(call))
     assert not kept.all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_pooled_scores_by_one_program_and_kept_by_another_launch(
+    is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long sequences do it; the lists are those of one launch of many programs."""
+    call = inputs_of(Case(700, 760, heads=2, k_heads=1, dim=16, is_causal=is_causal, density=None), 3)
+    selector = MeanSimilarity(0.6, 0.3, pool=8, block_q=64, block_k=64, local=0)
+    expected = fused(selector, call).mask
+    assert_same_selection(selector, call, expected)
+    for name in ("_ROWS_HELD", "_MEMORY"):
+        with monkeypatch.context() as patch:
+            patch.setattr(pooled_kernels, name, 0)
+            got = fused(selector, call).mask
+        assert torch.equal(got.counts, expected.counts)
+        assert torch.equal(got.indices, expected.indices)
 
 
 @pytest.mark.parametrize("sim", [-1.0, 0.45])
