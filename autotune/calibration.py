@@ -13,39 +13,32 @@ bound in the check get tighter bounds and are checked again.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
-
-import torch
-
-from spas_attn import fallback_counts
-from spas_attn.call import Call
 
 from . import block_maps, report
 from .accumulate import Grid
 from .checkpoint import Checkpoint
 from .conditions import eagerly, float32
 from .files import extract_sparse_attention_state_dict, save
-from .layer import NO_MEMORY, SKIPPED_STEP, Layer, check_layers
-from .module import SHORT, Mode, sparse_modules, transformers_of
+from .layer import Layer, check_layers
+from .module import SHORT, Mode, SparseAttention, sparse_modules
 from .objective import bounds_of, layer_times, objective_of, precisions_of, prompts_for_sensitivity
-from .passes import CheckPass, CurvePass, FreePass, LevelsPass, Pass, Work
+from .passes import CheckPass, CurvePass, FreePass, LevelsPass
 from .phases import Phases
-from .rerun import Repeater
 from .sampling import Sampler, Steps
 from .tradeoff import Target, Tradeoff
 from .tuned import Bounds, Tuned
+from .watching import Watcher
+from .work import Work
 
 Item = TypeVar("Item")
 RESERVOIR_BYTES = 2 << 30  # for all layers together
 QUERY_BLOCKS = 16  # looked at per call, of however many there are
-NOT_FINITE = "it got values that are not finite (NaN or infinity)"
 
 
 class Calibration:
@@ -60,13 +53,11 @@ class Calibration:
         tail: bound of the 99.5th percentile of one query's relative error; None switches it off, "module" takes the
             modules' own, and with a budget none.
         objective: "bounds": every head drops what its bounds allow. "budget": one budget for the whole model, spent
-            where it costs least (``autotune/budget.py``), for the one target that is named:
-        sparsity: least mean sparsity, in (0, 1).
-        speedup: least speedup of all attention, above 1, by the cost model of this machine.
-        error: largest predicted error of the model's output (``autotune/rerun.py`` says of which kind).
-        sensitivity: on how many prompts the model's sensitivity to each layer is measured, by one more forward per
-            layer and prompt; 0 = not, all layers then count the same. Left out: 1 with a budget, else 0. It needs the
-            loop over prompts.
+            where it costs least (``autotune/budget.py``), for the one target that is named.
+        sparsity, speedup, error: targets: the least mean sparsity, in (0, 1); the least speedup of all attention, by the cost
+            model of this machine; the largest predicted error of the model's output (which: ``autotune/rerun.py``).
+        sensitivity: prompts on which the model's sensitivity to each layer is measured, by one more forward per layer;
+            0 = none, all layers count the same. Left out: 1 with a budget, else 0. It needs the loop over prompts.
         share: with a budget, weigh a head by its share of its layer's squared output, instead of all the same.
         precisions: what every layer chooses its precision from: the one of least time that holds its bounds, with
             errors measured in the check. Left out: the modules' own.
@@ -78,7 +69,7 @@ class Calibration:
             queries, so a sample estimates them without bias; the check looks at all.
         kept_aside: share of the prompts that is kept for the PV pass and the check.
         rounds: how often heads that miss a bound in the check are tightened; then they run dense.
-        seed: of the sampling of query blocks.
+        seed: of the sampling.
         every: every n-th step of a prompt is observed: of the timesteps of a diffusion model, else of a layer's calls.
         skip_not_finite: leave prompts out, with a warning, in which a layer gets NaN or infinity, instead of raising.
         checkpoint: where finished prompts are kept, until ``save()``, so that an interrupted calibration can go on.
@@ -134,9 +125,7 @@ class Calibration:
         plan = objective_of(objective, Target.of(sparsity=sparsity, speedup=speedup, error=error), share)
         measured = prompts_for_sensitivity(sensitivity, plan)
         layers: list[Layer] = []
-        divided = Phases.of(phases)
-        if divided.count > 1 and precisions is not None:
-            raise ValueError("precisions are chosen for whole layers: with phases leave them out")
+        divided, offered = Phases.of(phases), precisions_of(precisions, phases)
         for path, module in modules.items():
             bounds = bounds_of(module, l1, pv_l1, tail, plan)
             grid.check(module.selector)
@@ -146,20 +135,18 @@ class Calibration:
         self.model, self.layers = model, layers
         self.statistics: list[dict[str, Any]] = []
         self.tradeoff: Tradeoff | None = None
-        self.sampler, self.steps = Sampler(query_blocks, seed), Steps(every)
-        self.kept_aside, self.skip_not_finite = kept_aside, skip_not_finite
+        self.kept_aside = kept_aside
         self.checkpoint, self.resume = checkpoint, resume
-        self._work = Work(layers, grid, rounds, plan, measured, precisions_of(precisions), divided)
-        self._pass: Pass | None = FreePass(self._work, RESERVOIR_BYTES, seed)
-        self._prompt = self._expected = 0
+        self._work = Work(layers, grid, rounds, plan, measured, offered, divided)
+        free = FreePass(self._work, RESERVOIR_BYTES, seed)
+        self._watcher = Watcher(model, self._work, free, Sampler(query_blocks, seed), Steps(every), skip_not_finite)
+        self._expected = 0
         self._left_out: set[int] = set()
-        self._problem: str | None = None  # why the prompt in progress cannot count
-        self._fallbacks: Counter[str] = Counter()
         self._files: Checkpoint | None = None
-        self._units = [layers[i : i + divided.count] for i in range(0, len(layers), divided.count)]  # by module
-        self._before: list[tuple[Tuned | None, Mode]] = []
-        self._repeaters: list[Repeater] = []
+        self._before: list[tuple[SparseAttention, Tuned | None, Mode]] = []
         self._open = contextlib.ExitStack()
+
+    _pass = property(lambda self: self._watcher.current)  # the pass in progress
 
     @property
     def phase(self) -> str:
@@ -185,16 +172,8 @@ class Calibration:
             if layer.module.observer is not None:
                 raise RuntimeError(f"layer {layer.path!r} is being calibrated already")
         self._open.enter_context(eagerly())
-        if self.steps.every > 1:
-            for _, part in transformers_of(self.model):
-                self._open.callback(part.register_forward_pre_hook(self.steps.begin, with_kwargs=True).remove)
-        if self._work.sensitivity:
-            self._watch_outputs()
-        for units in self._units:
-            module = units[0].module
-            self._before.append((module.tuned, module.mode))
-            module.mode, module.observer = "tune", functools.partial(self._observe, units)
-        self._fallbacks = Counter(fallback_counts())
+        self._before = [(m, m.tuned, m.mode) for m in dict.fromkeys(layer.module for layer in self.layers)]
+        self._watcher.begin(self._open)
         return self
 
     def __exit__(
@@ -210,24 +189,8 @@ class Calibration:
                 )
         finally:
             self._open.close()
-            for units, before in zip(self._units, self._before, strict=True):
-                module = units[0].module
-                module.observer = None
-                if self._pass is not None:
-                    module.tuned, module.mode = before
-
-    def _expect(self, expected: bool) -> None:
-        if self._pass is not None:
-            self._pass.expected = expected
-
-    def _watch_outputs(self) -> None:
-        """Hook the transformers, so that their calls can be repeated with some layers sparse."""
-        for _, part in transformers_of(self.model):
-            inside = set(part.modules())
-            repeater = Repeater([layer for layer in self.layers if layer.module in inside])
-            self._repeaters.append(repeater)
-            self._open.callback(part.register_forward_pre_hook(repeater.before, with_kwargs=True).remove)
-            self._open.callback(part.register_forward_hook(repeater.after, with_kwargs=True).remove)
+            for module, tuned, mode in self._before if self._pass is not None else []:
+                module.tuned, module.mode = tuned, mode
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -251,18 +214,18 @@ class Calibration:
         for layer in self.layers:
             layer.lengths = None
         curves = CurvePass(work)
-        self._pass = LevelsPass(work, work.phases, curves) if work.phases.unknown else curves
+        self._watcher.current = LevelsPass(work, work.phases, curves) if work.phases.unknown else curves
         done = self._begin_checkpoint(curves, items)
         again = 2 if any(layer.bounds[1] is not None for layer in self.layers) else 1
         self._expected = sum(i not in done for i in self._mine(work.fitted)) + again * len(self._mine(work.checked))
-        more = [*work.fitted[: work.sensitivity], *(self._pass.prompts if work.phases.unknown else ())]
+        more = [*work.fitted[: work.sensitivity], *(work.fitted[:1] if work.phases.unknown else ())]
         self._expected += len(self._mine(more))
         while self._pass is not None:
             current = self._pass
             for i in self._mine(current.prompts):
                 if current is curves and i in done:
                     continue
-                self._begin(i)
+                self._watcher.begin_prompt(i)
                 yield items[i]
                 self._end()
                 if current is curves and self._files is not None:
@@ -275,84 +238,41 @@ class Calibration:
         if self.checkpoint is None:
             return set()
         phases = (self._work.phases.count, self._work.phases.given)
-        sampled = (self._work.grid, self.sampler, self.steps.every, self._work.fitted, phases)
+        watched = (self._watcher.sampler, self._watcher.steps.every)
+        sampled = (self._work.grid, *watched, self._work.fitted, phases)
         self._files = Checkpoint(self.checkpoint, self.model, sampled, items)
         return self._files.begin(curves, self.resume)
 
     def _mine(self, prompts: list[int]) -> list[int]:
         return [i for i in prompts if i % self._work.world == self._work.rank and i not in self._left_out]
 
-    def _begin(self, prompt: int) -> None:
-        self._prompt, self._problem = prompt, None
-        self._fallbacks = Counter(fallback_counts())
-        self.steps.restart()
-        for repeater in self._repeaters:
-            repeater.restart()
-            repeater.compare = self._pass.compare if self._pass is not None and self._pass.compares else None
-            repeater.expect = self._expect
-        for layer in self.layers:
-            layer.calls, layer.unseen = 0, Counter()
-
     def _end(self) -> None:
-        assert self._pass is not None
-        blind = [units[0] for units in self._units if sum(x.calls - x.unseen[NO_MEMORY] for x in units) <= 0]
-        if self._problem is None and blind:
-            self._problem = self._cause(blind[0])
+        """The prompt in progress is finished."""
+        watcher = self._watcher
+        assert watcher.current is not None
+        blind = watcher.blind()
+        if watcher.problem is None and blind:
+            watcher.problem = watcher.cause(blind[0])
             # Too short, or of another kind than the prompts before: there may be good ones to come.
             if any(layer.lengths is None and layer.unseen.keys() != {SHORT} for layer in blind):
-                raise RuntimeError(f"prompt {self._prompt}: {self._problem}")
-        if self._problem is None:
-            self._pass.close(self._prompt)
+                raise RuntimeError(f"prompt {watcher.prompt}: {watcher.problem}")
+        if watcher.problem is None:
+            watcher.current.close(watcher.prompt)
             return
-        warnings.warn(f"prompt {self._prompt} is left out: {self._problem}", RuntimeWarning, stacklevel=3)
-        self._left_out.add(self._prompt)
-        self._pass.drop()
+        warnings.warn(f"prompt {watcher.prompt} is left out: {watcher.problem}", RuntimeWarning, stacklevel=3)
+        self._left_out.add(watcher.prompt)
+        watcher.current.drop()
 
     def _conclude(self) -> None:
         """Use what a pass has seen, and go on to the next one."""
         assert self._pass is not None
         try:
-            self._pass = self._pass.conclude()
+            self._watcher.current = self._pass.conclude()
         except RuntimeError as error:
-            raise RuntimeError(f"{error}: {self._problem}" if self._problem else str(error)) from error
+            problem = self._watcher.problem
+            raise RuntimeError(f"{error}: {problem}" if problem else str(error)) from error
         if self._pass is None:
             self._finish()
-
-    # -- watching -----------------------------------------------------------------------------------------------------
-
-    def _observe(self, units: list[Layer], call: Call | str) -> None:
-        if self._pass is None:
-            return
-        if isinstance(call, str):
-            units[0].unseen[call] += 1
-        elif not self.steps.wanted(sum(layer.calls for layer in units) + units[0].unseen[SKIPPED_STEP]):
-            units[0].unseen[SKIPPED_STEP] += 1
-        elif self._problem is None:
-            self._see(self._pass, self._work.phases.choose(units), call)
-
-    def _see(self, current: Pass, layer: Layer, call: Call) -> None:
-        where = f"call {layer.calls} of layer {layer.path!r} in prompt {self._prompt}"
-        if not bool(torch.stack([x.isfinite().all() for x in (call.q, call.k, call.v)]).all()):
-            if not self.skip_not_finite:
-                raise ValueError(
-                    f"{where}: {NOT_FINITE}; leave the prompt out (skip_not_finite=True does), or find out where in "
-                    "the model they begin"
-                )
-            if not isinstance(current, FreePass):  # there a call stands for itself
-                self._problem = f"{where}: {NOT_FINITE}"
-            return
-        module = layer.module
-        if module.heads is None:
-            module.set_heads(call.q.shape[1])
-        layer.note(call)
-        blocks = self.sampler.blocks(call, module.selector.block_q, layer.index, self._prompt, layer.calls)
-        layer.calls += 1
-        with float32(call.q.device.type):
-            current.observe(layer, call, blocks)
-
-    def _cause(self, layer: Layer) -> str:
-        fallbacks = Counter(fallback_counts()) - self._fallbacks
-        return f"layer {layer.path!r} saw nothing to calibrate on: {layer.why_unseen(self.steps.every, fallbacks)}"
 
     def _finish_from(self, free: FreePass) -> None:
         """Without a loop over prompts: PV pass and check on the calls that were kept."""
@@ -360,7 +280,7 @@ class Calibration:
             raise RuntimeError("phases need the loop over calibration.prompts(...)")
         for layer in self.layers:
             if free.sums[layer.index] is None:
-                raise RuntimeError(self._cause(layer))
+                raise RuntimeError(self._watcher.cause(layer))
         self._conclude()
         while self._pass is not None:
             with float32():
@@ -374,23 +294,23 @@ class Calibration:
         self.tradeoff = work.objective.tradeoff(self.layers, work.grid, work.measured)
         expected = layer_times(self.layers)
         skipped = [sum(counts) for counts in zip(*work.gather([x.skipped for x in self.layers]), strict=True)]
-        for units in self._units:
+        for units in self._watcher.units:
             states = [layer.finish(tradeoff=self.tradeoff) for layer in units]
             edges = work.phases.edges_of(units[0])
             units[0].module.set_thresholds(Tuned.joined(states, edges) if edges else states[0])
         for layer in self.layers:
             assert layer.curves is not None and layer.check is not None
+            times = None if expected is None else expected[layer.index]
             facts = {
-                "query_blocks_per_call": self.sampler.limit,
+                "query_blocks_per_call": self._watcher.sampler.limit,
                 "prompts_fitted": len(layer.curves.sums),
                 "prompts_checked": len(layer.check.sums),
-                "checked_on_the_fitted_calls": self._work.fitted == self._work.checked,
+                "checked_on_the_fitted_calls": work.fitted == work.checked,
                 "calls_skipped_for_memory": skipped[layer.index],
                 "precision": layer.module.precision,
                 **work.phases.facts(layer),
             }
-            times = None if expected is None else expected[layer.index]
-            self.statistics.append(report.layer_statistics(layer, self._work.grid, times, facts))
+            self.statistics.append(report.layer_statistics(layer, work.grid, times, facts))
         maps = [block_maps.first(layer.check.maps) for layer in self.layers if layer.check is not None]
         for entry, found in zip(self.statistics, block_maps.extremes(maps), strict=True):
             entry["block_maps"] = found

@@ -167,8 +167,7 @@ class SparseAttention(nn.Module):
                 because threads share the module.
             share: (rank, size) where q, k and v hold the heads of one of ``size`` ranks (sequence parallelism by
                 exchange of heads): its heads' thresholds are taken.
-            noise: the noise level of the call, 1 = pure noise, for thresholds by phase; under torch.compile a tensor
-                on the device of ``q``. None where the model has none.
+            noise: level of the call, 1 = pure noise, for thresholds by phase; a tensor on q's device when compiled.
 
         Returns:
             ``[B, Hq, Lq, D]``; in the modes "dense" and "tune", and for fewer queries than a block (decode), exactly
@@ -212,14 +211,9 @@ class SparseAttention(nn.Module):
         return q, k, v
 
     def _sparse(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        options: dict[str, Any],
-        share: tuple[int, int] | None,
+        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], share: tuple[int, int] | None,
         noise: float | Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         tuned = self._of_phase(noise)
         self._check_length(k.shape[2], options, tuned.lengths)
         tuned = tuned if share is None else tuned.share(*share)

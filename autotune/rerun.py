@@ -127,13 +127,13 @@ class Repeater:
 
     Attributes:
         layers: those of the transformer.
-        compare: gets them and a Rerun; None where nobody wants to.
         expect: is told, before a call, whether it will be handed over if it is looked at.
+        compare: gets the layers and a Rerun; None where nobody wants to.
     """
 
     layers: list[Layer]
+    expect: Callable[[bool], None]
     compare: Callable[[list[Layer], Rerun], None] | None = None
-    expect: Callable[[bool], None] = lambda expected: None
     _usual: int = 1  # calls of a prompt
     _count: int = 0
     _seen: int = 0  # calls of layers, before the transformer's call in progress
