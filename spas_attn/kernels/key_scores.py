@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_mask import cdiv
-from .arithmetic import dot, narrow
+from .arithmetic import INTERPRETED, dot, narrow
 from .config import shared_memory_limit
 from .launch import _descriptor as descriptor
 from .operands import Rows, Valid, are_valid
@@ -132,31 +132,41 @@ def _half_scores(
 
 
 @triton.jit
-def _block_sums(
-    scores, valid, b, cols, low, high, k_len, scale, lower,
-    M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _log2(x):
+    """log2 to 2^-22, -inf of 0: one instruction, where that of the libraries takes twenty."""
+    if INTERPRETED:
+        y = tl.where(x > 0, tl.log2(tl.where(x > 0, x, 1.0)), float("-inf"))
+    else:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
+
+
+@triton.jit
+def _block_sums(scores, anchor, scale, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
     """log2 of the exponentials summed over each key block, [M, N / BLOCK_K], from the products of M rows and N keys.
 
-    With MASKED row r sees the keys ``low[r]`` (0 where ``lower`` is None) to ``high[r]``.
+    The largest score of a block need not be known: beside ``anchor``, [M], float32 holds 2^-126 to 2^127. What lies
+    below is nothing beside the row's largest; where something lies above, the result is infinite.
     """
-    if MASKED:
-        seen = cols[None, :] <= high[:, None]
-        if lower is not None:
-            seen &= cols[None, :] >= low[:, None]
-        if valid is not None:
-            seen &= are_valid(valid, b, cols, cols < k_len)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-    scores = tl.reshape(scores, [M, N // BLOCK_K, BLOCK_K])
+    scores = tl.reshape(scores * scale - anchor[:, None], [M, N // BLOCK_K, BLOCK_K])
+    return anchor[:, None] + _log2(tl.sum(tl.exp2(scores), 2))
+
+
+@triton.jit
+def _masked_block_sums(
+    scores, valid, b, cols, low, high, k_len, scale, lower,
+    M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``_block_sums`` whatever the scores, of row r and the keys ``low[r]`` (0 where ``lower`` is None) to ``high[r]``."""
+    seen = cols[None, :] <= high[:, None]
+    if lower is not None:
+        seen &= cols[None, :] >= low[:, None]
+    if valid is not None:
+        seen &= are_valid(valid, b, cols, cols < k_len)[None, :]
+    scores = tl.reshape(tl.where(seen, scores, float("-inf")), [M, N // BLOCK_K, BLOCK_K])
     peak = tl.max(scores, 2) * scale
-    anchor = peak
-    if MASKED:
-        anchor = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp2(scores * scale - anchor[:, :, None]), 2)
-    log_mass = anchor + tl.log2(tl.where(total > 0, total, 1.0))
-    if MASKED:
-        log_mass = tl.where(total > 0, log_mass, float("-inf"))
-    return log_mass
+    anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    return anchor + _log2(tl.sum(tl.exp2(scores * scale - anchor[:, :, None]), 2))
 
 
 @triton.jit
@@ -219,6 +229,7 @@ def key_scores_kernel(
         if PLAIN:
             full = tl.minimum(last, (tl.min(tl.where(inside, high, k_len - 1), 0) + 1) // BLOCK_K)
             full = first + tl.maximum(full - first, 0) // WIDE * WIDE
+        anchor, largest = tl.zeros([M], tl.float32), tl.zeros([M, WIDE], tl.float32)
         for MASKED in tl.static_range(0 if PLAIN else 1, 2):
             begin, end = full if MASKED else first, last if MASKED else full
             for block in tl.range(begin, end, WIDE, num_stages=1 if PLAIN and MASKED else None):
@@ -229,11 +240,18 @@ def key_scores_kernel(
                     )
                 else:
                     scores = _half_scores(b_q, k, k_desc, p_k, b, kh, block * BLOCK_K, cols, k_len, D, DPAD, N, MASKED)
-                b_sums = _block_sums(scores, valid, b, cols, low, high, k_len, scale, lower, M, N, BLOCK_K, MASKED)
                 if MASKED:
+                    b_sums = _masked_block_sums(scores, valid, b, cols, low, high, k_len, scale, lower, M, N, BLOCK_K)
                     b_sums = tl.where(shown[:, None], b_sums, float("-inf"))
+                else:
+                    if block == first:
+                        anchor = tl.max(scores, 1) * scale
+                    b_sums = _block_sums(scores, anchor, scale, M, N, BLOCK_K)
+                    largest = tl.maximum(largest, b_sums)
                 which = block + tl.arange(0, WIDE)
                 tl.store(p_sums[:, None] + which[None, :], b_sums, mask=inside[:, None] & (which < nk)[None, :])
+            if not MASKED:  # scores that differ by more than float32 can hold: all over again, block by block
+                full = tl.where(tl.max(tl.max(largest, 1), 0) == float("inf"), first, full)
 
 
 def row_sums(lists: Tensor, per_q: int, group: int) -> Iterator[RowSums]:

@@ -181,6 +181,24 @@ def test_calls(case: Case, selector: ExactKeys) -> None:
     assert case.q_len == 1 or kept.shape[-1] < 3 or not kept.all(), "keeps everything, which shows little"
 
 
+def test_scores_further_apart_than_float32_holds() -> None:
+    """Scores that rise by 300 from block to block: the kernel's quick way overflows, and its other way is taken."""
+    q, k = torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, 640, 16)
+    q[..., 0] = 1.0
+    k[..., 0] = torch.arange(10).repeat_interleave(64) * 300.0 % 1900.0 - 1000.0
+    k[..., 1] = torch.randn(640, generator=torch.Generator().manual_seed(0))
+    call = Call(q, k, k, False, 1.0)
+    for cdf in (0.5, 0.999):
+        assert assert_same_selection(ExactKeys(cdf, sink=False, block_q=64, block_k=64), call)[
+            0, 0, 0
+        ].nonzero().tolist() == [[6]]
+    far = Call(q, k - 1e5, k, False, 1.0)  # a constant changes nothing
+    assert torch.equal(
+        fused(ExactKeys(0.5, block_q=64, block_k=64), far).mask.indices,
+        fused(ExactKeys(0.5, block_q=64, block_k=64), call).mask.indices,
+    )
+
+
 @pytest.mark.parametrize("queries", ["mean", "sample"])
 def test_later_tokens_do_not_change_earlier_selections(queries: str) -> None:
     call = inputs_of(Case(300, 360, dim=16, k_heads=1, is_causal=True, density=None), 5)
