@@ -157,7 +157,7 @@ def _masked_block_sums(
     scores, valid, b, cols, low, high, k_len, scale, lower,
     M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``_block_sums`` whatever the scores; row r sees the keys ``low[r]`` (0 where ``lower`` is None) to ``high[r]``."""
+    """``_block_sums`` whatever the scores; row r sees the keys ``low[r]``, without ``lower`` 0, to ``high[r]``."""
     seen = cols[None, :] <= high[:, None]
     if lower is not None:
         seen &= cols[None, :] >= low[:, None]
