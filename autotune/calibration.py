@@ -54,8 +54,8 @@ class Calibration:
             modules' own, and with a budget none.
         objective: "bounds": every head drops what its bounds allow. "budget": one budget for the whole model, spent
             where it costs least (``autotune/budget.py``), for the one target that is named.
-        sparsity, speedup, error: targets: the least mean sparsity, in (0, 1); the least speedup of all attention, by the cost
-            model of this machine; the largest predicted error of the model's output (which: ``autotune/rerun.py``).
+        sparsity, speedup, error: the targets: least mean sparsity; least speedup of all attention, by the cost model of
+            this machine; largest predicted error of the model's output (``autotune/rerun.py`` says of which kind).
         sensitivity: prompts on which the model's sensitivity to each layer is measured, by one more forward per layer;
             0 = none, all layers count the same. Left out: 1 with a budget, else 0. It needs the loop over prompts.
         share: with a budget, weigh a head by its share of its layer's squared output, instead of all the same.
@@ -65,15 +65,15 @@ class Calibration:
             (which one more prompt finds out), or the noise levels at which phases meet, falling from 1. It needs the
             loop over prompts.
         grid: candidate thresholds.
-        query_blocks: query blocks looked at per call, at random, for the curves; None = all. Errors are sums over
-            queries, so a sample estimates them without bias; the check looks at all.
+        query_blocks: looked at per call, at random, for the curves; None = all. Errors are sums over queries, so that a
+            sample estimates them without bias; the check looks at all.
         kept_aside: share of the prompts that is kept for the PV pass and the check.
         rounds: how often heads that miss a bound in the check are tightened; then they run dense.
         seed: of the sampling.
         every: every n-th step of a prompt is observed: of the timesteps of a diffusion model, else of a layer's calls.
         skip_not_finite: leave prompts out, with a warning, in which a layer gets NaN or infinity, instead of raising.
         checkpoint: where finished prompts are kept, until ``save()``, so that an interrupted calibration can go on.
-        resume: go on from the checkpoint.
+        resume: go on from it.
 
     Attributes:
         statistics: after it has finished, one entry per layer (see ``autotune/report.py``).

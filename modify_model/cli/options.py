@@ -112,6 +112,7 @@ def _diffusion(add: Add) -> None:
     add("frames", _ALL, f"of a video; {_USUAL}", type=whole(1), **n)
     add("steps", _ALL, f"of denoising; {_USUAL}, to verify 2", type=whole(1, 10_000), **n)
     add("tune_every", "tune", "observe every N-th step (left out: about ten of them)", type=whole(1), **n)
+    add("phases", "tune", "thresholds for each of so many phases of denoising", type=whole(1, 20), default=1, **n)
     add("dense_steps", _RUNS, "so many first and last steps run dense", type=whole(0), nargs=2, metavar="N")
     add("offload", _ALL, "keep only the component that is running on the GPU", action="store_true")
     add("out_path", _WORK, "folder for pictures", default="out", metavar="FOLDER")
