@@ -18,7 +18,7 @@ from .selectors import Selector
 
 def attend_again(
     q: Tensor, k: Tensor, v: Tensor, selector: Selector | None, options: Mapping[str, Any], *, backend: str = "auto",
-    strict: bool = False, wants_stats: bool = False, trusted: Mapping[str, Any] | None = None,
+    strict: bool = False, wants_stats: bool = False, trusted: Mapping[str, Any] | None = None, static: bool = False,
 ) -> tuple[Tensor, AttentionStats | None]:  # fmt: skip
     """:func:`attend` for the arguments of a call; from the third call of a signature on its plan is run (replay.py).
 
@@ -26,6 +26,8 @@ def attend_again(
         options: what :meth:`Call.make` takes beside q, k and v.
         wants_stats: without, the stats of the result may be None.
         trusted: attributes to set in the checked call.
+        static: run the plan as a CUDA graph where the inputs lie at the same addresses again; the output is then
+            overwritten by the next such call.
     """
 
     def made() -> Call:
@@ -38,7 +40,7 @@ def attend_again(
     if request is None:
         return attend(made(), selector, backend=backend, strict=strict)
     if request.plan is not None:
-        out, *lists = request.run()
+        out, *lists = request.run(static)
         return out, _stats_again(request.plan.about, made(), selector, lists) if wants_stats else None
     chosen = request.about
     out, stats = request.watch(lambda: attend(made(), selector, backend=backend, strict=strict, chosen=chosen))

@@ -76,10 +76,11 @@ class Request:
         """What :meth:`keep` was told of a call that cannot be recorded; None of others."""
         return self.entry.about
 
-    def run(self) -> tuple[Tensor, ...]:
-        """The results, from the plan."""
+    def run(self, static: bool = False) -> tuple[Tensor, ...]:
+        """The results, from the plan; ``static``: as a CUDA graph (:meth:`plans.Plan.run_static`)."""
         assert self.entry.plan is not None
-        return self.entry.plan.run(self.tensors, self.addresses)
+        run = self.entry.plan.run_static if static else self.entry.plan.run
+        return run(self.tensors, self.addresses)
 
     def watch(self, compute: Callable[[], T]) -> T:
         """``compute()``, recorded if that is due."""

@@ -18,7 +18,10 @@ from torch import Tensor
 from . import direct
 from .recorded import Launch, Place, Recording, Zero
 
+GRAPHS = 128  # addresses of inputs for which a plan keeps a CUDA graph
 _ALIGNMENT = 512  # bytes, as torch's allocator aligns
+_capturing = threading.Lock()
+_pools: dict[tuple[int, int], Any] = {}  # memory of the graphs' workspaces, by GPU and stream
 
 
 class Layout(NamedTuple):
@@ -64,22 +67,26 @@ class Plan:
     about: Any
     prepared: tuple[direct.Prepared, ...] | None = None
     _free: list[direct.Parameters] = field(default_factory=list)
+    _graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]] | None] = field(default_factory=dict)
 
-    def run(self, inputs: Sequence[Tensor], addresses: list[int]) -> tuple[Tensor, ...]:
+    def run(
+        self, inputs: Sequence[Tensor], addresses: Sequence[int], outputs: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, ...]:
         """Repeat the call.
 
         Args:
             inputs: as they were when it was recorded, but for their addresses and contents.
-            addresses: theirs; all others are appended.
+            addresses: theirs.
+            outputs: where to write the results; new tensors by default.
         """
         device = self.device
-        outputs = tuple([torch.empty_strided(s, t, dtype=kind, device=device) for s, t, kind in self.outputs])
+        if outputs is None:
+            outputs = tuple([torch.empty_strided(s, t, dtype=kind, device=device) for s, t, kind in self.outputs])
         arena = torch.empty(self.workspace, dtype=torch.uint8, device=device) if self.workspace else None
         if self.prepared is None:
             self._through_triton([*inputs, *self.constants, *outputs, arena])
             return outputs
-        addresses += self._constant_addresses
-        addresses += [x.data_ptr() for x in outputs]
+        addresses = [*addresses, *self._constant_addresses, *[x.data_ptr() for x in outputs]]
         if arena is not None:
             addresses.append(arena.data_ptr())
         if torch.cuda.current_device() == device.index:
@@ -88,6 +95,34 @@ class Plan:
             with torch.cuda.device(device):
                 self._launch(addresses)
         return outputs
+
+    def run_static(self, inputs: Sequence[Tensor], addresses: Sequence[int]) -> tuple[Tensor, ...]:
+        """Repeat the call as a CUDA graph, from its second time with inputs at these addresses on.
+
+        The results are memory of the graph: the next call with such inputs at these addresses overwrites them.
+        """
+        index = self.device.index
+        if self.prepared is None or torch.cuda.is_current_stream_capturing():
+            return self.run(inputs, addresses)
+        key = (torch._C._cuda_getCurrentRawStream(index), *addresses)  # two streams may not share a workspace
+        if key not in self._graphs:
+            with _capturing:
+                while len(self._graphs) >= GRAPHS:
+                    del self._graphs[next(iter(self._graphs))]
+                self._graphs[key] = None
+            return self.run(inputs, addresses)
+        found = self._graphs[key]
+        if found is None:
+            outputs = self.run(inputs, addresses)  # not of the pool, in which a later graph may take what is free
+            graph = torch.cuda.CUDAGraph()
+            with _capturing, torch.cuda.device(index):
+                pool = _pools.setdefault((index, key[0]), torch.cuda.graph_pool_handle())
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    self.run(inputs, addresses, outputs)
+            self._graphs[key] = found = (graph, outputs)
+            return outputs
+        found[0].replay()
+        return found[1]
 
     def __post_init__(self) -> None:
         self._constant_addresses = [x.data_ptr() for x in self.constants]
@@ -153,10 +188,11 @@ def make(recording: Recording, outputs: Sequence[Tensor], about: Any) -> Plan | 
     sources = recording.sources
     inputs = [i for i, source in enumerate(sources) if not (source.allocated or source.constant)]
     constants = [i for i, source in enumerate(sources) if source.constant]
-    offsets, size = _arrange(recording, leaves, numbers)
+    arranged, size = _arrange(recording, leaves, numbers)
     fixed = [*inputs, *constants, *numbers]
     places = {source: Place(new, 0) for new, source in enumerate(fixed)}
-    places |= {source: Place(len(fixed), offset) for source, offset in offsets.items()}
+    first = len(inputs) + len(constants)  # of the results, behind which the workspaces' own memory comes
+    places |= {source: Place(first + shelf, offset) for source, (shelf, offset) in arranged.items()}
 
     def moved(place: Place) -> Place:
         new = places[place.source]
@@ -199,26 +235,42 @@ def _leaves_of(action: Launch | Zero, recording: Recording) -> set[int]:
     return used
 
 
-def _arrange(recording: Recording, used: Sequence[set[int]], outputs: Sequence[int]) -> tuple[dict[int, int], int]:
-    """Offsets of the workspaces in one piece of memory, and its bytes; those never in use at once may share a place."""
+def _arrange(
+    recording: Recording, used: Sequence[set[int]], outputs: Sequence[int]
+) -> tuple[dict[int, tuple[int, int]], int]:
+    """Where the workspaces lie, and the bytes of the memory that is theirs alone.
+
+    Those never in use at once may share a place; one that is done with before a result is written lies in the result.
+
+    Returns:
+        by source: number of the result, or that of results for their own memory; and the offset.
+    """
     spans: dict[int, tuple[int, int]] = {}  # first and last action that uses each
     for step, numbers in enumerate(used):
         for number in numbers:
-            if recording.sources[number].allocated and number not in outputs:
-                spans[number] = (spans.get(number, (step, step))[0], step)
-    sizes = {number: recording.sources[number].tensor.untyped_storage().nbytes() for number in spans}
-    offsets: dict[int, int] = {}
-    total = 0
-    for number in sorted(spans, key=lambda number: -sizes[number]):
-        first, last = spans[number]
-        offset = 0
-        # Those that are in use at the same time, from the lowest on: the first gap that is large enough.
-        for other in sorted(offsets, key=lambda other: offsets[other]):
-            if spans[other][0] <= last and first <= spans[other][1] and offset + sizes[number] > offsets[other]:
-                offset = max(offset, -(-(offsets[other] + sizes[other]) // _ALIGNMENT) * _ALIGNMENT)
-        offsets[number] = offset
-        total = max(total, offset + sizes[number])
-    return offsets, max(total, 1)
+            spans[number] = (spans.get(number, (step, step))[0], step)
+    sizes = {n: recording.sources[n].tensor.untyped_storage().nbytes() for n in {*spans, *outputs}}
+    shelves: list[dict[int, int]] = [{} for _ in [*outputs, None]]  # offsets, in each result and in the memory
+    spaces = [(spans.get(n, (0, 0))[0], sizes[n]) for n in outputs] + [(len(used), sum(sizes.values()) * 2)]
+    places: dict[int, tuple[int, int]] = {}
+    work = [n for n in spans if recording.sources[n].allocated and n not in outputs]
+    for number in sorted(work, key=lambda number: -sizes[number]):
+        for place, (shelf, (begun, space)) in enumerate(zip(shelves, spaces, strict=True)):
+            offset = _gap(number, shelf, spans, sizes)
+            if spans[number][1] < begun and offset + sizes[number] <= space:
+                shelf[number], places[number] = offset, (place, offset)
+                break
+    return places, max([0, *(offset + sizes[number] for number, offset in shelves[-1].items())])
+
+
+def _gap(number: int, shelf: dict[int, int], spans: dict[int, tuple[int, int]], sizes: dict[int, int]) -> int:
+    """The lowest offset at which a workspace overlaps none of those on the shelf that are in use when it is."""
+    (first, last), offset = spans[number], 0
+    for other in sorted(shelf, key=lambda other: shelf[other]):
+        at_once = spans[other][0] <= last and first <= spans[other][1]
+        if at_once and offset + sizes[number] > shelf[other]:
+            offset = max(offset, -(-(shelf[other] + sizes[other]) // _ALIGNMENT) * _ALIGNMENT)
+    return offset
 
 
 def _changed(launch: Launch, change: Callable[[Any], Any]) -> Launch:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spas_attn import replay, sparse_attention
+from spas_attn.again import attend_again
 from spas_attn.kernels import direct
 from spas_attn.kernels.direct import Driver, Parameters, Prepared
 from spas_attn.kernels.plans import Leaf
@@ -243,6 +244,29 @@ def test_threads() -> None:
         thread.join()
     assert not wrong
     assert is_direct()
+
+
+@pytest.mark.gpu
+def test_static_inputs() -> None:
+    """As graphs from their second time at an address on, each address with a graph of its own; new contents count."""
+    replay.forget()
+    case, calls = GPU_CASES["8 bits"], [inputs(seed) for seed in range(3)]
+    wanted = [expected(x, case) for x in calls]
+    for x in calls:
+        run(x, case)
+    buffers = [[x.clone() for x in calls[0]] for _ in range(2)]
+    outs: list[Tensor] = []
+    for i in (0, 1, 2, 0, 1, 2):
+        outs = []
+        for static in buffers:
+            for to, new in zip(static, calls[i], strict=True):
+                to.copy_(new)
+            out, _ = attend_again(*static, case[0], case[1], backend="triton", static=True)
+            assert torch.equal(out, wanted[i])
+            outs.append(out)
+    assert torch.equal(outs[0], outs[1]) and outs[0].data_ptr() != outs[1].data_ptr()
+    (plan,) = [entry.plan for entry in replay._entries.values() if entry.plan]
+    assert [made is not None for made in plan._graphs.values()] == [True, True]
 
 
 @pytest.mark.gpu

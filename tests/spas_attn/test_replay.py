@@ -235,19 +235,19 @@ def test_a_registration_ends_decisions() -> None:
 
 
 def test_workspaces_share_memory_when_they_may() -> None:
-    """Two pieces in use at once lie apart; one whose use is over gives its place away."""
-    x = torch.zeros(4)
-    with Recorder([x]) as recorder:
-        a, b, c = (torch.empty(n, dtype=torch.uint8) for n in (1000, 3000, 700))
-    offsets, size = plans._arrange(recorder.recording, [{0, 1}, {1, 2}, {2, 3}, {3}], [])
-    assert recorder.recording.places[id(c)] == Place(3, 0)
-    assert a is not None and b is not None
-    spans = {1: (0, 1000), 2: (0, 3000), 3: (0, 700)}
-    for one, other in ((1, 2), (2, 3)):
-        start, stop = sorted((offsets[n], offsets[n] + spans[n][1]) for n in (one, other))
-        assert start[1] <= stop[0]
-    assert all(offset % 512 == 0 for offset in offsets.values())
-    assert size < 1000 + 3000 + 700 + 512
+    """Two pieces in use at once lie apart, and one whose use is over gives its place away, also to a result."""
+    with Recorder([torch.zeros(4)]) as recorder:
+        kept = [torch.empty(n, dtype=torch.uint8) for n in (1000, 3000, 700, 900)]
+    assert recorder.recording.places[id(kept[2])] == Place(3, 0)
+    recording = recorder.recording
+    places, size = plans._arrange(recording, [{0, 1}, {1, 2}, {2, 3}, {3, 4}], [])
+    assert places == {1: (0, 3072), 2: (0, 0), 3: (0, 3072), 4: (0, 0)}
+    assert size == 3072 + 1000
+    places, size = plans._arrange(recording, [{0, 1}, {3}, {2, 4}], [2])  # the second piece is a result
+    assert places == {1: (0, 0), 3: (0, 0), 4: (1, 0)}
+    assert size == 900
+    places, size = plans._arrange(recording, [{2, 3}, {1, 3}], [2])
+    assert places == {1: (1, 0), 3: (1, 1024)}
 
 
 def test_views_keep_their_place_and_other_operators_are_obstacles() -> None:
