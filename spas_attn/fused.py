@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_mask import BlockMask, blockwise, cdiv
+from .block_mask import BlockMask, cdiv
 from .call import Call
 from .checks import PerHead, per_head
 from .kernels import prepare as kernels
 from .kernels.head_cut import head_cuts
 from .kernels.key_scores import key_scores, row_sums
 from .kernels.last_queries import last_masses
+from .kernels.padding import filled_tiles
 from .kernels.prepare import Prepared
 from .kernels.probabilities import pooled_blocks
 from .kernels.row_scores import row_scores
@@ -92,9 +93,7 @@ def _by_keys(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepa
     if ranking.queries == "sample" and queries is not None:
         vectors, filled = ranking.vectors(call)
         vectors, filled, step = vectors.to(call.k.dtype), kernels.as_bytes(filled), 1
-    block_filled = None
-    if call.key_mask is not None:
-        block_filled = blockwise(call.key_mask, ranking.block_k).any(-1).view(torch.uint8)
+    block_filled = filled_tiles(kernels.as_bytes(call.key_mask), ranking.block_k)
     facts = Facts(block_filled, documents=call.document_start)
     lists, per_q = _scores(parts, call), ranking.block_q // ranking.pool
     mask, rule = None, _rule(parts, call, "mass")
@@ -116,10 +115,8 @@ def _by_strides(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Pr
     assert isinstance(ranking, XAttention)
     made = _prepare(parts, call, quantise)
     scores = _scores(parts, call)
-    filled = block_filled = None
-    if call.key_mask is not None:
-        filled = blockwise(call.key_mask, ranking.stride).any(-1).view(torch.uint8)
-        block_filled = blockwise(call.key_mask, ranking.block_k).any(-1).view(torch.uint8)
+    filled = filled_tiles(kernels.as_bytes(call.key_mask), ranking.stride)
+    block_filled = filled_tiles(kernels.as_bytes(call.key_mask), ranking.block_k)
     strided_probabilities(
         call.q, call.k, scores, stride=ranking.stride, block_q=ranking.block_q, block_k=ranking.block_k,
         is_causal=call.is_causal, scale=call.scale, window=call.window, valid=kernels.as_bytes(call.key_mask),
@@ -187,9 +184,7 @@ def _by_lines(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prep
     batch, nk = call.q.shape[0], cdiv(call.k_len, ranking.block_k)
     columns = columns.expand(batch, heads, nk).contiguous()
     diagonals = lowest_across(ranking, call, by_distance.expand(batch, heads, -1)).contiguous()
-    block_filled = None
-    if call.key_mask is not None:
-        block_filled = blockwise(call.key_mask, ranking.block_k).any(-1).view(torch.uint8)
+    block_filled = filled_tiles(kernels.as_bytes(call.key_mask), ranking.block_k)
     facts = Facts(block_filled, columns=columns, diagonals=diagonals)
     return _kept(call, _scores(parts, call), _rule(parts, call, "lines"), facts), made
 

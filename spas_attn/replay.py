@@ -84,12 +84,16 @@ class Request:
 
     def watch(self, compute: Callable[[], T]) -> T:
         """``compute()``, recorded if that is due."""
-        if not self.due:
-            return compute()
-        with Recorder(self.tensors) as recorder:
-            result = compute()
-        self._recorder = recorder
-        return result
+        if self.due:
+            try:
+                with Recorder(self.tensors) as recorder:
+                    result = compute()
+            except torch.cuda.OutOfMemoryError:  # a recording holds every workspace to its end
+                self.entry.obstacle = "it does not fit into memory while it is recorded"
+            else:
+                self._recorder = recorder
+                return result
+        return compute()
 
     def keep(self, outputs: Sequence[Tensor], about: Any = None, obstacle: str | None = None) -> None:
         """Make a plan of what was watched.

@@ -13,7 +13,7 @@ from ..block_mask import BlockMask, cdiv
 from . import config as configs
 from .forward import sparse_attention_fwd_kernel
 from .operands import Blocks, Keys, Rows, Valid, Values
-from .padding import tile_valid
+from .padding import whole_tiles
 from .prepare import LOG2E, as_bytes, prepare
 from .prepare import padded_dim as padded_dim_8_bits
 from .recorded import launch
@@ -129,7 +129,7 @@ def _launch(
         Rows.of(q), k_rows, v_rows, Rows.of(out), lse, k_desc, v_desc,
         keys.scale if keys else None, keys.mean if keys and lse is not None else None, values[1] if values else None,
         _blocks(mask, batch, heads) if mask else None, Valid.of(valid),
-        None if valid is None else tile_valid(valid, block_n), pv_threshold,
+        whole_tiles(valid, block_n), pv_threshold,
         heads, heads // k.shape[1], q_len, k_len, window if is_causal else None, scale * LOG2E,
         D=d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=block_n, MASK_Q=mask_q, MASK_K=mask_k,
         CAUSAL=is_causal, RAGGED=k_len % mask_k != 0,

@@ -297,3 +297,22 @@ def test_a_dense_call_is_decided_twice_at_most(monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(outs[0], out) for out in outs)
     assert len(decided) == 2
     assert sum(fallback_counts().values()) == before + 4
+
+
+def test_a_recording_that_does_not_fit_is_given_up() -> None:
+    q, tries = torch.zeros(1, device=DEVICE), []
+
+    def compute() -> str:
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.cuda.OutOfMemoryError
+        return "done"
+
+    replay.request(q, q)
+    request = replay.request(q, q)
+    assert request is not None and request.due
+    assert request.watch(compute) == "done"
+    request.keep([q])
+    again = replay.request(q, q)
+    assert again is not None and again.plan is None and not again.due
+    assert "memory" in next(iter(replay.summary()))
