@@ -9,7 +9,13 @@ import pytest
 import torch
 from made_up_gpu import FakeGpu
 
-from spas_attn import backends, cost_model
+from spas_attn import backends, cost_model, replay
+
+
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """What a test replaces in the library must not meet the plan of an earlier test's call."""
+    replay.forget()
 
 
 @pytest.fixture
