@@ -23,7 +23,7 @@ from torch import Tensor
 from .machine import Times
 from .tradeoff import RELATIVE, LayerTradeoff, Target, Tradeoff
 
-_STEPS = 100  # halvings of the range of log λ
+_STEPS = 64  # halvings of the range of log λ
 _FACTOR = 1e9  # λ is looked for between 1/_FACTOR and _FACTOR times the typical ratio of cost to error²
 
 
