@@ -140,7 +140,6 @@ def _side(
     PARTS: tl.constexpr = ROWS // BLOCK
     first, offs_r = part * ROWS, tl.arange(0, ROWS)
     order = offs_r % (ROWS // CHAIN) * CHAIN + offs_r // (ROWS // CHAIN)  # [ROWS]
-    centre = None
     if SMOOTH or keys is not None:  # summed behind the tile's loads, so that both are under way together
         total, number = _few(x, valid, sums, b, h, head, length, every, D, DPAD, SAMPLES, CHUNKS)
     b_x, taken = _rows(x, valid, b, h, first, order, length, D, DPAD)
@@ -149,6 +148,8 @@ def _side(
         lowest = -_highest(tl.where(taken[:, None], -b_x, float("-inf")), BLOCK, ROWS, CHAIN, DPAD)
     if SMOOTH or keys is not None:
         centre = tl.sum(total, 0) / tl.maximum(tl.sum(number, 0), 1.0)
+    else:
+        centre = None
     block, blocks = part * PARTS + tl.arange(0, PARTS), tl.cdiv(length, BLOCK)
     if out.means is not None:
         _means(
