@@ -44,6 +44,8 @@ def test_the_command(file: Path, run: Callable[..., int], tmp_path: Path, capsys
     assert run("tune", "--model_name", file, *tuned, *LOOSE, "--num_tune_samples", 2) == 0
     assert run("generate", "--model_name", file, *tuned, "--prompt", "x = 1\n" * 20, "--max_new_tokens", 3) == 0
     assert "--- 3 new tokens" in capsys.readouterr().out
+    assert run("compare", "--model_name", file, *tuned, "--max_length", 512, "--num_compare", 1) == 0
+    assert "perplexity: dense" in capsys.readouterr().out
     assert run("verify", "--model_name", file, "--max_new_tokens", 3) == 0
     out = capsys.readouterr().out
     assert "Qwen2ForCausalLM" in out and "equal bit for bit while untuned" in out and "5/5 steps passed" in out
