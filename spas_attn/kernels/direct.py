@@ -132,11 +132,17 @@ class Prepared:
 
     @classmethod
     def of(cls, launch: Launch) -> Prepared | None:
-        """None for a launch that needs more than this file does."""
-        compiled = launch.compiled
-        if compiled is None:
+        """None for a launch that needs more than this file does, or of a Triton whose objects are unlike those known."""
+        if launch.compiled is None:
             return None
-        facts = compiled.metadata
+        try:
+            return cls._of(launch)
+        except (AttributeError, LookupError, TypeError, struct.error):
+            return None
+
+    @classmethod
+    def _of(cls, launch: Launch) -> Prepared | None:
+        compiled, facts = launch.compiled, launch.compiled.metadata
         if getattr(facts, "num_ctas", 1) != 1 or any(getattr(facts, name, 0) for name in _UNSERVED):
             return None
         parameters = _parameters(launch, list(getattr(facts, "tensordesc_meta", None) or []))

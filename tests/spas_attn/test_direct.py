@@ -120,6 +120,7 @@ def test_a_launch_as_the_driver_takes_it() -> None:
         (PTX.format(scratch=""), {"num_ctas": 2}),
         (PTX.format(scratch=""), {"global_scratch_size": 8}),
         (PTX.format(scratch=""), {"launch_pdl": True}),
+        (PTX.format(scratch=""), {"tensordesc_meta": [{"another": "layout"}]}),
     ],
 )
 def test_what_is_left_to_triton(ptx: str, facts: dict[str, Any]) -> None:
