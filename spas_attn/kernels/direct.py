@@ -132,7 +132,7 @@ class Prepared:
 
     @classmethod
     def of(cls, launch: Launch) -> Prepared | None:
-        """None for a launch that needs more than this file does, or of a Triton whose objects are unlike those known."""
+        """None for a launch that needs more than this file does, or of a Triton whose objects are not those known."""
         if launch.compiled is None:
             return None
         try:
