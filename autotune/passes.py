@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from spas_attn.call import Call
 
-from .accumulate import PromptTally, add_check, add_curves, add_pv_curves
+from .accumulate import PromptTally, Tally, add_check, add_curves, add_pv_curves
 from .layer import Layer
 from .phases import Phases, noise_of
 from .rerun import Rerun
@@ -111,14 +113,22 @@ class PVPass(Pass):
 
 
 class CheckPass(Pass):
-    """Errors of the real kernel; heads that miss a bound get tighter ones, and after the last round run dense."""
+    """Errors of the real kernel; heads that miss a bound get tighter ones, and after the last round run dense.
+
+    Args:
+        number: of the round, from 1.
+        known: what rounds before have counted of layers whose thresholds have not changed since, None of others.
+    """
 
     name = "check"
     compares, samples = True, False
 
-    def __init__(self, work: Work, number: int) -> None:
+    def __init__(self, work: Work, number: int, known: Sequence[Tally | None] = ()) -> None:
         super().__init__(work)
         self.number = number
+        self.known = [tally is not None for tally in known] or [False] * len(work.layers)
+        if work.rank == 0:  # the sum over ranks has it once
+            self.sums = list(known) or self.sums
         self.timed: set[int] = set()
         self.found: list[float] = []
 
@@ -126,6 +136,8 @@ class CheckPass(Pass):
         return 1 + max(1, len(self.work.precisions))
 
     def add(self, tally: PromptTally, layer: Layer, call: Call, blocks: list[int]) -> None:
+        if self.known[layer.index]:
+            return
         bound = layer.bounds[1] or layer.module.pv_l1
         call = call.replace(error_bound=bound)
         layer.serve()
@@ -134,6 +146,10 @@ class CheckPass(Pass):
             self.timed.add(layer.index)
             layer.measured_ms = timed(layer.module, call)
 
+    def count(self, layer: Layer, tally: Tally) -> None:
+        if not self.known[layer.index] or self.sums[layer.index] is None:
+            super().count(layer, tally)
+
     def compare(self, layers: list[Layer], rerun: Rerun) -> None:
         current = self.work.phases.current(layers)
         self.found.append(rerun.error({layer.module: layer.in_force() for layer in current}))
@@ -141,11 +157,14 @@ class CheckPass(Pass):
     def conclude(self) -> Pass | None:
         last = self.number if self.number == self.work.rounds else 0
         names, grid, missed = self.work.precisions, self.work.grid, []
-        for layer, total in self.totals():
+        totals, before = list(self.totals()), [layer.in_force() for layer in self.work.layers]
+        for layer, total in totals:
             missed.append(layer.back_off(layer.choose_precision(total, names, grid) if names else total, last))
         self.work.measured = [error for found in self.work.gather(self.found) for error in found]
         if not any(bool(wrong.any()) for wrong in missed):
             return None
-        self.work.objective.choose_again(self.work.layers, self.work.grid, missed, bool(last))
-        # All are checked again after a miss: what they record belongs to the final thresholds.
-        return None if last else CheckPass(self.work, self.number + 1)
+        self.work.objective.choose_again(self.work.layers, grid, missed, bool(last))
+        # What is recorded belongs to the final thresholds: layers whose thresholds changed are checked again.
+        same = [layer.in_force().equals(old) for layer, old in zip(self.work.layers, before, strict=True)]
+        known = [total if same[layer.index] else None for layer, total in totals]
+        return None if last else CheckPass(self.work, self.number + 1, known)

@@ -13,7 +13,7 @@ from .budget import Outcome, choose_for
 from .machine import Times, times
 from .module import SparseAttention
 from .tradeoff import LayerTradeoff, Target, Tradeoff
-from .tuned import FILE_KEYS, PV_OFF, Tuned
+from .tuned import PV_OFF, Tuned
 
 
 def choose_at_load(
@@ -63,7 +63,7 @@ def _states(tuned: Mapping[str, Tuned], tradeoff: Tradeoff, target: Target, foun
     for layer, chosen in zip(tradeoff.layers, found.chosen, strict=True):
         phases[layer.path][layer.phase] = _state(tuned[layer.path].at(layer.phase), layer, chosen)
     made = {path: _joined(tuned[path], parts) for path, parts in phases.items()}
-    same = all(_equal(made[path], tuned[path]) for path in made)
+    same = all(made[path].equals(tuned[path]) for path in made)
     facts: dict[str, Any] = {"checked": same and all(state.checked for state in tuned.values())}
     errors = {} if same else {"predicted": found.error if tradeoff.measure else None, "measured": None}
     facts["tradeoff"] = tradeoff.with_choice(found.chosen, target=target, **errors)
@@ -84,7 +84,3 @@ def _state(before: Tuned, layer: LayerTradeoff, chosen: Tensor) -> Tuned:
     if bool(stays.all()):  # its density was measured by the check
         return state
     return dataclasses.replace(state, expected_density=float(density.mean()))
-
-
-def _equal(a: Tuned, b: Tuned) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in FILE_KEYS.values())

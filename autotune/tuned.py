@@ -131,6 +131,10 @@ class Tuned:
         more: dict[str, Any] = dict(edges=edges, densities=densities, expected_density=mean)
         return dataclasses.replace(phases[0], **tensors, **more)
 
+    def equals(self, other: Tuned) -> bool:
+        """Whether both have the same thresholds, to the bit."""
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in FILE_KEYS.values())
+
     @property
     def heads(self) -> int:
         """Number of query heads."""

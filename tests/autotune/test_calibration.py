@@ -500,3 +500,25 @@ def test_compiled_models_are_calibrated_outside_of_the_graph(tuned: tuple[FakeMo
     assert counter.frame_count == frames, "nothing is compiled meanwhile"
     model(PROMPTS[3])
     assert counter.frame_count > frames, "in mode sparse it is again"
+
+
+def test_only_layers_whose_thresholds_changed_are_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autotune import passes
+
+    checked: list[int] = []
+    check = passes.add_check
+
+    def counted(tally: Any, module: Any, *more: Any) -> str:
+        checked.append(next(i for i, inner in enumerate(model.inner) if inner is module))
+        return check(tally, module, *more)
+
+    monkeypatch.setattr(passes, "add_check", counted)
+    model = FakeModel()
+    forward = model.layers[0].forward
+    easy = [activations(i, 400, 400, 0.2) for i in range(9)]
+    model.layers[0].forward = lambda *_: forward(*easy[len(model.ran) % 9])  # type: ignore[assignment,method-assign]
+    calibration = tune(model, EASY + HARD, l1=0.04, pv_l1=0.06, tail=None, rounds=6)
+    rounds = checked.count(1) // 2
+    assert rounds > 1 and checked.count(0) == 2, "layer 0 misses nothing"
+    assert all(layer.check is not None and len(layer.check.sums) == 2 for layer in calibration.layers)
+    assert all(head["l1_total"] <= 0.06 for entry in calibration.statistics for head in entry["heads"])
