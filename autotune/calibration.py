@@ -45,8 +45,7 @@ class Calibration:
     """Calibrates a patched model; use as a context manager (see the module's docstring). Also called ``calibrate``.
 
     Args:
-        model: a patched model, or a pipeline with patched transformers; it runs dense, uncompiled and otherwise
-            unchanged meanwhile.
+        model: a patched model, or a pipeline with patched transformers; it runs dense and uncompiled meanwhile.
         l1, pv_l1: bounds of the mean relative L1 error, per head; None takes the modules' own. With a budget they are
             guards beside it: None is no guard, and l1 alone brings its pv_l1 (7/6 of it). Without pv_l1 there is no PV
             skip.
@@ -217,9 +216,8 @@ class Calibration:
         self._watcher.current = LevelsPass(work, work.phases, curves) if work.phases.unknown else curves
         done = self._begin_checkpoint(curves, items)
         again = 2 if any(layer.bounds[1] is not None for layer in self.layers) else 1
-        self._expected = sum(i not in done for i in self._mine(work.fitted)) + again * len(self._mine(work.checked))
-        more = [*work.fitted[: work.sensitivity], *(work.fitted[:1] if work.phases.unknown else ())]
-        self._expected += len(self._mine(more))
+        more = [*again * work.checked, *work.fitted[: work.sensitivity], *work.fitted[: int(work.phases.unknown)]]
+        self._expected = len(self._mine(more)) + sum(i not in done for i in self._mine(work.fitted))
         while self._pass is not None:
             current = self._pass
             for i in self._mine(current.prompts):
@@ -335,9 +333,10 @@ class Calibration:
         if self._work.rank == 0:
             state = extract_sparse_attention_state_dict(self.model)
             first = self.statistics[0]
-            again = first["checked_on_the_fitted_calls"]
-            state["_metadata"] |= {"prompts": first["prompts_fitted"] + (0 if again else first["prompts_checked"])}
-            state["_metadata"] |= {"about": about} | report.machine_facts(self.layers)
+            aside = 0 if first["checked_on_the_fitted_calls"] else first["prompts_checked"]
+            state["_metadata"] |= {"prompts": first["prompts_fitted"] + aside, "about": about} | report.machine_facts(
+                self.layers
+            )
             save(state, path)
             report.write_statistics(self.statistics, statistics)
             if page:

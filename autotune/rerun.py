@@ -76,7 +76,9 @@ def _serving(modules: Sequence[SparseAttention], tuned: Mapping[SparseAttention,
 
 
 def _fewer_logits(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments, with the logits of some positions asked for where the model can be asked for them."""
+    """The keyword arguments, with the logits of some positions asked for where the model can be asked for them; a loss,
+    which needs all, is not computed.
+    """
     names = list(inspect.signature(getattr(part, "_orig_mod", part).forward).parameters)
     given = dict(zip(names, args, strict=False)) | kwargs
     ids = next((given[name] for name in ("input_ids", "inputs_embeds") if isinstance(given.get(name), Tensor)), None)
@@ -84,7 +86,7 @@ def _fewer_logits(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return kwargs
     count = min(POSITIONS, ids.shape[1])
     places = torch.linspace(0, ids.shape[1] - 1, count, device=ids.device).round().long()
-    return kwargs | {"logits_to_keep": places}
+    return {name: value for name, value in kwargs.items() if name != "labels"} | {"logits_to_keep": places}
 
 
 def _fresh(name: str, value: Any) -> Any:
@@ -159,7 +161,7 @@ class Repeater:
         self._count += 1
         if not wanted or self.compare is None:
             return
-        if self._kwargs.keys() != kwargs.keys():  # it went on from a cache
+        if self._kwargs.keys() != kwargs.keys():  # a cache held tokens
             return
         self._busy = True
         try:
