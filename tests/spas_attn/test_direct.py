@@ -19,7 +19,7 @@ from spas_attn.kernels import direct
 from spas_attn.kernels.direct import Driver, Parameters, Prepared
 from spas_attn.kernels.plans import Leaf
 from spas_attn.kernels.recorded import Launch, Place
-from spas_attn.selectors import MeanSimilarity, Selector, Tokens, TopK
+from spas_attn.selectors import ExactKeys, MeanSimilarity, Selector, Tokens, TopK
 
 LAYOUT = ((2, 4, 8, 16), (512, 128, 16, 1), torch.float16)
 META = {"swizzle": 2, "elem_size": 2, "elem_type": 8, "block_size": [1, 1, 8, 16], "fp4_padded": False}
@@ -139,6 +139,7 @@ def test_errors_of_the_driver() -> None:
 
 GPU_CASES: dict[str, tuple[Selector, dict[str, Any]]] = {
     "mean": (MeanSimilarity(0.5, pool=8, block_q=64, block_k=64), {}),
+    "exact keys": (ExactKeys(0.5, block_q=64, block_k=64), {"is_causal": True, "precision": "int8_fp8"}),
     "8 bits": (TopK(0.3), {"precision": "int8_fp8"}),
     "causal": (TopK(0.3, block_q=64), {"is_causal": True, "window": 300, "precision": "int8_bf16"}),
     "text": (TopK(0.3) | Tokens(((0, 70),)), {"precision": "int8_fp8"}),

@@ -17,7 +17,7 @@ import spas_attn
 from spas_attn import BlockMask, attend, block_sparse_attention, fallback_counts, replay, sparse_attention
 from spas_attn.kernels import plans
 from spas_attn.kernels.recorded import Launch, Place, Recorder, Source, launch
-from spas_attn.selectors import FlexPrefill, MeanSimilarity, Selector, Tokens, TopK
+from spas_attn.selectors import ExactKeys, FlexPrefill, MeanSimilarity, Selector, Tokens, TopK
 
 pytest.importorskip("triton")
 
@@ -61,6 +61,8 @@ def normally(call: Callable[[], Any]) -> Any:
 BLOCKS = {"block_q": 64, "block_k": 64}
 CALLS: dict[str, tuple[Callable[[], Selector], dict[str, Any]]] = {
     "mean": (lambda: MeanSimilarity(0.5, pool=16, **BLOCKS), {}),
+    "exact keys": (lambda: ExactKeys(0.5, **BLOCKS), {"is_causal": True}),
+    "exact keys, a sample": (lambda: ExactKeys(0.5, queries="sample", **BLOCKS), {"precision": "int8_bf16"}),
     "causal": (lambda: TopK(0.4, **BLOCKS), {"is_causal": True, "window": 90}),
     "similarity": (lambda: MeanSimilarity(0.5, 0.1, **BLOCKS), {}),
     "8 bits": (lambda: MeanSimilarity(torch.tensor([0.3, 0.8], device=DEVICE), **BLOCKS), {"precision": "int8_fp8"}),
