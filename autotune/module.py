@@ -18,7 +18,6 @@ from spas_attn.selectors import MeanSimilarity, Selector, Tokens
 from .tuned import FILE_KEYS, Tuned, check_bounds
 
 Mode = Literal["dense", "tune", "sparse"]
-Thresholds = Tuned  # its name in earlier versions
 DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL = 0.06, 0.07, 0.5
 
 # Why a call runs dense whatever the thresholds are, and no calibration looks at it.
@@ -62,8 +61,7 @@ class SparseAttention(nn.Module):
         always_dense: run dense in mode "sparse" (a layer that is to stay dense); a calibration watches it all the same.
         heads: number of query heads, None until it is known.
         family, layer_idx: name of the model's family, and place among its attention layers; set by the adapter.
-        head_dim: set by the adapter, for the record in the tuned file; None when it does not say.
-        dense_steps: what :func:`modify_model.patch` was told, for the record in the tuned file.
+        head_dim, dense_steps: as the adapter and :func:`modify_model.patch` say, for the tuned file; None if they do not.
         record_density: keep the densities of calls: of the last in ``last_density`` (``[B, Hq]``, None if it ran
             dense), and in ``recorded`` (``[2]``) the sum of their means and their number.
     """
@@ -184,7 +182,8 @@ class SparseAttention(nn.Module):
             attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, text=text, sinks=sinks,
             cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, precision=self.precision, error_bound=self.pv_l1,
         )  # fmt: skip
-        if self.mode == "sparse" and unfit is None and not (self.always_dense or self._of_phase(noise).all_dense):
+        sparse = self.mode == "sparse" and unfit is None and not self.always_dense
+        if sparse and not self._in_force().at_noise(noise).all_dense:
             return self._sparse(q, k, v, options, share, noise)
         out = dense()
         if self.mode == "tune" and self.observer is not None:
@@ -212,25 +211,24 @@ class SparseAttention(nn.Module):
         """What dense attention computes with under autocast."""
         device = q.device.type
         if torch.is_autocast_enabled(device) and (self.mode == "sparse" or not q.dtype == k.dtype == v.dtype):
-            dtype = torch.get_autocast_dtype(device)
-            return q.to(dtype), k.to(dtype), v.to(dtype)
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         return q, k, v
 
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], share: tuple[int, int] | None,
         noise: float | Tensor | None,
     ) -> Tensor:  # fmt: skip
-        tuned = self._of_phase(noise)
+        tuned = self._in_force().at_noise(noise)
         self._check_length(k.shape[2], options, tuned.lengths)
         tuned = tuned if share is None else tuned.share(*share)
         selector, pv = tuned.serve(self.selector, q.device, noise)
         # On a CPU PV skip saves no time: leaving it out is faster and more exact. The calibration's check, which calls
         # the kernels itself, carries it out, so that a file tuned here holds its bounds on a GPU too.
         skip = pv if tuned.skips and q.device.type != "cpu" else None
-        trusted = {"pv_threshold": skip, "expected_density": tuned.expected_density}
         out, stats = attend_again(
             *self._cast(q, k, v), self.with_text(selector, options["text"]), options, backend=self.backend,
-            wants_stats=self.record_density, trusted=trusted, static=self.graphs,
+            wants_stats=self.record_density, static=self.graphs,
+            trusted={"pv_threshold": skip, "expected_density": tuned.expected_density},
         )  # fmt: skip
         if self.record_density and stats is not None:
             self._record(stats.density, q.device)
@@ -251,11 +249,6 @@ class SparseAttention(nn.Module):
         if known is None or known[0] is not selector or known[1] != text:
             known = self._joined = (selector, text, _with_tokens(selector, text))
         return known[2]
-
-    def _of_phase(self, noise: float | Tensor | None) -> Tuned:
-        """The thresholds of a noise level; of one that only the device knows, those of all phases."""
-        tuned = self._in_force()
-        return tuned if isinstance(noise, Tensor) else tuned.at(tuned.phase_of(noise))
 
     def _in_force(self) -> Tuned:
         if self._tuned is None:

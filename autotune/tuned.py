@@ -166,6 +166,10 @@ class Tuned:
             known = self._phases[phase] = dataclasses.replace(self, **part, edges=(), densities=())
         return known
 
+    def at_noise(self, noise: float | Tensor | None) -> Tuned:
+        """The state of a noise level; of one that only the device knows, itself."""
+        return self if isinstance(noise, Tensor) else self.at(self.phase_of(noise))
+
     @property
     def origin(self) -> str:
         """Where the thresholds come from, and what of them was checked, in words."""
