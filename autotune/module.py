@@ -61,7 +61,7 @@ class SparseAttention(nn.Module):
         always_dense: run dense in mode "sparse" (a layer that is to stay dense); a calibration watches it all the same.
         heads: number of query heads, None until it is known.
         family, layer_idx: name of the model's family, and place among its attention layers; set by the adapter.
-        head_dim, dense_steps: as the adapter and :func:`modify_model.patch` say, for the tuned file; None if they do not.
+        head_dim, dense_steps: as the adapter and :func:`modify_model.patch` say, for the tuned file; or None.
         record_density: keep the densities of calls: of the last in ``last_density`` (``[B, Hq]``, None if it ran
             dense), and in ``recorded`` (``[2]``) the sum of their means and their number.
     """
