@@ -1,12 +1,13 @@
 """A recorded call as a plan: one allocation for all workspaces, the results, and its launches with other addresses.
 
-Nothing is kept between calls but host memory: workspaces come from torch's caching allocator, so that streams, graphs
-being captured and threads each have their own.
+Nothing is kept between calls but host memory (save by :meth:`Plan.run_static`): workspaces come from torch's caching
+allocator, so that streams, graphs being captured and threads each have their own.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from .recorded import Launch, Place, Recording, Zero
 GRAPHS = 128  # addresses of inputs for which a plan keeps a CUDA graph
 _ALIGNMENT = 512  # bytes, as torch's allocator aligns
 _capturing = threading.Lock()
-_pools: dict[tuple[int, int], Any] = {}  # memory of the graphs' workspaces, by GPU and stream
+_pools: dict[tuple[int, int], Any] = {}  # memory of the graphs' workspaces, by stream and GPU
 
 
 class Layout(NamedTuple):
@@ -49,7 +50,7 @@ class Plan:
 
     Attributes:
         device: where it runs.
-        inputs: number of its inputs; constants: tensors that the library keeps, used as they are.
+        constants: tensors that the library keeps, used as they are.
         outputs: layouts of its results.
         workspace: bytes of all workspaces.
         actions: launches, and clearings of a number of bytes at a place; every tensor is a :class:`Leaf`, whose sources
@@ -59,7 +60,6 @@ class Plan:
     """
 
     device: torch.device
-    inputs: int
     constants: tuple[Tensor, ...]
     outputs: tuple[Layout, ...]
     workspace: int
@@ -67,7 +67,8 @@ class Plan:
     about: Any
     prepared: tuple[direct.Prepared, ...] | None = None
     _free: list[direct.Parameters] = field(default_factory=list)
-    _graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]] | None] = field(default_factory=dict)
+    _met: dict[tuple[int, ...], None] = field(default_factory=dict)  # where static inputs lay once
+    _graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = field(default_factory=dict)
 
     def run(
         self, inputs: Sequence[Tensor], addresses: Sequence[int], outputs: tuple[Tensor, ...] | None = None
@@ -83,17 +84,17 @@ class Plan:
         if outputs is None:
             outputs = tuple([torch.empty_strided(s, t, dtype=kind, device=device) for s, t, kind in self.outputs])
         arena = torch.empty(self.workspace, dtype=torch.uint8, device=device) if self.workspace else None
-        if self.prepared is None:
-            self._through_triton([*inputs, *self.constants, *outputs, arena])
-            return outputs
-        addresses = [*addresses, *self._constant_addresses, *[x.data_ptr() for x in outputs]]
-        if arena is not None:
-            addresses.append(arena.data_ptr())
-        if torch.cuda.current_device() == device.index:
-            self._launch(addresses)
+        launch = functools.partial(self._through_triton, [*inputs, *self.constants, *outputs, arena])
+        if self.prepared is not None:
+            addresses = [*addresses, *self._constant_addresses, *[x.data_ptr() for x in outputs]]
+            if arena is not None:
+                addresses.append(arena.data_ptr())
+            launch = functools.partial(self._launch, addresses)
+        if device.type != "cuda" or torch.cuda.current_device() == device.index:
+            launch()
         else:
             with torch.cuda.device(device):
-                self._launch(addresses)
+                launch()
         return outputs
 
     def run_static(self, inputs: Sequence[Tensor], addresses: Sequence[int]) -> tuple[Tensor, ...]:
@@ -105,24 +106,23 @@ class Plan:
         if self.prepared is None or torch.cuda.is_current_stream_capturing():
             return self.run(inputs, addresses)
         key = (torch._C._cuda_getCurrentRawStream(index), *addresses)  # two streams may not share a workspace
-        if key not in self._graphs:
-            with _capturing:
-                while len(self._graphs) >= GRAPHS:
-                    del self._graphs[next(iter(self._graphs))]
-                self._graphs[key] = None
-            return self.run(inputs, addresses)
-        found = self._graphs[key]
-        if found is None:
-            outputs = self.run(inputs, addresses)  # not of the pool, in which a later graph may take what is free
+        known = self._graphs.get(key)
+        if known is not None:
+            known[0].replay()
+            return known[1]
+        outputs = self.run(inputs, addresses)  # not of the pool, where a later graph may take what is free
+        with _capturing:
+            if key not in self._met:
+                _add(self._met, key, None)
+                return outputs
+            del self._met[key]
             graph = torch.cuda.CUDAGraph()
-            with _capturing, torch.cuda.device(index):
-                pool = _pools.setdefault((index, key[0]), torch.cuda.graph_pool_handle())
+            with torch.cuda.device(index):
+                pool = _pools.setdefault((key[0], index), torch.cuda.graph_pool_handle())
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     self.run(inputs, addresses, outputs)
-            self._graphs[key] = found = (graph, outputs)
-            return outputs
-        found[0].replay()
-        return found[1]
+            _add(self._graphs, key, (graph, outputs))
+        return outputs
 
     def __post_init__(self) -> None:
         self._constant_addresses = [x.data_ptr() for x in self.constants]
@@ -158,6 +158,12 @@ class Plan:
             else:
                 place, size = action
                 _tensor_at(Leaf(place, Layout((size,), (1,), torch.uint8)), sources).zero_()
+
+
+def _add(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    while len(kept) >= GRAPHS:
+        del kept[next(iter(kept))]
+    kept[key] = value
 
 
 class _Thread(threading.local):
@@ -207,7 +213,7 @@ def make(recording: Recording, outputs: Sequence[Tensor], about: Any) -> Plan | 
     launches = [action for action in actions if isinstance(action, Launch)]
     prepared = [direct.Prepared.of(one) for one in launches] if direct.driver() else [None]
     return Plan(
-        sources[0].tensor.device, len(inputs), tuple(sources[i].tensor for i in constants),
+        sources[0].tensor.device, tuple(sources[i].tensor for i in constants),
         tuple(Layout.of(x) for x in outputs), size, tuple(actions), about,
         None if None in prepared else tuple(one for one in prepared if one is not None),
     )  # fmt: skip

@@ -268,7 +268,7 @@ def test_static_inputs() -> None:
             outs.append(out)
     assert torch.equal(outs[0], outs[1]) and outs[0].data_ptr() != outs[1].data_ptr()
     (plan,) = [entry.plan for entry in replay._entries.values() if entry.plan]
-    assert [made is not None for made in plan._graphs.values()] == [True, True]
+    assert len(plan._graphs) == 2
 
 
 @pytest.mark.gpu
