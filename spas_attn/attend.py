@@ -172,8 +172,8 @@ def attend_with_lse(call: Call, backend: str) -> tuple[Tensor, Tensor, str]:
     parts = [_run_with_lse(part, backend) for part in call.split()]
     if len(parts) == 1:
         return parts[0]
-    out, lse = (torch.cat([part[i] for part in parts], dim=2) for i in (0, 1))
-    return out, lse, parts[0][2]
+    outs, lses, names = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2), names[0]
 
 
 def _run_with_lse(call: Call, backend: str) -> tuple[Tensor, Tensor, str]:

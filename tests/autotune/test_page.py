@@ -206,15 +206,15 @@ def test_times_where_they_are_known(record: Record, recorded: Record) -> None:
 
 def test_a_call_is_timed_dense_and_as_it_is_served(tuned: tuple[FakeModel, Calibration], monkeypatch: Any) -> None:
     module, ran = copy.deepcopy(tuned[0].inner[0]), []
-    monkeypatch.setattr(timing, "attend", lambda call, selector, backend: ran.append((call, selector, backend)))
+    monkeypatch.setattr(timing, "attend_again", lambda q, k, v, selector, *_, **__: ran.append((q, selector)))
     call = Call.make(*activations(0, 256, 256), is_causal=False, scale=0.25)
     dense, sparse = timing.timed(module, call)
     assert 0 <= sparse < dense, "the sparse one does nothing here"
-    assert len(ran) == 1 + timing.REPEATS and all(torch.equal(seen.q, call.q) for seen, _, _ in ran)
+    assert len(ran) == timing.WARM + timing.REPEATS and all(torch.equal(q, call.q) for q, _ in ran)
     assert torch.equal(ran[0][1].threshold, module.serving(call)[0].threshold)
     module.tuned = Tuned.dense(HEADS)
     dense, sparse = timing.timed(module, call)
-    assert dense == sparse > 0 and len(ran) == 1 + timing.REPEATS
+    assert dense == sparse > 0 and len(ran) == timing.WARM + timing.REPEATS
 
 
 # -- the whole model --------------------------------------------------------------------------------------------------
