@@ -238,8 +238,7 @@ def run_tune(subject: Subject, args: argparse.Namespace) -> None:
         if args.resume and not glob.glob(glob.escape(partial) + ".rank*"):
             print(f"no checkpoint found at {partial + '.rank*'!r}; starting from scratch", flush=True)
     options = dict(every=subject.every, seed=args.seed, checkpoint=partial, resume=args.resume)
-    if args.phases != 1:
-        options |= dict(phases=args.phases)
+    options |= dict(phases=args.phases, precisions=args.precisions)
     if args.objective == "budget":
         options |= dict(objective="budget", l1=args.l1, pv_l1=args.pv_l1, tail=args.tail)
         options |= {name: getattr(args, name) for name in TARGETS}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from spas_attn import backends
+from spas_attn.call import PRECISIONS
 
 from .arguments import DTYPES, layer_range, tail_bound, whole
 from .diffusion import PIPELINES, DiffusionModel
@@ -84,6 +85,8 @@ def _common(add: Add) -> None:
     add("prompts", _RUNS, _PROMPTS, metavar="FILE")
     add("num_tune_samples", _RUNS, "prompts or texts to tune on (left out: 5 prompts, 8 texts)", **n)
     add("num_compare", _WORK, "prompts or texts to run, others than those (left out: 1 prompt, 4 texts)", **n)
+    offered = [name for name in PRECISIONS if name != "auto"]
+    add("precisions", "tune", "each layer takes the fastest of these that holds its bounds", nargs="+", choices=offered)
     add("selector", "tune", "how blocks are chosen (left out: as suits the model)", choices=sorted(SELECTORS))
     add("block", "tune", "mask block size, for queries and keys (left out: as above)", type=int, choices=(64, 128))
     add("pool", "tune", "length of the sub-blocks whose means are scored (left out: as above)", **n)

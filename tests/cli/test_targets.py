@@ -16,7 +16,7 @@ LLAMA = ("--model_name", "tiny:Llama")
 
 def test_tune_for_a_sparsity_and_compare_at_another(run: Any, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "tuned.pt"
-    budget = ("--objective", "budget", "--sparsity", "0.2", "--tail", "3")
+    budget = ("--objective", "budget", "--sparsity", "0.2", "--tail", "3", "--precisions", "native", "int8_bf16")
     assert run("tune", *LLAMA, *short("tiny:Llama"), *budget, "--model_out_path", str(file)) == 0
     info = load(file)["_metadata"]
     assert info["tradeoff"]["target"] == ["sparsity", 0.2] and is_verified(load(file))
