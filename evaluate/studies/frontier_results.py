@@ -34,11 +34,10 @@ class Line:
         whole.sort(key=lambda some: -_mean([cell["density"] for cell in some]))
         self.sparsity = np.array([1 - _mean([cell["density"] for cell in some]) for some in whole])
         self.kl = np.array([_mean([cell["kl"] for cell in some]) for some in whole])
-        self.nats = {
-            source: np.array([_of(some, source)["by_window"] for some in whole]).reshape(len(whole), -1)
-            - np.array(cell["by_window"])
-            for source, cell in dense.items()
-        }
+        self.nats = {}  # of no windows where no choice was judged on all sources
+        for source, exact in dense.items():
+            losses = np.array([_of(some, source)["by_window"] for some in whole]).reshape(-1, len(exact["by_window"]))
+            self.nats[source] = losses - np.array(exact["by_window"])
 
     def change(self, picks: dict[str, np.ndarray] | None = None) -> np.ndarray:
         """Change of the perplexity ``[points]``, mean over sources; of the windows picked."""
