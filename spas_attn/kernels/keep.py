@@ -116,8 +116,11 @@ def _threshold(bits, value, base, limit, lowest):
     most = tl.where(last >= 0, last, most)
     above = base + _total(tl.where(bits > most, value, 0.0))
     tie = bits == most
-    earlier = (tl.cumsum(tie.to(tl.int32), 1) - tie.to(tl.int32)).to(tl.float32)
-    return (bits > most) | (tie & (above + earlier * value < limit))
+    kept = (bits > most) | (tie & (above < limit))
+    if _largest(_total(tie)) > 1:
+        earlier = (tl.cumsum(tie.to(tl.int32), 1) - tie.to(tl.int32)).to(tl.float32)
+        kept = (bits > most) | (tie & (above + earlier * value < limit))
+    return kept
 
 
 @triton.jit

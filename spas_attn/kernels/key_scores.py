@@ -232,7 +232,7 @@ def key_scores_kernel(
         anchor, largest = tl.zeros([M], tl.float32), tl.zeros([M, WIDE], tl.float32)
         for MASKED in tl.static_range(0 if PLAIN else 1, 2):
             begin, end = full if MASKED else first, last if MASKED else full
-            for block in tl.range(begin, end, WIDE, num_stages=1 if PLAIN and MASKED else None):
+            for block in tl.range(begin, end, WIDE):
                 cols = block * BLOCK_K + tl.arange(0, N)
                 if FP32:
                     scores = _fp32_scores(
