@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .machine import Times
+from .module import SparseAttention
 from .tradeoff import RELATIVE, LayerTradeoff, Target, Tradeoff
 
 _STEPS = 64  # halvings of the range of log λ
@@ -69,11 +70,7 @@ def choose_for(tradeoff: Tradeoff, target: Target, times: Sequence[Times] | None
             "calibrate with objective='budget', sensitivity=1 or more and a loop over prompts"
         )
     if target.name == "speedup" and times is None:
-        raise ValueError(
-            f"{target}: a speedup is reached by the cost model, which has no row for this machine "
-            "(python -m spas_attn.measure makes one on a GPU; move a model that runs there first); give sparsity= or "
-            "error="
-        )
+        raise ValueError(no_times(target))
     problem = _Problem(tradeoff, None if target.name == "sparsity" else times)
     best, good = _search(problem, target)
     if not good:
@@ -81,6 +78,21 @@ def choose_for(tradeoff: Tradeoff, target: Target, times: Sequence[Times] | None
         raise ValueError(f"{target} is out of reach: the sparsest candidates that hold the bounds give {found:.3g}")
     # A sparsity counts blocks alone, so its choice was made without times.
     return best if problem.times is times else _Problem(tradeoff, times).outcome(best.chosen, best.strength)
+
+
+def no_times(target: Target) -> str:
+    """Why a speedup cannot be a target here."""
+    return (
+        f"{target}: a speedup is reached by the cost model, which has no row for this machine (python -m "
+        "spas_attn.measure makes one on a GPU; move a model that runs there first); give sparsity= or error="
+    )
+
+
+def counts_time(target: Target, modules: Sequence[SparseAttention]) -> bool:
+    """Whether milliseconds are the cost for a target: not for a sparsity, which counts blocks, nor for an error where a
+    backend is named, so that sparse kernels run even where dense attention is faster.
+    """
+    return target.name == "speedup" or (target.name == "error" and all(m.backend == "auto" for m in modules))
 
 
 def sparsest(tradeoff: Tradeoff, times: Sequence[Times] | None = None) -> Outcome:

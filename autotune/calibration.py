@@ -25,7 +25,7 @@ from .accumulate import Grid
 from .checkpoint import Checkpoint
 from .conditions import eagerly, float32
 from .files import extract_sparse_attention_state_dict, save
-from .layer import Layer, check_layers
+from .layer import Layer
 from .module import SHORT, Mode, SparseAttention, sparse_modules
 from .objective import bounds_of, layer_times, objective_of, precisions_of, prompts_for_sensitivity
 from .passes import CheckPass, CurvePass, FreePass, LevelsPass
@@ -130,7 +130,7 @@ class Calibration:
             grid.check(module.selector)
             for phase in range(divided.count):
                 layers.append(Layer(len(layers), path, module, bounds, phase))
-        check_layers(model, layers)
+        plan.check(model, layers)
         self.model, self.layers = model, layers
         self.statistics: list[dict[str, Any]] = []
         self.tradeoff: Tradeoff | None = None

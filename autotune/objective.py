@@ -14,8 +14,8 @@ from torch import Tensor
 from spas_attn.call import PRECISIONS
 
 from .accumulate import Grid
-from .budget import Outcome, choose_for, outcome, sparsest
-from .layer import DENSE_IS_FASTER, NOT_WORTH_IT, Layer
+from .budget import Outcome, choose_for, counts_time, no_times, outcome, sparsest
+from .layer import DENSE_IS_FASTER, NOT_WORTH_IT, Layer, check_layers
 from .machine import Times, times
 from .module import DEFAULT_L1, DEFAULT_PV_L1, SparseAttention
 from .tradeoff import Target, Tradeoff
@@ -31,6 +31,10 @@ class Objective:
     """
 
     measure: str | None = None
+
+    def check(self, model: Any, layers: list[Layer]) -> None:
+        """Reject what is known to be impossible before anything runs."""
+        check_layers(model, layers)
 
     def choose(self, layers: Sequence[Layer], grid: Grid) -> None:
         """Put thresholds in force, without PV skip."""
@@ -63,6 +67,13 @@ class Budget(Objective):
     target: Target = field(kw_only=True)
     equal_shares: bool = False
 
+    def check(self, model: Any, layers: list[Layer]) -> None:
+        super().check(model, layers)
+        device = layers[0].module._device
+        may_move = device.type == "cpu" and torch.cuda.is_available()  # offloaded weights come to the GPU for a call
+        if self.target.name == "speedup" and not may_move and not any(map(is_timed, layers)):
+            raise ValueError(no_times(self.target))
+
     def choose(self, layers: Sequence[Layer], grid: Grid) -> None:
         found, why = self._solve(layers, grid)
         for layer, chosen in zip(layers, found.chosen, strict=True):
@@ -92,6 +103,8 @@ class Budget(Objective):
     def _solve(self, layers: Sequence[Layer], grid: Grid) -> tuple[Outcome, list[str]]:
         """The choice for the target, and why heads are dense in each layer."""
         candidates, expected = self._candidates(layers, grid), layer_times(layers)
+        if not counts_time(self.target, [layer.module for layer in layers]):
+            expected = None
         try:
             found = choose_for(candidates, self.target, expected)
         except ValueError as error:
@@ -99,11 +112,17 @@ class Budget(Objective):
                 raise
             # Hours of calibration are not thrown away for a number: what comes nearest is taken.
             warnings.warn(f"{error}; taking these", RuntimeWarning, stacklevel=2)
-            found = sparsest(candidates, None if self.target.name == "sparsity" else expected)
-        timed = expected is not None and self.target.name != "sparsity"
-        why = [DENSE_IS_FASTER if timed and bool((c == layer.curves.candidates).all()) else NOT_WORTH_IT  # type: ignore[union-attr]
+            found = sparsest(candidates, expected)
+        why = [DENSE_IS_FASTER if expected and bool((c == layer.curves.candidates).all()) else NOT_WORTH_IT  # type: ignore[union-attr]
                for c, layer in zip(found.chosen, layers, strict=True)]  # fmt: skip
         return found, why
+
+
+def is_timed(layer: Layer) -> bool:
+    """Whether the cost model can say anything of a layer that has not been called yet."""
+    module = layer.module
+    shapes = [(1, 1024, 1024, module.head_dim or 64, causal) for causal in (True, False)]
+    return any(times(shape, module._device, module.precision, module.selector) for shape in shapes)
 
 
 def layer_times(layers: Sequence[Layer]) -> list[Times] | None:

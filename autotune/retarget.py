@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import Outcome, choose_for
+from .budget import Outcome, choose_for, counts_time
 from .machine import Times, times
 from .module import SparseAttention
 from .tradeoff import LayerTradeoff, Target, Tradeoff
@@ -41,7 +41,7 @@ def choose_at_load(
     if sorted(ours) != sorted(theirs):
         first = sorted(set(ours) ^ set(theirs))[0] if set(ours) != set(theirs) else theirs[0]
         raise ValueError(f"the trade-off of the file is not that of its layers, first {first[0]!r}")
-    expected = _times(tradeoff, modules, info)
+    expected = _times(tradeoff, modules, info) if counts_time(target, list(modules.values())) else None
     return _states(tuned, tradeoff, target, choose_for(tradeoff, target, expected))
 
 

@@ -133,7 +133,8 @@ def test_a_file_keeps_the_phases(calibrated: tuple[Denoiser, Calibration], tmp_p
         assert same(a.tuned, b.tuned)
         assert (a.tuned.edges, a.tuned.densities) == (b.tuned.edges, b.tuned.densities)
     load_into(other, state, sparsity=0.05)
-    assert not same(model.inner[0].tuned, other.inner[0].tuned) and other.inner[0].tuned.edges == model.inner[0].tuned.edges
+    assert not same(model.inner[0].tuned, other.inner[0].tuned)
+    assert other.inner[0].tuned.edges == model.inner[0].tuned.edges
     copied = pickle.loads(pickle.dumps(other))
     assert same(copied.inner[0].tuned, other.inner[0].tuned)
 

@@ -315,7 +315,7 @@ def test_files_that_no_target_can_be_chosen_from(tmp_path: Path, file: Path) -> 
 
 def test_a_speedup_by_the_cost_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def times(shape: Any, *_: Any) -> Times:
-        assert shape == (HEADS, 512, 512, 16, True)
+        assert shape in ((HEADS, 512, 512, 16, True), (1, 1024, 1024, 64, True)), "the second one asks for a row"
         return Times(dense=1.0, fixed=0.1, blocks=1.0)
 
     monkeypatch.setattr("autotune.retarget.times", times)
@@ -330,6 +330,21 @@ def test_a_speedup_by_the_cost_model(file: Path, monkeypatch: pytest.MonkeyPatch
     reasons = {head["runs_dense_because"] for entry in calibration.statistics for head in entry["heads"]}
     assert reasons <= {None, "the budget is better spent on other heads",
                        "dense attention of the whole layer is expected to be faster on this machine"}  # fmt: skip
+
+
+def test_a_machine_without_a_row_is_refused_before_anything_runs() -> None:
+    model = chain()
+    with pytest.raises(ValueError, match="no row for this machine"):
+        Calibration(model, **_with(speedup=1.5))
+
+
+def test_an_error_target_counts_time_where_dense_attention_may_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autotune.retarget.times", lambda *_: Times(dense=1.0, fixed=1.0, blocks=1.0))
+    automatic, named = chain(), chain(backend="cpu")
+    load_into(automatic, file, error=0.01)
+    load_into(named, file, error=0.01)
+    assert all(module.tuned.all_dense for module in automatic.inner), "sparse attention gains nothing here"
+    assert not any(module.tuned.all_dense for module in named.inner), "and is asked for by name here"
 
 
 def test_expected_times_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
