@@ -24,7 +24,7 @@ from .similarity import unit_rows
 
 LOG2E = 1.4426950408889634
 ROWS = 128  # tokens of a program; fp8 V is padded to whole multiples
-SAMPLES = 64  # keys, at most, whose mean smooths K where nothing needs the exact mean
+SAMPLES = 32  # keys, at most, whose mean smooths K where nothing needs the exact mean
 V_FLOOR = tl.constexpr(2.0**-60)  # a block of zeros has a scale, too: large enough to divide by in float32
 
 
@@ -42,13 +42,6 @@ def _sum_rows(b_x, SIZE: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, 
     """Sums over stretches of SIZE tokens, [ROWS // SIZE, DPAD], of rows in the order of ``_side``."""
     chains = tl.sum(tl.reshape(b_x, [CHAIN, ROWS // CHAIN, DPAD]), 0)
     return tl.sum(tl.reshape(chains, [ROWS // SIZE, SIZE // CHAIN, DPAD]), 1)
-
-
-@triton.jit
-def _highest(b_x, SIZE: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, DPAD: tl.constexpr):
-    """Largest numbers of the columns, likewise."""
-    chains = tl.max(tl.reshape(b_x, [CHAIN, ROWS // CHAIN, DPAD]), 0)
-    return tl.max(tl.reshape(chains, [ROWS // SIZE, SIZE // CHAIN, DPAD]), 1)
 
 
 @triton.jit
@@ -75,26 +68,25 @@ def _rows(x, valid, b, h, first, offs, length, D: tl.constexpr, DPAD: tl.constex
 
 
 @triton.jit
-def _few(
+def _centre(
     k, valid, sums, b, h, head, length, every,
     D: tl.constexpr, DPAD: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of keys of a head, float32 [n, DPAD], and of how many, [n]: their mean is what K is smoothed by.
+    """What K of a head is smoothed by, float32 [DPAD]: alike in all programs, which add in the same order.
 
-    Softmax does not change when any vector is subtracted from all keys of a head, so the mean of a few does. All
-    programs take the same ones and add them in the same order.
+    Softmax does not change when any vector is subtracted from all keys of a head, so the mean of a few does.
     """
     if sums is not None:
         chunk = tl.arange(0, CHUNKS)
         p_sums = sums.total + (head * sums.chunks + chunk)[:, None] * DPAD + tl.arange(0, DPAD)[None, :]
-        total = tl.load(p_sums, mask=(chunk < sums.chunks)[:, None], other=0.0)
-        number = tl.load(sums.number + head * sums.chunks + chunk, mask=chunk < sums.chunks, other=0.0)
+        total = tl.sum(tl.load(p_sums, mask=(chunk < sums.chunks)[:, None], other=0.0), 0)
+        number = tl.sum(tl.load(sums.number + head * sums.chunks + chunk, mask=chunk < sums.chunks, other=0.0), 0)
     else:
         # From the middle of the first stretch on: the first key is like no other in many models.
         offs = tl.cast(tl.arange(0, SAMPLES), tl.int64) * every
-        total, taken = _rows(k, valid, b, h, every // 2, offs, length, D, DPAD)
-        number = taken.to(tl.float32)
-    return total, number
+        b_k, taken = _rows(k, valid, b, h, every // 2, offs, length, D, DPAD)
+        total, number = tl.sum(b_k, 0), tl.sum(taken.to(tl.float32), 0)
+    return total / tl.maximum(number, 1.0)
 
 
 @triton.jit
@@ -127,9 +119,9 @@ def _means(
 
 @triton.jit
 def _side(
-    x, valid, sums, out, keys, b, h, head, part, length, every,
-    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
-    CHAIN: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
+    x, valid, centre, out, keys, b, h, head, part, length,
+    D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, CHAIN: tl.constexpr, POOL: tl.constexpr,
+    BLOCK: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A tile of Q or of K: for selection, and to int8 where there is ``keys.int8``.
 
@@ -140,16 +132,11 @@ def _side(
     PARTS: tl.constexpr = ROWS // BLOCK
     first, offs_r = part * ROWS, tl.arange(0, ROWS)
     order = offs_r % (ROWS // CHAIN) * CHAIN + offs_r // (ROWS // CHAIN)  # [ROWS]
-    if SMOOTH or keys is not None:  # summed behind the tile's loads, so that both are under way together
-        total, number = _few(x, valid, sums, b, h, head, length, every, D, DPAD, SAMPLES, CHUNKS)
     b_x, taken = _rows(x, valid, b, h, first, order, length, D, DPAD)
-    if keys is not None:
-        highest = _highest(tl.where(taken[:, None], b_x, float("-inf")), BLOCK, ROWS, CHAIN, DPAD)  # [PARTS, DPAD]
-        lowest = -_highest(tl.where(taken[:, None], -b_x, float("-inf")), BLOCK, ROWS, CHAIN, DPAD)
-    if SMOOTH or keys is not None:
-        centre = tl.sum(total, 0) / tl.maximum(tl.sum(number, 0), 1.0)
-    else:
-        centre = None
+    smooth = b_x
+    if centre is not None:
+        take = taken[:, None] & (tl.arange(0, DPAD) < D)[None, :]  # [ROWS, DPAD]
+        smooth = tl.where(take, b_x - centre[None, :], 0.0)
     block, blocks = part * PARTS + tl.arange(0, PARTS), tl.cdiv(length, BLOCK)
     if out.means is not None:
         _means(
@@ -157,17 +144,13 @@ def _side(
             DPAD, ROWS, CHAIN, POOL, BLOCK, PADDING, PAIRS,
         )  # fmt: skip
     if out.similarity is not None:
-        unit = b_x
-        if SMOOTH:
-            unit = tl.where(taken[:, None] & (tl.arange(0, DPAD) < D)[None, :], b_x - centre[None, :], 0.0)
-        unit = unit_rows(unit)
+        unit = unit_rows(smooth if SMOOTH else b_x)
         members = _members(taken, first, length, BLOCK, ROWS, CHAIN, PADDING)
         mean = _sum_rows(unit, BLOCK, ROWS, CHAIN, DPAD) * (1.0 / tl.maximum(members, 1.0))[:, None]
         tl.store(out.similarity + head * blocks + block, tl.sum(mean * mean, 1), mask=block < blocks)
     if keys is not None:
-        if part == 0:
-            tl.store(keys.mean + head * DPAD + tl.arange(0, DPAD), centre)
-        largest = tl.max(tl.maximum(highest - centre[None, :], centre[None, :] - lowest), 1)
+        largest = tl.max(tl.reshape(tl.abs(smooth), [CHAIN, ROWS // CHAIN, DPAD]), 0)
+        largest = tl.max(tl.max(tl.reshape(largest, [PARTS, BLOCK // CHAIN, DPAD]), 1), 1)
         step = tl.maximum(largest, 1e-12) / 127.0  # [PARTS]
         tl.store(keys.scale + head * blocks + block, step, mask=block < blocks)
         p_int8 = keys.int8 + (head * length + first) * DPAD
@@ -202,7 +185,8 @@ def _values(
     first, offs_r = part * ROWS, tl.arange(0, ROWS)
     order = offs_r % (ROWS // CHAIN) * CHAIN + offs_r // (ROWS // CHAIN)  # as in ``_side``
     b_v, _ = _rows(v, valid, b, h, first, order, length, D, DPAD)
-    largest = tl.max(_highest(tl.abs(b_v), BLOCK, ROWS, CHAIN, DPAD), 1)
+    largest = tl.max(tl.reshape(tl.abs(b_v), [CHAIN, ROWS // CHAIN, DPAD]), 0)
+    largest = tl.max(tl.max(tl.reshape(largest, [PARTS, BLOCK // CHAIN, DPAD]), 1), 1)
     # Rounded up to a power of two, of which attention reads off logarithm and reciprocal; fp8 loses nothing by that.
     bits = (tl.maximum(largest, V_FLOOR) / 448.0).to(tl.int32, bitcast=True)
     step = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)  # [PARTS]
@@ -222,43 +206,53 @@ def _values(
 def prepare_kernel(
     q, k, v, valid_q, valid, sums, q_side, k_side, keys, values, batch, heads, k_heads, q_len, k_len, every,
     D: tl.constexpr, DPAD: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
-    CHAIN_Q: tl.constexpr, CHAIN_K: tl.constexpr, CHAIN_V: tl.constexpr, POOL_Q: tl.constexpr, POOL_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
+    QUERIES: tl.constexpr, CHAIN_Q: tl.constexpr, CHAIN_K: tl.constexpr, CHAIN_V: tl.constexpr, POOL_Q: tl.constexpr,
+    POOL_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SMOOTH: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS tokens of one head: of K, then of V, then of Q.
+    """A program takes ROWS tokens of one head of K, of V or of Q.
+
+    In turn, so that what K's programs wait for (they add up a sample first) is hidden by the others' loads.
 
     Args:
         q, k, v: Rows [B, H, L, D] or None; valid_q, valid: Valid, padding of the queries and the keys, or None.
         sums: ColumnSums of K, of at most CHUNKS chunks, whose mean smooths K; None: a mean of SAMPLES keys, every
             ``every``-th.
         q_side, k_side: Side; keys: Keys or None; values: Values, where there is v.
+        QUERIES: programs of Q for one of K.
         POOL_Q, POOL_K: tokens of a mean.  BLOCK_Q, BLOCK_K: tokens of a self-similarity, and of a scale.
         SMOOTH: means and similarities of K are of the smoothed keys.  PAIRS: means are pairs of numbers.
     """
-    pid = tl.program_id(0)
+    FIRST_V: tl.constexpr = 0 if k is None else 1
+    FIRST_Q: tl.constexpr = FIRST_V if v is None else FIRST_V + 1
+    turns: tl.constexpr = FIRST_Q if q is None else FIRST_Q + QUERIES
+    turn, number = tl.program_id(0) % turns, tl.program_id(0) // turns
     tiles = tl.cdiv(k_len, ROWS)
+    part, head = number % tiles, tl.cast(number // tiles, tl.int64)
+    b, h = head // k_heads, head % k_heads
     if k is not None:
-        if pid < tiles * batch * k_heads:
-            part, head = pid % tiles, tl.cast(pid // tiles, tl.int64)
-            b, h = head // k_heads, head % k_heads
+        if (turn == 0) & (b < batch):
+            centre = None
+            if SMOOTH or keys is not None:
+                centre = _centre(k, valid, sums, b, h, head, k_len, every, D, DPAD, SAMPLES, CHUNKS)
+            if keys is not None:
+                if part == 0:
+                    tl.store(keys.mean + head * DPAD + tl.arange(0, DPAD), centre)
             _side(
-                k, valid, sums, k_side, keys, b, h, head, part, k_len, every,
-                D, DPAD, ROWS, SAMPLES, CHUNKS, CHAIN_K, POOL_K, BLOCK_K, SMOOTH, PAIRS,
+                k, valid, centre, k_side, keys, b, h, head, part, k_len,
+                D, DPAD, ROWS, CHAIN_K, POOL_K, BLOCK_K, SMOOTH, PAIRS,
             )  # fmt: skip
-        pid -= tiles * batch * k_heads
     if v is not None:
-        if (pid >= 0) & (pid < tiles * batch * k_heads):
-            part, head = pid % tiles, tl.cast(pid // tiles, tl.int64)
-            b, h = head // k_heads, head % k_heads
+        if (turn == FIRST_V) & (b < batch):
             _values(v, valid, values, b, h, head, part, k_len, D, DPAD, ROWS, CHAIN_V, BLOCK_K)
-        pid -= tiles * batch * k_heads
     if q is not None:
-        if pid >= 0:
-            tiles = tl.cdiv(q_len, ROWS)
-            part, head = pid % tiles, tl.cast(pid // tiles, tl.int64)
+        number = number * QUERIES + turn - FIRST_Q
+        tiles = tl.cdiv(q_len, ROWS)
+        part, head = number % tiles, tl.cast(number // tiles, tl.int64)
+        b, h = head // heads, head % heads
+        if (turn >= FIRST_Q) & (b < batch):
             _side(
-                q, valid_q, None, q_side, None, head // heads, head % heads, head, part, q_len, every,
-                D, DPAD, ROWS, SAMPLES, CHUNKS, CHAIN_Q, POOL_Q, BLOCK_Q, False, PAIRS,
+                q, valid_q, None, q_side, None, b, h, head, part, q_len,
+                D, DPAD, ROWS, CHAIN_Q, POOL_Q, BLOCK_Q, False, PAIRS,
             )  # fmt: skip
 
 
@@ -337,14 +331,20 @@ def prepare(
     warps = min(16, max(4, ROWS * dim // 2048))
     # Rows that a thread holds when the elements of a row are spread over threads by 16 bytes each.
     chain = max(1, ROWS * dim * given.element_size() // (512 * warps))
-    programs = batch * (tiles * k_heads * ((k is not None) + (v is not None)) + cdiv(q_len, ROWS) * heads)
+    q_programs, kv_programs = cdiv(q_len, ROWS) * heads * batch, tiles * k_heads * batch
+    kv = (k is not None) + (v is not None)
+    queries = cdiv(q_programs, kv_programs) if kv else 1
+    turns = kv_programs if kv else q_programs
+    # At head dim 128 one program more fits on a multiprocessor so, for a few spilled registers.
+    options = {"maxnreg": 64} if dim == 128 and given.is_cuda else {}
     launch(
-        prepare_kernel, (programs,),
+        prepare_kernel, (turns * (kv + (queries if q is not None else 0)),),
         None if q is None else Rows.of(q), None if k is None else Rows.of(k), None if v is None else Rows.of(v),
         Valid.of(valid_q), Valid.of(valid), sums, q_side, k_side, keys, values, batch, heads, k_heads, q_len, k_len,
         cdiv(k_len, SAMPLES),
-        D=d, DPAD=dim, ROWS=ROWS, SAMPLES=SAMPLES, CHUNKS=CHUNKS, CHAIN_Q=min(chain, pool_q or block_q),
-        CHAIN_K=min(chain, pool_k or block_k), CHAIN_V=min(chain, block_k), POOL_Q=pool_q or 0, POOL_K=pool_k or 0,
-        BLOCK_Q=block_q, BLOCK_K=block_k, SMOOTH=smooth, PAIRS=pairs, num_warps=warps,
+        D=d, DPAD=dim, ROWS=ROWS, SAMPLES=SAMPLES, CHUNKS=CHUNKS, QUERIES=queries,
+        CHAIN_Q=min(chain, pool_q or block_q), CHAIN_K=min(chain, pool_k or block_k), CHAIN_V=min(chain, block_k),
+        POOL_Q=pool_q or 0, POOL_K=pool_k or 0, BLOCK_Q=block_q, BLOCK_K=block_k, SMOOTH=smooth, PAIRS=pairs,
+        num_warps=warps, **options,
     )  # fmt: skip
     return Prepared(q_side, k_side, keys, values)
