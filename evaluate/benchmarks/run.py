@@ -63,7 +63,7 @@ SUITES: dict[str, dict[str, Any]] = {
     },
     "steps": {
         "kind": "steps", "gpu": True, "cases": list(CASES["steps"]), "densities": [0.5, 0.3], "dtypes": ["bf16"],
-        "blocks": [], "ms": 0.0, "providers": ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient", *LIBRARY],
+        "blocks": ["128x128"], "ms": 0.0, "providers": ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient", *LIBRARY],
     },
 }  # fmt: skip
 Checked = tuple[results.Row, Setup, Runs | None]  # a row without times, and what to time: None for a wrong output
@@ -79,7 +79,12 @@ def run_case(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> lis
     rows = []
     for row, setup, runs in checked:
         row = replace(row, **({} if runs is None else next(times)))
-        if runs is not None and options.device.type == "cuda" and not runs.within and "ms_total" in runs.parts:
+        if (
+            runs is not None
+            and options.device.type == "cuda"
+            and options.kind == "attention"
+            and "ms_total" in runs.parts
+        ):
             row = replace(row, **timing.call_facts(runs.parts["ms_total"], options.ms))
         rows.append(replace(row, tflops=None if row.spent is None else setup.tflops(row.spent)))
     return results.with_speedups(rows)
@@ -148,6 +153,7 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--ms", type=float, help="milliseconds of repetitions for each time")
     add("--turns", type=whole(1), default=2, help="repetitions at least, on a CPU and of steps (default: 2)")
     add("--all_layers", action="store_true", help="run every layer of the largest models too")
+    add("--compile", action="store_true", help="steps: under torch.compile, without the time of attention alone")
     add("--tiny", action="store_true", help="small shapes and configurations, on any machine")
     add("--out", type=Path, help="write OUT.csv and, for attention, OUT.png")
     add("--plot", type=Path, metavar="OUT", help="only print the table and draw the picture of OUT.csv")
@@ -159,6 +165,8 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--densities must lie in (0, 1], got {options.densities}")
     if not set(options.cases) <= known.keys():
         parser.error(f"--cases of {options.suite} are {', '.join(known)}, got {options.cases}")
+    if options.compile and options.kind != "steps":
+        parser.error("--compile is for the suite 'steps'")
     if options.gpu and not gpu and not (options.tiny or options.plot):
         parser.error(f"the suite {options.suite!r} needs a GPU; --tiny tries the program without one")
     return options
@@ -204,6 +212,8 @@ def main(given: Sequence[str] | None = None) -> None:
     options.where = {"device": timing.device_name(options.device), "versions": timing.versions()}
     print(*options.where.values(), f"load average {os.getloadavg()[0]:.1f}", sep="; ")
     cases = [CASES[options.kind][name] for name in options.cases]
+    if options.compile:
+        cases = [replace(case, compiled=True) for case in cases]  # type: ignore[type-var]
     if options.shape is not None:
         batch, heads, length, dim = options.shape
         cases = [attention.AttentionCase("shape", heads, heads, length, dim, batch=batch)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ class StepCase(Case):
         small: changes to the configuration, and the shape, for a trial on a CPU.
         changes: to the class's defaults, for another published configuration.
         fewer: numbers of layers that are benchmarked by default, where all of them would take too long.
+        compiled: the model runs under torch.compile.
     """
 
     name: str
@@ -53,10 +55,11 @@ class StepCase(Case):
     small: tuple[dict[str, Any], Shape]
     changes: dict[str, Any] = field(default_factory=dict)
     fewer: dict[str, int] = field(default_factory=dict)
+    compiled: bool = False
 
     @property
     def title(self) -> str:
-        return f"{self.name} {self.size}"
+        return f"{self.name} {self.size}" + ", compiled" * self.compiled
 
     @property
     def config(self) -> dict[str, Any]:
@@ -100,9 +103,11 @@ class StepCase(Case):
         return self.inputs(self, randn)
 
     def setups(self, device: torch.device, dtype: torch.dtype, options: Namespace) -> Iterator[StepSetup]:
-        model = StepModel(self.make(device, dtype, options.all_layers), self.call(device, dtype), device)
-        for density in options.densities:
-            selector = TopK(density, pool=options.pool)
+        made = self.make(device, dtype, options.all_layers)
+        model = StepModel(made, self.call(device, dtype), device, compiled=self.compiled)
+        for blocks, density in itertools.product(options.blocks, options.densities):
+            block_q, block_k = (int(size) for size in blocks.split("x"))
+            selector = TopK(density, pool=min(options.pool, block_q, block_k), block_q=block_q, block_k=block_k)
             yield StepSetup(model, self.layers_text(options.all_layers), dtype, selector)
 
 

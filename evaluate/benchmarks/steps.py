@@ -26,18 +26,26 @@ class StepModel:
     Random weights are not sparse, so densities are forced: every layer is tuned to keep a fixed share of the blocks.
 
     Attributes:
-        calls: the clock of every self-attention call of the last step, and the shape of its q.
+        calls: the clock of every self-attention call of the last step, and the shape of its q; of a compiled model
+            those of one step before it was compiled, since a clock would break its graph.
     """
 
-    def __init__(self, transformer: nn.Module, inputs: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, transformer: nn.Module, inputs: dict[str, Any], device: torch.device, *, compiled: bool = False
+    ) -> None:
         self.transformer, self.inputs, self.device = patch(transformer), inputs, device
-        self.layers = list(sparse_modules(self.transformer).values())
+        self.layers, self.compiled = list(sparse_modules(self.transformer).values()), compiled
         self._kernel: SDPBackend | None = None
         self.calls: list[tuple[Clock, torch.Size]] = []
         self._within = contextlib.ExitStack()
-        for layer in self.layers:
-            layer.register_forward_pre_hook(self._begin)
-            layer.register_forward_hook(self._end)
+        hooks = [layer.register_forward_pre_hook(self._begin) for layer in self.layers]
+        hooks += [layer.register_forward_hook(self._end) for layer in self.layers]
+        if compiled:
+            self.run_dense(None)
+            self.step()
+            for hook in hooks:
+                hook.remove()
+            self.transformer.compile()
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self.calls.append((Clock(self.device), args[0].shape))
@@ -51,6 +59,9 @@ class StepModel:
     @torch.inference_mode()
     def step(self) -> Tensor:
         """The output of one step."""
+        if self.compiled and self.calls:
+            with contextlib.nullcontext() if self._kernel is None else sdpa_kernel(self._kernel):
+                return self.transformer(**self.inputs, return_dict=False)[0]
         self.calls = []
         with self._within:  # a layer that raises leaves its kernel chosen
             out = self.transformer(**self.inputs, return_dict=False)[0]
@@ -110,7 +121,10 @@ class StepSetup(Setup):
             self.kept = densities.mean
             return out
 
-        return Runs(output, {"ms_total": model.step}, {"ms_attention": model.attention_ms}, before)
+        return Runs(output, {"ms_total": model.step}, self._within(), before)
+
+    def _within(self) -> dict[str, Any]:
+        return {} if self.model.compiled else {"ms_attention": self.model.attention_ms}
 
     def sdpa(self, kernel: SDPBackend | None) -> Runs:
         """The model's own attention."""
@@ -123,4 +137,4 @@ class StepSetup(Setup):
             except RuntimeError as error:  # a kernel that takes no masks, or not this head dim, or too much memory
                 raise Declined(f"SDPA refuses: {str(error).splitlines()[0]}") from error
 
-        return Runs(output, {"ms_total": model.step}, {"ms_attention": model.attention_ms}, before)
+        return Runs(output, {"ms_total": model.step}, self._within(), before)

@@ -44,7 +44,7 @@ def setup_of(case: AttentionCase, density: float = 0.5) -> AttentionSetup:
 
 def options(**changes: Any) -> Namespace:
     common: dict[str, Any] = {"ms": 1.0, "turns": 1, "densities": [1.0, 0.5], "pool": 16, "blocks": ["128x128"]}
-    common["scores"] = "means"
+    common |= {"scores": "means", "kind": "attention"}
     where = {"device": "CPU", "versions": "torch 2"}
     return Namespace(**(common | {"ragged": False, "device": torch.device("cpu"), "where": where} | changes))
 
@@ -198,6 +198,7 @@ def test_says_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["steps", "--tiny", "--turns", "0"], "argument --turns"),
         (["steps", "--tiny", "--cases", "A"], "--cases of steps are CogVideoX-2B"),
         (["steps"], "needs a GPU"),
+        (["cpu", "--compile"], "for the suite 'steps'"),
     ],
 )
 def test_refuses_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
