@@ -91,14 +91,17 @@ def set_sparse() -> Callable[..., list[SparseAttention]]:
 def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Call, AttentionStats]]:
     """Every sparse call of any layer from here on, with its statistics."""
     seen = []
-    attend = autotune.module.attend
+    attend = autotune.module.attend_again
 
-    def spy(call: Call, selector: Selector, **options: Any) -> tuple[torch.Tensor, AttentionStats]:
-        out, stats = attend(call, selector, **options)
-        seen.append((call, stats))
+    def spy(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selector: Selector, options: dict[str, Any], **more: Any
+    ) -> tuple[torch.Tensor, AttentionStats]:
+        out, stats = attend(q, k, v, selector, options, **(more | {"wants_stats": True}))
+        assert stats is not None
+        seen.append((Call.make(q, k, v, **options).replace(**more["trusted"]), stats))
         return out, stats
 
-    monkeypatch.setattr(autotune.module, "attend", spy)
+    monkeypatch.setattr(autotune.module, "attend_again", spy)
     return seen
 
 
