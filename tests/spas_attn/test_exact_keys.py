@@ -154,8 +154,9 @@ def test_random_calls(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     size: dict[str, Any] = {"block_q": block_q, "block_k": block_k}
     many = torch.rand(case.heads, generator=torch.Generator().manual_seed(seed))
     dense = chance.choice([None, None, many > 0.5])
+    cdf: Any = chance.choice([0.0, 1.0, many, *(chance.uniform(0.1, 0.95) for _ in range(4))])
     selector: Any = ExactKeys(
-        chance.choice([0.0, 1.0, many, *(chance.uniform(0.1, 0.95) for _ in range(4))]), chance.choice([8, 16, 32, 64]),
+        cdf, chance.choice([8, 16, 32, 64]),
         chance.choice(["mean", "sample"]), sink=chance.random() < 0.5, local=chance.choice([0, 0, 100]),
         dense_heads=dense, **size,
     )  # fmt: skip
