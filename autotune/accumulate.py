@@ -284,7 +284,7 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call, precision
     if precisions:
         call = call.replace(precision=precisions[0])
     selector, pv = module.serving(call)
-    exact = backends.get("sdpa").compute(call.replace(q=call.q.float(), k=call.k.float(), v=call.v.float()))
+    exact = _exact(call)
     tuned, backend = module.tuned, module.backend
     assert tuned is not None
     asked = call.replace(pv_threshold=pv, expected_density=tuned.expected_density)
@@ -311,6 +311,22 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call, precision
     if not tally.maps and stats.mask is not None:
         tally.maps = record(kept[0], visible[0], tuned.is_sparse)
     return stats.backend
+
+
+def _exact(call: Call) -> Tensor:
+    """Dense attention in float32 ``[B, Hq, Lq, D]``, one KV head at a time where query heads share them: for grouped
+    heads in float32 torch has only the kernel that holds all scores (128 GiB for 32 heads of 32K tokens).
+    """
+    sdpa, group = backends.get("sdpa"), call.group
+    if group == 1:
+        return sdpa.compute(call.replace(q=call.q.float(), k=call.k.float(), v=call.v.float()))
+    parts = []
+    for i in range(call.k.shape[1]):
+        heads = slice(i * group, (i + 1) * group)
+        k, v = (x[:, i : i + 1].float().expand(-1, group, -1, -1) for x in (call.k, call.v))
+        sinks = None if call.sinks is None else call.sinks[heads]
+        parts.append(sdpa.compute(call.replace(q=call.q[:, heads].float(), k=k, v=v, sinks=sinks)))
+    return torch.cat(parts, 1)
 
 
 def _in_precision(call: Call, mask: BlockMask | None, precision: str, backend: str) -> Tensor:
