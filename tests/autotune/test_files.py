@@ -208,7 +208,6 @@ def test_thresholds_that_the_selector_rejects(state: dict[str, Any]) -> None:
         ({"precision": "fp4"}, "precision must be one of"),
         ({"precision": ["native"]}, "precision must be one of"),
         ({"text_sink": 1}, "text_sink must be True or False"),
-        ({"graphs": 1}, "graphs must be True or False"),
         ({"dense_steps": "first"}, "dense_steps must be two shares"),
         ({"dense_steps": [0.6, 0.6]}, "dense_steps must be two shares"),
         ({"selector": None}, "selector None is invalid"),

@@ -417,3 +417,9 @@ def test_running_dense_and_recording_densities() -> None:
         assert later.per_layer["layers.0.inner_attention"] == pytest.approx(2 * sparse - alone)
         assert later.mean == pytest.approx(1 + sparse - alone / 2 - 0.5)
     assert densities.mean == pytest.approx((2 * sparse + 1) / 6 + 0.5), "what another recording does is not in it"
+
+
+@pytest.mark.parametrize("name", ["text_sink", "graphs"])
+def test_flags(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be True or False"):
+        SparseAttention(**{name: 1})

@@ -267,8 +267,7 @@ def test_static_inputs() -> None:
             assert torch.equal(out, wanted[i])
             outs.append(out)
     assert torch.equal(outs[0], outs[1]) and outs[0].data_ptr() != outs[1].data_ptr()
-    (plan,) = [entry.plan for entry in replay._entries.values() if entry.plan]
-    assert len(plan._graphs) == 2
+    assert sum(len(entry.plan._graphs) for entry in replay._entries.values() if entry.plan) == 2
 
 
 @pytest.mark.gpu
