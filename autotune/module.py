@@ -48,9 +48,9 @@ class SparseAttention(nn.Module):
         backend, precision: as in :func:`spas_attn.sparse_attention`.
         text_sink: always keep the blocks that hold text tokens, of queries and of keys, where the model says which
             they are (``text`` of :meth:`forward`); prompts are few tokens that everything depends on.
-        graphs: replay a sparse call whose inputs lie where those of an earlier one lay as a CUDA graph (32 µs of
-            host time instead of 59 on an H100's host; backend `triton`). Its output is memory of the graph, which the next such call overwrites: for models
-            that are done with a layer's output by then, and for inputs in static buffers.
+        graphs: replay a sparse call whose inputs lie where those of an earlier one lay as a CUDA graph (about half
+            the host time; backend `triton`). Its output is memory of the graph, which the next such call overwrites:
+            for models that are done with a layer's output by then, and for inputs in static buffers.
 
     Attributes:
         tuned: the state that a calibration or a tuned file gave, None before; see :class:`Tuned`.
