@@ -19,7 +19,7 @@ from .kernels.key_scores import key_scores, row_sums
 from .kernels.last_queries import last_masses
 from .kernels.padding import filled_tiles
 from .kernels.prepare import Prepared
-from .kernels.probabilities import pooled_blocks
+from .kernels.probabilities import pooled_probabilities
 from .kernels.row_scores import row_scores
 from .kernels.select import Facts, Rule, keep_blocks
 from .kernels.strided import strided_probabilities
@@ -70,10 +70,8 @@ def _by_means(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prep
     scores = _scores(parts, call)
     facts = Facts(made.k.block_filled, made.q.similarity, made.k.similarity, documents=call.document_start)
     rule = _rule(parts, call, "rank" if isinstance(ranking, TopK) else "mass", sim_threshold=sim)
-    counts = _pooled(call, made, scores, ranking.pool, rule, facts)
-    if counts is None:
-        return _kept(call, scores, rule, facts), made
-    return BlockMask(counts, scores, rule.block_q, rule.block_k, call.q_len, call.k_len, trusted=True), made
+    _pooled(call, made, scores, ranking.pool, rule)
+    return _kept(call, scores, rule, facts), made
 
 
 def _by_keys(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepared]:
@@ -152,7 +150,7 @@ def _by_heads(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prep
     scores = _scores(parts, call)
     least, most = ranking.budgets
     rule = _rule(parts, call, "lines", least=least or None, most=most)
-    _pooled(call, made, scores, pool, rule, None)
+    _pooled(call, made, scores, pool, rule)
     blocks = made.k
     if pool != ranking.block_k:
         blocks = _prepare(parts, call, False, pool_k=ranking.block_k).k
@@ -243,10 +241,11 @@ def _prepare(parts: Parts, call: Call, quantise: bool, **wanted: Any) -> Prepare
     )  # fmt: skip
 
 
-def _pooled(call: Call, made: Prepared, scores: Tensor, pool: int, rule: Rule, facts: Facts | None) -> Tensor | None:
-    return pooled_blocks(
-        made.q, made.k, scores, call.q_len, call.k_len, pool=pool, is_causal=call.is_causal, scale=call.scale,
-        rule=rule, facts=facts, window=call.window, documents=call.document_start,
+def _pooled(call: Call, made: Prepared, scores: Tensor, pool: int, rule: Rule) -> None:
+    pooled_probabilities(
+        made.q, made.k, scores, call.q_len, call.k_len, pool=pool, block_q=rule.block_q, block_k=rule.block_k,
+        is_causal=call.is_causal, scale=call.scale, window=call.window, sim_threshold=rule.sim_threshold,
+        documents=call.document_start,
     )  # fmt: skip
 
 

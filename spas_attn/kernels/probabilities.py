@@ -1,9 +1,9 @@
-"""How probable key blocks are for query blocks, from the means of sub-blocks, and which of them are kept.
+"""How probable key blocks are for query blocks, from the means of sub-blocks, without holding fine scores.
 
 One sweep over the key sub-blocks leaves the log-sum-exp of every row and key block in memory of the program's own,
 which it reads back, mostly from the second cache, as soon as the sum of the row is known: a second sweep would cost as
-much as the first. A program holds all rows of its query blocks, so that it goes on to keep their blocks in the same
-launch.
+much as the first. Keeping the blocks is left to a launch of its own (``select.py``): kept by these programs, few and
+with many registers, they took 9 to 300 µs longer (docs/benchmarks/notes.md).
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ from torch import Tensor
 from ..block_mask import cdiv
 from .arithmetic import dot
 from .config import capability, shared_memory_limit
-from .keep import keep_rows
 from .operands import PerHead, Side, of_head
 from .prepare import LOG2E
 from .recorded import launch
-from .select import Facts, Rule, keeping, keeping_constants, new_counts, row_width
 from .similarity import last_within, mixed
 
 _CHUNK = 64  # key blocks that are normalised at a time
-_MEMORY = 1 << 26  # bytes of log-sum-exps that a launch may hold
-_ROWS_HELD = 8192  # most numbers of rows that a program keeps blocks of
+_MEMORY = 1 << 25  # bytes of log-sum-exps that a launch may hold: they should stay in the second cache
 
 
 @triton.jit
@@ -115,11 +112,10 @@ def _sweep(
 
 @triton.jit
 def pooled_kernel(
-    q_means, k_means, filled, k_similarity, sim_threshold, probs, scratch, counts, by, tasks, heads, group, q_len,
-    k_len, window, documents, scale, pitch,
+    q_means, k_means, filled, k_similarity, sim_threshold, probs, scratch, tasks, heads, group, q_len, k_len, window,
+    documents, scale, pitch,
     DPAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, POOL: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, RULE: tl.constexpr, SINK: tl.constexpr,
-    CAUSAL: tl.constexpr, LAST: tl.constexpr, TOUCHED_SINK: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Tile after tile of M sub-blocks of queries of one head; the programs share the tiles evenly.
 
@@ -127,8 +123,7 @@ def pooled_kernel(
         q_means, k_means: bf16 [B, Hq, fine_q, 2, DPAD] and [B, Hkv, fine_k, 2, DPAD], each a sum of two numbers.
         filled: uint8 [B, fine_k], 0 for sub-blocks of padding; or None.
         k_similarity: float32 [B, Hkv, nk], or None; sim_threshold: PerHead.
-        probs: [B, Hq, nq, nk]: to be written, the bits of float32 probabilities; with ``counts``, int32 [B, Hq, nq],
-            the lists that are kept ``by`` (Keeping; NK, RULE and on: see ``keep_rows``).
+        probs: [B, Hq, nq, nk]: to be written, the bits of float32 probabilities.
         scratch: float32 [programs, M, pitch].
         tasks: tiles of all heads.
         window: keys that a query sees under causality, or None.
@@ -184,26 +179,31 @@ def pooled_kernel(
             p = tl.sum(tl.reshape(tl.exp2(log_mass - log_sum[:, None]), [R, PER_Q, CHUNK]), 1) * weight[:, None]
             inside = (i < nq)[:, None] & (block < last)[None, :]
             tl.store(p_probs + block[None, :], p.to(tl.int32, bitcast=True), mask=inside)
-        if counts is not None:
-            tl.debug_barrier()
-            i = tile * R + tl.arange(0, R)[:, None]
-            keep_rows(
-                counts, probs, None, by, i, head, heads, group, q_len, k_len,
-                PER_Q, BLOCK_Q, BLOCK_K, NK, RULE, SINK, CAUSAL, LAST, TOUCHED_SINK,
-            )  # fmt: skip
         tl.debug_barrier()  # the next tile writes where this one was read
 
 
-def _tiles(programs: int, dim: int, per_q: int, per_k: int, device: torch.device) -> tuple[int, int, int, int]:
-    """Rows, columns, warps, stages; ``programs``: rows of sub-block scores in all, ``per_q``, ``per_k``: of a block."""
+def _tiles(
+    rows: int, dim: int, per_q: int, per_k: int, device: torch.device
+) -> tuple[int, int, int, int, dict[str, int]]:
+    """Rows, columns, warps, stages, other options, for so many rows in all and so many of them in a block.
+
+    Measured on an H200 (docs/benchmarks/notes.md).
+    """
     most = 64 if capability(device) >= (9, 0) else 32  # before Hopper the products' operands lie in registers
-    m = max(per_q, min(most, 64 if programs >= 64 * 256 else 32 if programs >= 32 * 256 else 16))
+    m = max(per_q, min(most, 64 if rows >= 64 * 64 else 32 if rows >= 32 * 64 else 16))
     n = max(per_k, 32 if dim > 128 else 64 if dim > 64 else 128)
     stages = 2 if (m + 2 * n) * 4 * dim <= shared_memory_limit(device) - 2048 else 1
-    return m, n, 8 if m * n > 64 * 128 else 4, stages
+    options = {}
+    if device.type == "cuda" and (m, n, dim) == (64, 64, 128) and rows > 64 * 2 * _processors(device):
+        stages, options = 1, {"maxnreg": 168}  # three programs on a multiprocessor instead of two
+    return m, n, 8 if m * n > 64 * 128 else 4, stages, options
 
 
-def pooled_blocks(
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def pooled_probabilities(
     q: Side,
     k: Side,
     probs: Tensor,
@@ -211,51 +211,38 @@ def pooled_blocks(
     k_len: int,
     *,
     pool: int,
+    block_q: int,
+    block_k: int,
     is_causal: bool,
     scale: float,
-    rule: Rule,
-    facts: Facts | None,
     window: int | None = None,
+    sim_threshold: float | Tensor | None = None,
     documents: Tensor | None = None,
-) -> Tensor | None:
-    """Write the bits of float32 probabilities into ``probs``, int32 ``[B, Hq, nq, nk]``, or the lists that are kept.
+) -> None:
+    """Write the bits of float32 probabilities into ``probs``, int32 ``[B, Hq, nq, nk]``.
 
     Args:
-        q: means of the queries; k: of the keys, with ``filled`` where the call has key padding, and with the rule's
+        q: means of the queries; k: of the keys, with ``filled`` where the call has key padding, and with a
             ``sim_threshold`` with similarities.
         pool: tokens of a mean.
-        rule: how blocks are kept; facts: what that depends on, None where they are not to be kept yet.
         documents: ``Call.document_start``; needs ``filled``, which serves both sides.
         others: as in ``Selector.select``.
-
-    Returns:
-        the lengths of the lists, int32 ``[B, Hq, nq]``; None where ``probs`` holds probabilities, as it does without
-        ``facts`` and for rows that are too long to be kept in the same launch.
     """
     means_q, means_k = q.means, k.means
     if means_q is None or means_k is None:
-        raise ValueError("pooled_blocks needs the means of both sides: prepare(..., pool_q=..., pool_k=...)")
-    (batch, heads, fine_q, _, dim), device, block_k = means_q.shape, means_q.device, rule.block_k
-    per_k, sim, window = block_k // pool, rule.sim_threshold, window if is_causal else None
-    m, n, warps, stages = _tiles(batch * heads * fine_q, dim, rule.block_q // pool, per_k, device)
-    width, rows = row_width(k_len, block_k), m // (rule.block_q // pool)
-    counts = by = None
-    if facts is not None and rows * width <= _ROWS_HELD:
-        counts, by = new_counts(probs), keeping(rule, facts, device, window)
-        warps = max(warps, rows * width // 1024)
+        raise ValueError("pooled_probabilities needs the means of both sides: prepare(..., pool_q=..., pool_k=...)")
+    (batch, heads, fine_q, _, dim), device = means_q.shape, means_q.device
+    per_k, nk = block_k // pool, cdiv(k_len, block_k)
+    m, n, warps, stages, options = _tiles(batch * heads * fine_q, dim, block_q // pool, per_k, device)
     tasks, pitch = cdiv(fine_q, m) * batch * heads, cdiv(cdiv(k_len, pool), n) * (n // per_k)
     programs = min(tasks, max(_MEMORY // (4 * m * pitch), _processors(device)))
     launch(
         pooled_kernel, (programs,),
-        means_q, means_k, k.filled, None if sim is None else k.similarity,
-        PerHead.of(0.0 if sim is None else sim, device), probs,
-        torch.empty(programs, m, pitch, dtype=torch.float32, device=device), counts, by,
-        tasks, heads, heads // means_k.shape[1], q_len, k_len, window, documents, scale * LOG2E, pitch,
-        DPAD=dim, M=m, N=n, CHUNK=min(_CHUNK, triton.next_power_of_2(cdiv(k_len, block_k))), POOL=pool,
-        **keeping_constants(rule, width, is_causal), num_warps=warps, num_stages=stages,
+        means_q, means_k, k.filled, None if sim_threshold is None else k.similarity,
+        PerHead.of(0.0 if sim_threshold is None else sim_threshold, device), probs,
+        torch.empty(programs, m, pitch, dtype=torch.float32, device=device),
+        tasks, heads, heads // means_k.shape[1], q_len, k_len, window if is_causal else None, documents, scale * LOG2E,
+        pitch,
+        DPAD=dim, M=m, N=n, CHUNK=min(_CHUNK, triton.next_power_of_2(nk)), POOL=pool, BLOCK_Q=block_q, BLOCK_K=block_k,
+        CAUSAL=is_causal, num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
-    return counts
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

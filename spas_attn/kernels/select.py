@@ -7,14 +7,13 @@ they are read (``key_scores.py``); ``keep.py`` says how a row becomes a list.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..block_mask import BlockMask, cdiv
+from ..block_mask import BlockMask
 from .keep import Keeping, keep_rows
 from .key_scores import RowSums
 from .operands import PerHead
@@ -123,42 +122,21 @@ def keep_blocks(
         sums: scores of ``per_q`` rows a query block, for some of the query blocks; ``indices`` then holds none.
         counts: int32 ``[B, Hq, nq]``, of the query blocks that are kept already; a new one by default.
     """
-    batch, heads, nq, _ = indices.shape
-    counts = new_counts(indices) if counts is None else counts
-    width = row_width(k_len, rule.block_k)
-    launch(
-        _keep_kernel, ((nq if sums is None else sums.blocks) * batch * heads,),
-        counts, indices, sums, keeping(rule, facts, indices.device, window if is_causal else None),
-        heads, heads // k_heads, q_len, k_len,
-        PER_Q=per_q, **keeping_constants(rule, width, is_causal), num_warps=1 if width <= 512 else width // 512,
-    )  # fmt: skip
-    return BlockMask(counts, indices, rule.block_q, rule.block_k, q_len, k_len, trusted=True)
-
-
-def new_counts(indices: Tensor) -> Tensor:
-    """Memory for the lengths of lists int32 ``[B, Hq, nq, nk]``."""
-    return torch.empty(indices.shape[:3], dtype=torch.int32, device=indices.device)
-
-
-def row_width(k_len: int, block_k: int) -> int:
-    """Key blocks of a row as a kernel holds them."""
-    return max(32, triton.next_power_of_2(cdiv(k_len, block_k)))
-
-
-def keeping(rule: Rule, facts: Facts, device: torch.device, window: int | None) -> Keeping:
-    """The rule as kernels take it; ``window`` is None without causality."""
+    (batch, heads, nq, nk), device = indices.shape, indices.device
+    counts = torch.empty(batch, heads, nq, dtype=torch.int32, device=device) if counts is None else counts
+    width = max(32, triton.next_power_of_2(nk))
     sim = PerHead.of(0.0 if rule.sim_threshold is None else rule.sim_threshold, device)
-    return Keeping(
+    by = Keeping(
         PerHead.of(rule.level, device), facts.block_filled, facts.q_similarity, facts.k_similarity, sim, facts.columns,
         facts.diagonals, 0 if facts.diagonals is None else facts.diagonals.shape[-1], facts.aware, facts.cuts,
-        rule.least, rule.most, rule.dense, facts.last_row, facts.documents, rule.touched_q, rule.touched_k, window,
-        rule.local, rule.tokens_local if rule.tokens else None,
+        rule.least, rule.most, rule.dense, facts.last_row, facts.documents, rule.touched_q, rule.touched_k,
+        window if is_causal else None, rule.local, rule.tokens_local if rule.tokens else None,
     )  # fmt: skip
-
-
-def keeping_constants(rule: Rule, width: int, is_causal: bool) -> dict[str, Any]:
-    """What of the rule is compiled into kernels."""
-    return {
-        "BLOCK_Q": rule.block_q, "BLOCK_K": rule.block_k, "NK": width, "RULE": rule.kind, "SINK": int(rule.sink),
-        "CAUSAL": is_causal, "LAST": rule.last_blocks, "TOUCHED_SINK": int(rule.tokens_sink),
-    }  # fmt: skip
+    launch(
+        _keep_kernel, ((nq if sums is None else sums.blocks) * batch * heads,),
+        counts, indices, sums, by, heads, heads // k_heads, q_len, k_len,
+        PER_Q=per_q, BLOCK_Q=rule.block_q, BLOCK_K=rule.block_k, NK=width, RULE=rule.kind, SINK=int(rule.sink),
+        CAUSAL=is_causal, LAST=rule.last_blocks, TOUCHED_SINK=int(rule.tokens_sink),
+        num_warps=1 if width <= 512 else width // 512,
+    )  # fmt: skip
+    return BlockMask(counts, indices, rule.block_q, rule.block_k, q_len, k_len, trusted=True)
