@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import dot, narrow, nearest_int8
+from .tiles import hide, hide_padding, load_k, load_v
 
 
 @triton.jit
@@ -65,107 +66,71 @@ def _runs(
 
 
 @triton.jit
-def _load_k(
-    k, k_desc, p_k, b, kh, start, k_len,
-    DIM: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Kᵀ of the keys from ``start`` on, [DPAD, BLOCK_N], zeros where there is nothing."""
-    if k_desc is not None:  # the copy engine fills what lies outside with zeros by itself
-        b_k = tl.trans(k_desc.load([b.to(tl.int32), kh.to(tl.int32), start, 0]).reshape(BLOCK_N, DPAD))
+def _start(p_indices, part, end, MASK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first key of a tile, read once more: a second use of an index keeps Triton from loading it ahead."""
+    PARTS: tl.constexpr = MASK_K // BLOCK_N
+    start = part * BLOCK_N
+    if p_indices is not None:
+        start = tl.load(p_indices + part // PARTS, mask=part < end, other=0) * MASK_K + (part % PARTS) * BLOCK_N
+    return start
+
+
+@triton.jit
+def _scores(b_q, b_k, q_scale, p_k_scale, block, INT8: tl.constexpr):
+    """Products of a tile, [BLOCK_M, BLOCK_N], of int8 ``SHIFT`` too high, and the factor that makes them scores."""
+    scale = q_scale
+    if INT8:
+        b_s = (tl.dot(b_q, b_k, out_dtype=tl.int32) + 0x4B400000).to(tl.float32, bitcast=True)
+        # Beyond the cap, where an integer's step is half a power of two, the subtrahend could not be rounded.
+        scale = tl.minimum(q_scale * tl.load(p_k_scale + block), 0.5)  # [BLOCK_M]
     else:
-        offs_n, offs_d = tl.arange(0, BLOCK_N)[None, :], tl.arange(0, DPAD)[:, None]
-        p_k += tl.cast(start, tl.int64) * k.stride_n  # [DPAD, BLOCK_N]
-        if MASKED:
-            b_k = tl.load(p_k, mask=(start + offs_n < k_len) & (offs_d < DIM), other=0)
-        elif DIM < DPAD:
-            b_k = tl.load(p_k, mask=offs_d < DIM, other=0)
-        else:
-            b_k = tl.load(p_k)
-    return b_k
+        b_s = dot(b_q, b_k, None)
+    return b_s, scale
 
 
 @triton.jit
-def _load_v(
-    v, v_desc, p_v, b, kh, start, k_len,
-    DIM: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """V of the keys from ``start`` on, [BLOCK_N, DPAD]; fp8 lies transposed in memory, whole and padded with zeros."""
-    if v_desc is not None and FP8:
-        b_v = tl.trans(v_desc.load([b.to(tl.int32), kh.to(tl.int32), 0, start]).reshape(DPAD, BLOCK_N))
-    elif v_desc is not None:
-        b_v = v_desc.load([b.to(tl.int32), kh.to(tl.int32), start, 0]).reshape(BLOCK_N, DPAD)
-    else:
-        offs_n, offs_d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, DPAD)[None, :]
-        p_v += tl.cast(start, tl.int64) * v.stride_n  # [BLOCK_N, DPAD]
-        if MASKED and not FP8:
-            b_v = tl.load(p_v, mask=(start + offs_n < k_len) & (offs_d < DIM), other=0)
-        elif DIM < DPAD:
-            b_v = tl.load(p_v, mask=offs_d < DIM, other=0)
-        else:
-            b_v = tl.load(p_v)
-    return b_v
+def _largest(b_s, scale, SHIFT: tl.constexpr, INT8: tl.constexpr):
+    """The largest score of every row, [BLOCK_M]."""
+    peak = (tl.max(b_s, 1) - SHIFT) * scale
+    if not INT8:
+        # Rounded up, so that no multiply-add of a huge score comes out above 0 and its exponential overflows.
+        peak = tl.maximum(peak * (1 + 2.0**-23), peak * (1 - 2.0**-23))
+    return peak
 
 
 @triton.jit
-def _hide(b_s, cols, last_key, k_len, window, CAUSAL: tl.constexpr):
-    """Scores, -inf where a query must not see a key; ``last_key`` [BLOCK_M]: the last one of each row if causal."""
-    if CAUSAL:
-        seen = cols[None, :] <= last_key[:, None]  # [BLOCK_M, BLOCK_N]
-        if window is not None:
-            seen &= cols[None, :] > last_key[:, None] - window
-    else:
-        seen = (cols < k_len)[None, :]
-    return tl.where(seen, b_s, float("-inf"))
+def _log2_and_reciprocal(scale):
+    """Of a power of two, from its bits."""
+    bits = scale.to(tl.int32, bitcast=True)
+    return ((bits >> 23) - 127).to(tl.float32), (0x7F000000 - bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _hide_padding(b_s, cols, k_len, p_valid, stride, p_tile_valid):
-    """Scores, -inf for padded keys."""
-    if tl.load(p_tile_valid) == 0:
-        valid = tl.load(p_valid + cols * stride, mask=cols < k_len, other=0) != 0  # [BLOCK_N]
-        b_s = tl.where(valid[None, :], b_s, float("-inf"))
-    return b_s
-
-
-@triton.jit
-def _comes_near(tile_peak, new_peak, inside, pv_threshold):
+def _comes_near(tile_peak, peak, inside, pv_threshold):
     """PV skip: whether a tile's largest score comes within the threshold of the largest so far, in any row."""
-    behind = tl.where(inside & (tile_peak > float("-inf")), tile_peak - new_peak, float("-inf"))  # [BLOCK_M]
+    behind = tl.where(inside & (tile_peak > float("-inf")), tile_peak - peak, float("-inf"))  # [BLOCK_M]
     return tl.max(behind, 0) + pv_threshold > 0
 
 
 @triton.jit
-def _absorb(
-    acc, total, peak, new_peak, b_s, scale, v_scale, log2_v_scale, b_v,
-    SHIFT: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr, HIDING: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax in base 2, with weights exp2((b_s - SHIFT) * scale + log2_v_scale - new_peak).
-
-    The weights carry the scale of the values, which their sum must not.
-    """
-    anchor = new_peak
-    if HIDING:
-        # Nothing seen yet: any finite anchor makes exp2(-inf - anchor) zero instead of NaN.
-        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    decay = tl.exp2(peak - anchor)
-    if FP8:
-        # P up to 2^8 instead of 1: fp8 ends at 448, and below 2^-6 it loses digits. The factor cancels in acc / total.
-        anchor -= 8.0
+def _weights(b_s, scale, anchor, SHIFT: tl.constexpr, INT8: tl.constexpr):
+    """exp2 of the scores less ``anchor`` [BLOCK_M], [BLOCK_M, BLOCK_N]."""
     if INT8:
-        b_p = tl.exp2(b_s * scale[:, None] - (SHIFT * scale + (anchor - log2_v_scale))[:, None])  # [BLOCK_M, BLOCK_N]
+        return tl.exp2(b_s * scale[:, None] - (SHIFT * scale + anchor)[:, None])
     else:
-        b_p = tl.exp2(b_s * scale - anchor[:, None])
-    if FP8:
-        total = total * decay + tl.sum(b_p, 1) / v_scale
-    else:
-        total = total * decay + tl.sum(b_p, 1)
+        return tl.exp2(b_s * scale - anchor[:, None])
+
+
+@triton.jit
+def _product(b_p, b_v, acc, FP8: tl.constexpr):
+    """acc + b_p @ b_v."""
     b_p = narrow(b_p, b_v.dtype)
     if FP8:
         # In this order of the keys (prepare.py stores V in it) a thread's scores are what it feeds to the next product.
         M: tl.constexpr = b_p.shape[0]
         N: tl.constexpr = b_p.shape[1]
         b_p = b_p.reshape(M, N // 32, 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(M, N)
-    return dot(b_p, b_v, acc * decay[:, None]), total, new_peak
+    return dot(b_p, b_v, acc)
 
 
 @triton.jit
@@ -189,7 +154,7 @@ def _finish(acc, total, dtype: tl.constexpr):
 @triton.jit
 def sparse_attention_fwd_kernel(
     q, k, v, o, lse, k_desc, v_desc, k_scale, k_mean, v_scale, blocks, valid, tile_valid, pv_threshold,
-    heads, group, q_len, k_len, window, softmax_scale,
+    heads, group, together, q_len, k_len, window, softmax_scale,
     D: tl.constexpr, DPAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK_Q: tl.constexpr, MASK_K: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -205,6 +170,7 @@ def sparse_attention_fwd_kernel(
         blocks: Blocks to compute, None for all.
         valid, tile_valid: key padding, and uint8 [B, key tiles]: 1 where a tile has none; or None.
         pv_threshold: float32 [Hq], or None.
+        together: heads whose tiles run side by side, a divisor of heads.
         window: keys that a query sees under causality, or None.
         softmax_scale: factor on q·k, log2(e) included.
         MASK_Q, MASK_K: blocks of the mask, multiples of BLOCK_M and BLOCK_N; without a mask equal to them.
@@ -216,19 +182,22 @@ def sparse_attention_fwd_kernel(
     K_DIM: tl.constexpr = DPAD if INT8 else D
     V_DIM: tl.constexpr = DPAD if FP8 else D
     PARTS: tl.constexpr = MASK_K // BLOCK_N
+    EDGES: tl.constexpr = CAUSAL or RAGGED  # some tiles are seen in part
     # int32 -> float32 runs at a quarter of the rate of an addition. Adding the bits of 1.5 * 2^23 instead gives that
     # number plus the score, exact below 2^22 (127 * 127 * 256 is); the softmax's subtrahend takes it away again.
     SHIFT: tl.constexpr = 12582912.0 if INT8 else 0.0
 
-    tiles_m, tiles_n = tl.cdiv(q_len, BLOCK_M), tl.cdiv(k_len, BLOCK_N)
-    pid = tl.program_id(0)
-    tile = pid % tiles_m
+    tiles_n = tl.cdiv(k_len, BLOCK_N)
+    group_size = tl.cdiv(q_len, BLOCK_M) * together
+    heads_before = tl.program_id(0) // group_size * together
+    place = tl.program_id(0) % group_size
+    tile, head = place // together, heads_before + place % together
     if CAUSAL:
-        tile = tiles_m - 1 - tile  # the longest rows first
-    head = tl.cast(pid // tiles_m, tl.int64)
-    b, h = head // heads, head % heads
-    kh = h // group
-    kv_head = b * (heads // group) + kh
+        tile = tl.cdiv(q_len, BLOCK_M) - 1 - tile  # the longest rows first
+    sequence = head // heads
+    k_head = (head - sequence * heads) // group
+    head, b, kh = tl.cast(head, tl.int64), tl.cast(sequence, tl.int64), tl.cast(k_head, tl.int64)
+    h, kv_head = head - b * heads, b * (heads // group) + kh
     first_row = tile * BLOCK_M
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, DPAD)
     rows = first_row + offs_m  # [BLOCK_M]
@@ -269,44 +238,42 @@ def sparse_attention_fwd_kernel(
     # Largest so far of the exponents, in base 2: scores, in fp8 plus the logarithm of the scale of their values.
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     score_peak = peak  # the same of the scores alone, by which PV skip judges
-    for run in tl.static_range(0 if window is not None else 1, 3 if CAUSAL or RAGGED else 2):
-        # A masked run is a tile or two: overlapping its loads would only cost the full run registers and shared memory.
-        for part in tl.range(bounds[run] * PARTS, bounds[run + 1] * PARTS, num_stages=None if run == 1 else 1):
-            start = part * BLOCK_N
-            if blocks is not None:
-                start = tl.load(p_indices + part // PARTS) * MASK_K + (part % PARTS) * BLOCK_N
-            cols = start + offs_n  # [BLOCK_N]
-            b_k = _load_k(k, k_desc, p_k, b, kh, start, k_len, K_DIM, DPAD, BLOCK_N, run != 1)
-            if INT8:
-                b_s = (tl.dot(b_q, b_k, out_dtype=tl.int32) + 0x4B400000).to(tl.float32, bitcast=True)
-                # Beyond the cap, where an integer's step is half a power of two, the subtrahend could not be rounded.
-                scale = tl.minimum(q_scale * tl.load(p_k_scale + start // MASK_K), 0.5)  # [BLOCK_M]
-            else:
-                b_s = dot(b_q, b_k, None)  # [BLOCK_M, BLOCK_N]
-                scale = q_scale
-            if run != 1:
-                b_s = _hide(b_s, cols, last_key, k_len, window, CAUSAL)
-            if valid is not None:
-                b_s = _hide_padding(b_s, cols, k_len, p_valid, valid.stride_n, p_tiles + start // BLOCK_N)
-            tile_peak = (tl.max(b_s, 1) - SHIFT) * scale  # [BLOCK_M]
-            if not INT8:
-                # Rounded up, so that no multiply-add of a huge score comes out above 0 and its exponential overflows.
-                tile_peak = tl.maximum(tile_peak * (1 + 2.0**-23), tile_peak * (1 - 2.0**-23))
-            adds = True
-            if pv_threshold is not None:
-                score_peak = tl.maximum(score_peak, tile_peak)
-                adds = _comes_near(tile_peak, score_peak, inside, threshold)
-            values_scale, log2_values_scale = 1.0, 0.0
+    begin, full_begin, full_end, end = bounds[0] * PARTS, bounds[1] * PARTS, bounds[2] * PARTS, bounds[3] * PARTS
+    for part in tl.range(begin, end):
+        start = part * BLOCK_N
+        if blocks is not None:
+            start = tl.load(p_indices + part // PARTS) * MASK_K + (part % PARTS) * BLOCK_N
+        b_k = load_k(k, k_desc, p_k, sequence, k_head, start, k_len, K_DIM, DPAD, BLOCK_N, EDGES)
+        b_s, scale = _scores(b_q, b_k, q_scale, p_k_scale, start // MASK_K, INT8)
+        if EDGES:
+            if (part < full_begin) | (part >= full_end):
+                b_s = hide(b_s, _start(p_indices, part, end, MASK_K, BLOCK_N) + offs_n, last_key, k_len, window, CAUSAL)
+        if valid is not None:
+            b_s = hide_padding(b_s, start + offs_n, k_len, p_valid, valid.stride_n, p_tiles + start // BLOCK_N)
+        tile_peak = _largest(b_s, scale, SHIFT, INT8)
+        adds = True
+        if pv_threshold is not None:
+            score_peak = tl.maximum(score_peak, tile_peak)
+            adds = _comes_near(tile_peak, score_peak, inside, threshold)
+        lift, unit = 0.0, 1.0
+        if FP8:
+            lift, unit = _log2_and_reciprocal(tl.load(p_v_scale + start // MASK_K))
+        new_peak = tl.maximum(peak, tile_peak + lift)
+        if adds:
+            b_v = load_v(v, v_desc, p_v, sequence, k_head, start, k_len, V_DIM, DPAD, BLOCK_N, FP8, EDGES)
+            anchor = new_peak
+            if EDGES or valid is not None:
+                # Nothing seen yet: any finite anchor makes exp2(-inf - anchor) zero instead of NaN.
+                anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            decay = tl.exp2(peak - anchor)
             if FP8:
-                values_scale = tl.load(p_v_scale + start // MASK_K)
-                log2_values_scale = tl.log2(values_scale)
-            new_peak = tl.maximum(peak, tile_peak + log2_values_scale)
-            if adds:
-                b_v = _load_v(v, v_desc, p_v, b, kh, start, k_len, V_DIM, DPAD, BLOCK_N, FP8, run != 1)
-                acc, total, peak = _absorb(
-                    acc, total, peak, new_peak, b_s, scale, values_scale, log2_values_scale, b_v,
-                    SHIFT, INT8, FP8, run != 1 or valid is not None,
-                )  # fmt: skip
+                # P up to 2^8 instead of 1: fp8 ends at 448, and below 2^-6 it loses digits. The factor cancels.
+                anchor -= 8.0
+            # The weights carry the scale of their values, which their sum must not.
+            b_p = _weights(b_s, scale, anchor - lift, SHIFT, INT8)  # [BLOCK_M, BLOCK_N]
+            total = total * decay + tl.sum(b_p, 1) * unit
+            acc = _product(b_p, b_v, acc * decay[:, None], FP8)
+            peak = new_peak
 
     if lse is not None:
         log2_total = tl.log2(total) + (-8.0 if FP8 else 0.0)

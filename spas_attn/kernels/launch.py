@@ -18,6 +18,7 @@ from .prepare import LOG2E, as_bytes, prepare
 from .prepare import padded_dim as padded_dim_8_bits
 from .recorded import launch
 
+_CACHE = 24 << 20  # bytes of the second-level cache that K and V of the heads under way may take
 KINDS = {"int8_fp8": "fp8", "int8_bf16": "int8"}  # other precisions compute in the inputs' own type
 
 
@@ -123,6 +124,7 @@ def _launch(
         k_desc = v_desc = None
         k_rows, v_rows = Rows.of(k_data), Rows.of(v_data.transpose(-1, -2) if values else v_data)
     mask_q, mask_k = (mask.block_q, mask.block_k) if mask else (config.block_m, block_n)
+    together = _together(k_data, v_data, heads) if is_causal else 1
     options = {"maxnreg": config.registers} if config.registers and q.is_cuda else {}
     launch(
         sparse_attention_fwd_kernel, (cdiv(q_len, config.block_m) * batch * heads,),
@@ -130,11 +132,21 @@ def _launch(
         keys.scale if keys else None, keys.mean if keys and lse is not None else None, values[1] if values else None,
         _blocks(mask, batch, heads) if mask else None, Valid.of(valid),
         whole_tiles(valid, block_n), pv_threshold,
-        heads, heads // k.shape[1], q_len, k_len, window if is_causal else None, scale * LOG2E,
+        heads, heads // k.shape[1], together, q_len, k_len, window if is_causal else None, scale * LOG2E,
         D=d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=block_n, MASK_Q=mask_q, MASK_K=mask_k,
         CAUSAL=is_causal, RAGGED=k_len % mask_k != 0,
         num_warps=config.num_warps, num_stages=config.num_stages, **options,
     )  # fmt: skip
+
+
+def _together(k: Tensor, v: Tensor, heads: int) -> int:
+    """How many heads run side by side under causality: as many as keep their K and V in the second-level cache.
+
+    One head after the other would leave the long rows of the last one to the end, when most of the GPU is idle.
+    """
+    size = sum(x[0, 0].numel() * x.element_size() for x in (k, v))  # bytes of a KV head
+    fit = max(1, _CACHE // max(1, size)) * (heads // k.shape[1])
+    return next(n for n in range(min(heads, fit), 0, -1) if heads % n == 0)
 
 
 def _blocks(mask: BlockMask, batch: int, heads: int) -> Blocks:
