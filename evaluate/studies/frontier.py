@@ -307,7 +307,7 @@ def run(args: argparse.Namespace) -> int:
         evaluate(args, path)
     data = read(path)
     shown = frontier_results.tables(data)
-    print(shown)
+    print(frontier_results.points(data), shown, sep="\n\n")
     if args.page:
         fill_page(args.page, shown)
     frontier_results.picture(data, args.out.with_name(args.out.name + ".png"))

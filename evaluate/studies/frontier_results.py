@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ Row = dict[str, Any]
 DENSE = "dense"
 AIMS = (0.003, 0.01)  # changes of perplexity
 RESAMPLES, SEED = 1000, 0
+PLAIN = ("means", "exact", "peak", "oracle")  # first words of settings that are no mixtures
 
 
 class Line:
@@ -86,21 +88,24 @@ def tables(data: Row) -> str:
             drawn = np.array([line.at(aim, picks) for picks in draws])
             row += [_percent(line.at(aim)), limits(drawn), limits(drawn - reference[aim], "+.1f")]
         rows.append(row)
-    return "\n\n".join(
-        "\n".join("| " + " | ".join(row) + " |" for row in part) for part in (rows, _points(found), _retrieval(data))
-    )
+    return "\n\n".join(_markdown(part) for part in (rows, _retrieval(data)))
 
 
-def _points(found: dict[tuple[str, str], Line]) -> list[list[str]]:
-    """Every point: sparsity, change of the perplexity by source, KL."""
-    sources = list(next(iter(found.values())).nats)
+def points(data: Row) -> str:
+    """Every point: sparsity, change of the perplexity by source, KL; in Markdown."""
+    found = lines(data)
+    sources = list(next(iter(found.values())).nats) if found else []
     rows = [["setting", "plan", "sparsity", *sources, "mean", "KL"], ["---"] * (5 + len(sources))]
     for (name, plan), line in found.items():
         changes = [np.expm1(nats.mean(1)) for nats in line.nats.values()]
         for at, (sparsity, mean, kl) in enumerate(zip(line.sparsity, line.change(), line.kl, strict=True)):
             each = [f"{change[at]:+.2%}" for change in changes]
             rows.append([name, plan, f"{sparsity:.1%}", *each, f"{mean:+.2%}", f"{kl:.4f}"])
-    return rows
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _retrieval(data: Row) -> list[list[str]]:
@@ -116,33 +121,39 @@ def _retrieval(data: Row) -> list[list[str]]:
 
 
 def picture(data: Row, path: Path) -> None:
-    """Change of the perplexity against sparsity: ways of scoring at 64 x 64, and sizes of blocks."""
+    """Change of the perplexity against sparsity: ways of scoring, ways of sharing out the error, sizes of blocks."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     found = {key: line for key, line in lines(data).items() if len(line.sparsity)}
+    plans = Counter(name for name, _ in found)
     large = [key for key in found if key[0].startswith("128")]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for axis, keys in zip(axes, ([key for key in found if key not in large], [*list(found)[:1], *large]), strict=True):
+    panels = {
+        "scores, 64 x 64 blocks, one budget": [
+            key for key in found if key not in large and key[1] == "budget" and key[0].split()[0] in PLAIN
+        ],
+        "how the error is shared out": [key for key in found if key not in large and plans[key[0]] > 1],
+        "sizes of blocks (queries x keys)": [*list(found)[:1], *(key for key in large if key[1] == "budget")],
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
         for number, key in enumerate(keys):
-            style = {
-                "marker": MARKERS[number % len(MARKERS)],
-                "color": plt.get_cmap("tab20")(2 * number % 20 + number // 10 % 2),
-            }
-            axis.plot(100 * found[key].sparsity, 100 * found[key].change(), ms=4, lw=1.2, label=", ".join(key), **style)
+            colour = plt.get_cmap("tab20")(2 * number % 20 + number // 10 % 2)
+            style = {"marker": MARKERS[number % len(MARKERS)], "color": colour, "label": ", ".join(key)}
+            axis.plot(100 * found[key].sparsity, 100 * found[key].change(), ms=4, lw=1.2, **style)
         for aim in AIMS:
             axis.axhline(100 * aim, color="grey", lw=0.8, ls="--")
-        axis.set(xlabel="blocks left out, percent", ylim=(-0.2, 2.2))
+        axis.set(title=title, xlabel="blocks left out, percent", ylim=(-0.2, 2.2))
         axis.grid(alpha=0.3)
         if keys:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc="upper left")
     axes[0].set_ylabel("perplexity change on other sources, percent")
     facts = data["facts"]
     figure.suptitle(f"{facts['model']}, {facts['length']:,} tokens, {facts['device']}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
