@@ -57,10 +57,10 @@ _Table = dict[tuple[str, int], tuple[Config, ...]]
 # multiprocessor and one's exponentials run beside another's matrix products; the register limits buy one program more.
 _HOPPER: _Table = {
     ("fp8", 64): (Config(64, 128, 4, 4, 128), Config(64, 64, 4, 3)),
-    ("fp8", 128): (Config(64, 128, 4, 3, 168), Config(64, 64, 4, 3)),
+    ("fp8", 128): (Config(64, 128, 4, 3, 168), Config(64, 64, 4, 3, 168)),
     ("fp8", 256): (Config(64, 64, 4, 2),),
     ("int8", 64): (Config(64, 128, 4, 3, 128), Config(64, 64, 4, 3)),
-    ("int8", 128): (Config(64, 64, 4, 3),),
+    ("int8", 128): (Config(64, 64, 4, 3, 168),),
     ("int8", 256): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
     ("half", 64): (Config(64, 128, 4, 2, 168), Config(64, 64, 4, 3)),
     ("half", 128): (Config(128, 64, 4, 3), Config(64, 64, 4, 3, 168)),
