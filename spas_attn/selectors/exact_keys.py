@@ -26,7 +26,7 @@ class ExactKeys(Selector):
     One vector speaks for ``pool`` queries; the keys stay as they are, because a mean of keys loses the one that stands
     out. A block's score is the logsumexp of the vector's scores for the block's keys, at 1/pool of the cost of QKᵀ. A
     row softmax over the blocks follows, and the mean over the rows of the query block. On a published model
-    this holds 6 to 10 points more sparsity at equal perplexity than means of keys (docs/benchmarks/notes.md).
+    this holds 4 to 9 points more sparsity at equal perplexity than means of keys (docs/benchmarks/smollm2.md).
 
     Attributes:
         cdf_threshold: mass to keep, a float or a tensor ``[Hq]``; the block that crosses it is kept; 1 keeps all.
