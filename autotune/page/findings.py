@@ -29,8 +29,8 @@ def findings(record: Record) -> list[Finding]:
     warned = [Finding("warning", text) for text in _warnings(record)]
     noted = [Finding("note", text) for text in _notes(record)]
     if not warned:
-        good = "No warnings: every sparse head held its bounds on prompts that its threshold was not chosen on."
-        warned = [Finding("good", good)]
+        held = ": every sparse head held its bounds on prompts that its threshold was not chosen on."
+        warned = [Finding("good", "No warnings" + (held if record.bounded else "; no bounds were set."))]
     return warned + noted
 
 
