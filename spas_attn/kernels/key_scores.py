@@ -18,7 +18,7 @@ from torch import Tensor
 from ..block_mask import cdiv
 from .arithmetic import INTERPRETED, dot, narrow
 from .config import shared_memory_limit
-from .launch import _descriptor as descriptor
+from .launch import descriptor
 from .operands import Rows, Valid, are_valid
 from .prepare import LOG2E, padded_dim
 from .recorded import launch

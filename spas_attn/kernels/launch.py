@@ -119,7 +119,7 @@ def _launch(
         v = v.to(torch.bfloat16) if v.dtype == torch.float32 else v
     k_data = keys.int8 if keys else k
     v_data, v_tile = (values[0], (dim, block_n)) if values else (v, (block_n, dim))  # fp8 lies transposed
-    k_desc, v_desc, k_rows, v_rows = _descriptor(k_data, (block_n, dim)), _descriptor(v_data, v_tile), None, None
+    k_desc, v_desc, k_rows, v_rows = descriptor(k_data, (block_n, dim)), descriptor(v_data, v_tile), None, None
     if k_desc is None or v_desc is None:
         k_desc = v_desc = None
         k_rows, v_rows = Rows.of(k_data), Rows.of(v_data.transpose(-1, -2) if values else v_data)
@@ -156,7 +156,7 @@ def _blocks(mask: BlockMask, batch: int, heads: int) -> Blocks:
     return Blocks(mask.counts.expand(batch, heads, -1).contiguous(), indices, *indices.stride()[:3])
 
 
-def _descriptor(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor | None:
+def descriptor(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor | None:
     """A descriptor with which the copy engine of Hopper and later loads tiles of ``x``; None where it cannot.
 
     It wants addresses and strides of whole 16 bytes and the last dimension dense.
