@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,12 @@ def probe(pool: int, queries: str = "sample", **options: Any) -> Setting:
     return Setting(Probe(pool=pool, queries=queries, block_q=64, block_k=64, **options))
 
 
+def finely(pool: int, queries: str = "sample", block_q: int = 64, **options: Any) -> Setting:
+    """A variation on exact keys with the finer grid of thresholds, blocks of 64 keys."""
+    return Setting(Probe(pool=pool, queries=queries, block_q=block_q, block_k=64, **options), FINE)
+
+
+PEAK = {"power": math.inf, "rank": "share"}
 ALL = ("budget", "uniform", "bounds", "weighted")
 SETTINGS: dict[str, Setting] = {
     # The first one is what others are compared with: the default of language models so far.
@@ -75,9 +82,28 @@ SETTINGS: dict[str, Setting] = {
     "8, farthest": probe(8, pick="farthest"),
     "means 32 and 16 real": probe(16, means=32),
     "mean 64 and 32 real": probe(32, means=64),
-    "exact 32, peak": probe(32, "mean", peak=True),
-    "exact 16, real, peak": probe(16, peak=True),
-    "exact 8, real, peak": probe(8, peak=True),
+    "exact 32, peak": finely(32, "mean", **PEAK),
+    "exact 16, real, peak": finely(16, **PEAK),
+    "exact 8, real, peak": finely(8, **PEAK),
+    "exact 16, peak": finely(16, "mean", **PEAK),
+    "exact 32, real, peak": finely(32, **PEAK),
+    "128x64, exact 32, peak": finely(32, "mean", 128, **PEAK),
+    "128x64, exact 16, real, peak": finely(16, block_q=128, **PEAK),
+    "oracle, peak": finely(1, **PEAK),
+    # What a threshold is for, what neighbours see, and what the other heads see.
+    "exact 16, real, share": finely(16, rank="share"),
+    "exact 16, real, root": finely(16, rank="root"),
+    "exact 16, real, square": finely(16, power=2.0, rank="share"),
+    "exact 16, real, peak mass": finely(16, power=math.inf),
+    "exact 32, root": finely(32, "mean", rank="root"),
+    "exact 16, real, beside": finely(16, beside=0.3),
+    "exact 16, real, along": finely(16, along=0.3),
+    "exact 16, real, others": finely(16, others=0.5),
+    "exact 16, real, peak, beside": finely(16, beside=0.3, **PEAK),
+    "exact 16, real, peak, along": finely(16, along=0.3, **PEAK),
+    "exact 16, real, peak, others": finely(16, others=0.5, **PEAK),
+    "exact 32, real, peak, beside": finely(32, beside=0.3, **PEAK),
+    "means 32 and 16 real, peak": finely(16, means=32, **PEAK),
     "exact 16, real, floor .05": probe(16, floor=0.05),
     "exact 16, real, floor .1": probe(16, floor=0.1),
     "exact 16, real, fine grid": exact(16, queries="sample", candidates=FINE),
@@ -98,9 +124,11 @@ VIDEO: dict[str, Setting] = {
     "exact 8": exact(8, plans=BOTH),
     "exact 8, real": exact(8, queries="sample", plans=BOTH),
     "exact 16, real": exact(16, queries="sample", plans=BOTH),
-    "exact 32, peak": dataclasses.replace(probe(32, "mean", peak=True), plans=BOTH),
-    "exact 16, peak": dataclasses.replace(probe(16, "mean", peak=True), plans=BOTH),
-    "exact 8, peak": dataclasses.replace(probe(8, "mean", peak=True), plans=BOTH),
-    "exact 8, real, peak": dataclasses.replace(probe(8, peak=True), plans=BOTH),
-    "oracle, peak": dataclasses.replace(probe(1, peak=True), plans=BOTH),
+    "exact 32, peak": dataclasses.replace(finely(32, "mean", **PEAK), plans=BOTH),
+    "exact 16, peak": dataclasses.replace(finely(16, "mean", **PEAK), plans=BOTH),
+    "exact 8, peak": dataclasses.replace(finely(8, "mean", **PEAK), plans=BOTH),
+    "exact 8, real, peak": dataclasses.replace(finely(8, **PEAK), plans=BOTH),
+    "exact 16, real, peak": dataclasses.replace(finely(16, **PEAK), plans=BOTH),
+    "exact 16, real, root": dataclasses.replace(finely(16, rank="root"), plans=BOTH),
+    "oracle, peak": dataclasses.replace(finely(1, **PEAK), plans=BOTH),
 }

@@ -7,7 +7,9 @@
 
 As ``frontier.py``: thresholds of a target sparsity are chosen by bounds of mean and tail in the ratio of the demo
 (bounds) or by one budget (budget), and clips of unseen prompts are generated dense and sparse from the same noise.
-Made for a GPU. OUT.json is written after every choice; run again, the program goes on where it was stopped.
+With --dense_first the first steps stay dense and the others are so much sparser that the mean is the target: "+2"
+behind a plan are two dense steps. Made for a GPU. OUT.json is written after every choice; run again, the program goes
+on where it was stopped.
 """
 
 from __future__ import annotations
@@ -41,16 +43,17 @@ from spas_attn.metrics import psnr
 RATIO = {"l1": 0.08, "tail": 0.4}  # of the demo's bounds
 AIM = 33.0  # dB
 COLUMNS = {
-    "setting": "", "plan": "", "sparsity at 33 dB": ".1%", "90% limits": "", "over the first": "", "worst clip": ".1f",
+    "steps": "", "setting": "", "plan": "", "sparsity at 33 dB": ".1%", "90% limits": "", "over the first": "",
+    "worst clip": ".1f",
 }  # fmt: skip
 
 
 class VideoStudy:
     """The demo Wan, its clips, and the choices that are asked for."""
 
-    def __init__(self, args: argparse.Namespace, results: Results) -> None:
-        self.args, self.results = args, results
-        self.sampler = sampler.load(args.model_name, steps=args.steps, device=args.device)
+    def __init__(self, args: argparse.Namespace, results: Results, steps: int) -> None:
+        self.args, self.results, self.steps = args, results, steps
+        self.sampler = sampler.load(args.model_name, steps=steps, device=args.device)
         self.pipe, self.device = self.sampler.pipe, self.sampler.pipe.transformer.device
         self.prompts = list(PROMPTS["unseen"][-args.clips :])
         self.chosen = {name: VIDEO[name] for name in args.settings}
@@ -68,24 +71,29 @@ class VideoStudy:
         items = self.sampler.items(PROMPTS["calibration"], 1000)
         found = curves.collect(self.pipe, selectors, self.sampler.observe, items, self.args.query_blocks, every=2)
         for name, setting in self.chosen.items():
-            restore(self.pipe)
-            patch(self.pipe, selector=setting.selector, backend=sparse_backend(self.device))
-            for plan in setting.plans:
-                for target in self.args.targets:
-                    choice = f"{plan} {target:g}"
-                    if self.results.find(name, choice, self.args.steps, "clips") is not None:
-                        continue
-                    curve = found[name]
-                    chosen = curve.uniform(target, **RATIO) if plan == "bounds" else curve.budget(target)
-                    curves.install(self.pipe, curve, chosen)
-                    with Densities(self.pipe) as densities:
-                        clips = self.clips()
-                    density = float(densities.result()[1].nanmean())
-                    # Clips that are equal to the bit have no finite PSNR.
-                    decibels = [min(float(psnr(*pair)), 99.0) for pair in zip(clips, exact, strict=True)]
-                    cell = {"method": name, "setting": choice, "length": self.args.steps, "task": "clips"}
-                    self.results.add(cell | {"density": density, "psnr": decibels})
-                    yield
+            for first in dict.fromkeys(round(share * self.steps) for share in self.args.dense_first):
+                restore(self.pipe)
+                backend = sparse_backend(self.device)
+                patch(self.pipe, selector=setting.selector, backend=backend, dense_steps=(first, 0) if first else None)
+                for plan in setting.plans:
+                    for target in self.args.targets:
+                        choice = f"{plan}+{first} {target:g}" if first else f"{plan} {target:g}"
+                        if self.results.find(name, choice, self.steps, "clips") is None:
+                            self._install(found[name], plan, target / (1 - first / self.steps))
+                            self.results.add({"method": name, "setting": choice, **self._judge(exact)})
+                            yield
+
+    def _install(self, curve: curves.Curves, plan: str, target: float) -> None:
+        chosen = curve.uniform(target, **RATIO) if plan == "bounds" else curve.budget(target)
+        curves.install(self.pipe, curve, chosen)
+
+    def _judge(self, exact: Tensor) -> Row:
+        with Densities(self.pipe) as densities:
+            clips = self.clips()
+        # Clips that are equal to the bit have no finite PSNR.
+        decibels = [min(float(psnr(*pair)), 99.0) for pair in zip(clips, exact, strict=True)]
+        density = float(densities.result()[1].nanmean())
+        return {"length": self.steps, "task": "clips", "density": density, "psnr": decibels}
 
 
 def at_aim(cells: Sequence[Row], picks: np.ndarray | None = None) -> tuple[float, float]:
@@ -101,33 +109,36 @@ def at_aim(cells: Sequence[Row], picks: np.ndarray | None = None) -> tuple[float
 
 
 def summary(data: Row) -> str:
-    """What every line gives at the aim, with 90% limits, in Markdown; differences are from the first line."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    """What every line gives at the aim, with 90% limits, in Markdown; differences are from the first of its steps."""
+    groups: dict[tuple[int, str, str], list[Row]] = {}
     for cell in data["cells"]:
-        groups.setdefault((cell["method"], cell["setting"].split()[0]), []).append(cell)
-    rng, rows, reference = np.random.default_rng(SEED), [], None
+        groups.setdefault((cell["length"], cell["method"], cell["setting"].split()[0]), []).append(cell)
+    rng, rows = np.random.default_rng(SEED), []
+    first: dict[int, np.ndarray] = {}
     clips = len(data["cells"][0]["psnr"]) if data["cells"] else 0
     draws = [rng.integers(0, clips, clips) for _ in range(RESAMPLES)]
-    for (name, plan), cells in groups.items():
+    for (steps, name, plan), cells in groups.items():
         sparsity, worst = at_aim(cells)
         drawn = np.array([at_aim(cells, picks)[0] for picks in draws])
-        reference = drawn if reference is None else reference
-        values = (name, plan, sparsity, limits(drawn), limits(drawn - reference, "+.1f"), worst)
+        reference = first.setdefault(steps, drawn)
+        values = (steps, name, plan, sparsity, limits(drawn), limits(drawn - reference, "+.1f"), worst)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return sweep.table(COLUMNS, rows)
 
 
 def evaluate(args: argparse.Namespace, path: Path) -> None:
     """Compute every choice that is missing."""
-    names = ("steps", "clips", "seeds", "query_blocks")
+    names = ("clips", "seeds", "query_blocks")
     results = Results(path, {name: getattr(args, name) for name in names})
-    study, began = VideoStudy(args, results), time.perf_counter()
-    gpu = study.device.type == "cuda"
-    results.facts |= {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
-    for _ in study.cells():
-        if args.seconds and time.perf_counter() - began > args.seconds:
-            print(f"stopped after {args.seconds} seconds; run again to go on")
-            return
+    began = time.perf_counter()
+    for steps in args.steps:
+        study = VideoStudy(args, results, steps)
+        gpu = study.device.type == "cuda"
+        results.facts |= {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
+        for _ in study.cells():
+            if args.seconds and time.perf_counter() - began > args.seconds:
+                print(f"stopped after {args.seconds} seconds; run again to go on")
+                return
 
 
 def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -140,7 +151,8 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--query_blocks", type=whole(1), default=16, help="looked at per call")
     add("--clips", type=whole(1, 10), default=10, help="unseen prompts to generate, of 10")
     add("--seeds", type=whole(1), default=2, help="how often, from other noise")
-    add("--steps", type=whole(2), default=12, help="denoising steps")
+    add("--steps", nargs="+", type=whole(2), default=[12], help="denoising steps, one study for each number")
+    add("--dense_first", nargs="+", type=float, default=[0.0], help="shares of the steps that stay dense at the start")
     add("--seconds", type=whole(1), help="stop after the choice in which so many seconds are over")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", type=Path, default=Path("docs/benchmarks/video_frontier"), help="OUT.json is written")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spas_attn.call import Call
@@ -28,7 +29,12 @@ class Probe(ExactKeys):
     Attributes:
         pick: which real query of a stretch speaks for it, a name of PICKS; "" for what ``queries`` says.
         means: tokens of further stretches whose means are rows too; 0 for none.
-        peak: a block counts by the row that gives it most, instead of by the mean over the rows.
+        power: a block counts by the power mean of what the rows give it: 1 for their mean, inf for the largest.
+        rank: what a threshold is for: "mass", kept until the mass reaches it; "share", every block of at least so much
+            of a row's mass; "root", of the root of that share times the mass that is not kept before it, which is
+            where the sum of squared errors falls least for its block.
+        beside: weight of what the query blocks before and after see; along: the same, moved on by as many key blocks.
+        others: weight of the mean over the heads of a KV head.
         alive: share of the visible blocks that the rows judge: those of most mass by a coarser look, the means of
             ``coarse`` queries. The others have the mass that those give them.
         near: the rows judge the blocks of so many last keys only, in the same way; 0 for all.
@@ -38,7 +44,11 @@ class Probe(ExactKeys):
 
     pick: str = ""
     means: int = 0
-    peak: bool = False
+    power: float = 1.0
+    rank: str = "mass"
+    beside: float = 0.0
+    along: float = 0.0
+    others: float = 0.0
     alive: float = 1.0
     near: int = 0
     coarse: int = 0
@@ -52,14 +62,40 @@ class Probe(ExactKeys):
             rows = torch.cat([rows, self._plain(self.means).rows(call)], 3)
         if self.alive < 1 or self.near:
             levels = self._coarse_to_fine(rows, call, forced, visible)
-        elif self.peak:
-            levels = (1.0 - probabilities(rows).amax(-2)).clamp(min=0.0)
         else:
-            levels = mass_before(mean_row(probabilities(rows)), forced, visible)
+            levels = self._ranked(self._shares(rows, call, visible), forced, visible)
         if self.floor:
             first = places(1.0 - levels, forced, visible) < self.floor * visible.sum(-1, keepdim=True)
             levels = levels.masked_fill(first, -torch.inf)
         return levels
+
+    def _shares(self, rows: Tensor, call: Call, visible: Tensor) -> Tensor:
+        """What the rows give every block ``[B, Hq, nq, nk]``, with what is seen elsewhere."""
+        probs = probabilities(rows)
+        if self.power == torch.inf:
+            shares = probs.amax(-2)
+        elif self.power == 1:
+            shares = mean_row(probs)
+        else:
+            shares = probs.pow(self.power).mean(-2).pow(1 / self.power)
+        for weight, step in ((self.beside, 0), (self.along, 1)):
+            if weight:
+                around = F.pad(shares, (1, 1, 1, 1))
+                nq, nk = shares.shape[-2:]
+                moved = [around[..., 1 + i : 1 + i + nq, 1 + i * step : 1 + i * step + nk] for i in (-1, 1)]
+                shares = shares + weight * (moved[0] + moved[1]).masked_fill(~visible, 0.0)
+        if self.others:
+            mean = shares.unflatten(1, (-1, call.group)).mean(2).repeat_interleave(call.group, 1)
+            shares = (1 - self.others) * shares + self.others * mean
+        return shares
+
+    def _ranked(self, shares: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        if self.rank == "share":
+            return (1.0 - shares).clamp(min=0.0)
+        before = mass_before(shares / shares.sum(-1, keepdim=True).clamp(min=1e-30), forced, visible)
+        if self.rank == "root":
+            return (1.0 - (shares * (1.0 - before).clamp(min=0.0)).sqrt()).clamp(min=0.0)
+        return before
 
     def vectors(self, call: Call) -> tuple[Tensor, Tensor | None]:
         if not self.pick:
