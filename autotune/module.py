@@ -15,6 +15,7 @@ from spas_attn.call import ALIASES, PRECISIONS, Call, Precision, Ranges
 from spas_attn.checks import check_flag
 from spas_attn.selectors import MeanSimilarity, Selector, Tokens
 
+from .paths import clean_path, transformers_of
 from .tuned import FILE_KEYS, Tuned, check_bounds
 
 Mode = Literal["dense", "tune", "sparse"]
@@ -60,12 +61,16 @@ class SparseAttention(nn.Module):
         dense_now: run this call dense whatever the mode, unwatched by a calibration (dense steps of a schedule).
         always_dense: run dense in mode "sparse" (a layer that is to stay dense); a calibration watches it all the same.
         heads: number of query heads, None until it is known.
+        kv_heads: number of KV heads, as the adapter says; None where they are as many.
+        gates: a :class:`autotune.learn.HeadGates` while they are learnt, else None: it then computes every call but
+            those that run dense whatever the thresholds are, in all modes but "tune".
         family, layer_idx: name of the model's family, and place among its attention layers; set by the adapter.
         head_dim, dense_steps: as the adapter and :func:`modify_model.patch` say, for the tuned file; or None.
         record_density: keep the densities of calls: of the last in ``last_density`` (``[B, Hq]``, None if it ran
             dense), and in ``recorded`` (``[2]``) the sum of their means and their number.
     """
 
+    gates: nn.Module | None
     is_sparse, cdfthreshd, simthreshd1, pvthreshd = (_of_tuned(name) for name in FILE_KEYS.values())
 
     def __init__(
@@ -96,7 +101,9 @@ class SparseAttention(nn.Module):
         self.graphs = graphs
         self.mode: Mode = "dense"
         self.dense_now = self.always_dense = False
+        self.register_module("gates", None)
         self.heads: int | None = None
+        self.kv_heads: int | None = None
         self.family: str | None = None
         self.layer_idx: int | None = None
         self.head_dim: int | None = None
@@ -121,6 +128,11 @@ class SparseAttention(nn.Module):
             self.set_heads(tuned.heads)
             tuned = tuned if tuned.is_sparse.device == self._device else tuned.to(self._device)
         self._tuned = tuned
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model's weights."""
+        return self._device
 
     @property
     def needs_noise(self) -> bool:
@@ -178,6 +190,11 @@ class SparseAttention(nn.Module):
             what ``dense`` returns.
         """
         unfit = SCHEDULED if scheduled else self._unfit(q, attn_mask)
+        if self.gates is not None and unfit is None and self.mode != "tune":
+            return self.gates(
+                *self._cast(q, k, v), dense=dense, share=share, is_causal=is_causal, scale=scale, attn_mask=attn_mask,
+                window=window, cu_seqlens=cu_seqlens, sinks=sinks,
+            )  # fmt: skip
         options: dict[str, Any] = dict(
             attn_mask=attn_mask, is_causal=is_causal, scale=scale, window=window, text=text, sinks=sinks,
             cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, precision=self.precision, error_bound=self.pv_l1,
@@ -210,7 +227,8 @@ class SparseAttention(nn.Module):
     def _cast(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What dense attention computes with under autocast."""
         device = q.device.type
-        if torch.is_autocast_enabled(device) and (self.mode == "sparse" or not q.dtype == k.dtype == v.dtype):
+        computes = self.mode == "sparse" or self.gates is not None
+        if torch.is_autocast_enabled(device) and (computes or not q.dtype == k.dtype == v.dtype):
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         return q, k, v
 
@@ -301,28 +319,6 @@ def _with_tokens(selector: Selector, text: Ranges) -> Selector:
     return selector | Tokens(text, block_q=selector.block_q, block_k=selector.block_k, sink=False)
 
 
-# Attributes of a pipeline object that hold its transformers, and the prefix of the second one in a tuned file; those of
-# shape models (Hunyuan3D) call it ``model``.
-_PIPELINE_PARTS = (("transformer", ""), ("transformer_2", "transformer_2."))
-_SHAPE_PARTS = (("model", ""),)
-_WRAPPERS = ("base_model.model.", "module.")  # of PEFT, and of DataParallel and DistributedDataParallel
-
-
-def transformers_of(model: Any) -> list[tuple[str, nn.Module]]:
-    """The modules of a model or pipeline that hold its attention layers, each with its prefix in a tuned file."""
-    if isinstance(model, nn.Module):
-        return [("", model)]
-    for names in (_PIPELINE_PARTS, _SHAPE_PARTS):
-        parts = [(prefix, getattr(model, name, None)) for name, prefix in names]
-        found = [(prefix, part) for prefix, part in parts if isinstance(part, nn.Module)]
-        if found:
-            return found
-    raise ValueError(
-        f"model must be a module, a shape pipeline with .model, "
-        f"or a pipeline with .transformer, got {type(model).__name__}"
-    )
-
-
 def sparse_modules(model: Any) -> dict[str, SparseAttention]:
     """All SparseAttention modules of a model or pipeline by path, without what wrappers put into it.
 
@@ -340,11 +336,3 @@ def sparse_modules(model: Any) -> dict[str, SparseAttention]:
             f"{type(model).__name__} has no SparseAttention layers: patch it first (modify_model.patch(model))"
         )
     return found
-
-
-def clean_path(path: str) -> str:
-    """A module's path without what torch.compile, PEFT, DataParallel and DistributedDataParallel put into it."""
-    path = ".".join(part for part in path.split(".") if part != "_orig_mod")
-    while path.startswith(_WRAPPERS):
-        path = path.split(".", 2 if path.startswith(_WRAPPERS[0]) else 1)[-1]
-    return path

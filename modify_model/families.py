@@ -73,6 +73,10 @@ class Family:
         """Query heads of an attention layer, and their dimension."""
         raise NotImplementedError
 
+    def kv_heads(self, attention: nn.Module) -> int:
+        """KV heads of an attention layer; as many as query heads unless a family knows better."""
+        return self.heads(attention)[0]
+
     def install(self, layer: Layer, inner: SparseAttention) -> None:
         """Make a layer sparse, with ``inner`` as its child ``inner_attention``; also one that is no longer sparse."""
         raise NotImplementedError

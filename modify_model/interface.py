@@ -132,7 +132,9 @@ def attend(
         return run()[0], None
     reason = dense_reason(module, key, attention_mask, kwargs)
     if reason is not None:
-        if inner.mode != "dense":
+        if inner.gates is not None and module.training:
+            raise ValueError(f"gates of heads cannot be learnt from this call: {reason}")
+        if inner.mode != "dense" or inner.gates is not None:
             count_dense_call(reason)
         return dense().transpose(1, 2), None
     assert prepared is not None  # else there was a reason
@@ -140,7 +142,8 @@ def attend(
     if prepared.chunk is not None:
         options["cu_seqlens"] = chunks_of(documents, prepared.chunk, prepared.k_end, query.device)
     if kwargs.get("s_aux") is not None:
-        options["sinks"] = kwargs["s_aux"].detach().float()
+        sinks = kwargs["s_aux"].float()
+        options["sinks"] = sinks.detach() if inner.gates is None else sinks
     q, k, v = _of_one_head_dim(query, key[:, :, : prepared.k_end], value[:, :, : prepared.k_end])
     out = inner(q, k, v, dense=dense, is_causal=True, scale=_scale(query, kwargs), **options)
     return out.transpose(1, 2)[..., : value.shape[-1]], None
@@ -156,7 +159,8 @@ def dense_reason(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) ->
         return mask.dense_reason
     if mask.k_len != key.shape[2]:
         return "the cache returned another number of keys than the mask was made for"
-    if module.training and module.inner_attention.mode == "sparse":
+    inner = module.inner_attention
+    if module.training and inner.mode == "sparse" and inner.gates is None:
         # Gradient checkpointing runs the first forward without gradients and must see what the second one computes.
         return "the model is in training mode; call model.eval()"
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):

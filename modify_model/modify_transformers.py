@@ -46,6 +46,11 @@ class TransformersFamily(Family):
         size = next((x for x in sizes if x), None) or config.hidden_size // heads
         return int(heads), max(int(size), int(getattr(attention, "v_head_dim", None) or 0))
 
+    def kv_heads(self, attention: Any) -> int:
+        # Under multi-head latent attention every query head has keys of its own, whatever the config says.
+        group = 1 if hasattr(attention, "kv_lora_rank") else getattr(attention, "num_key_value_groups", 1)
+        return self.heads(attention)[0] // int(group)
+
     def unsupported(self, attention: nn.Module) -> str | None:
         forward = forward_on_interface(type(attention))
         source = inspect.getsource(forward) if forward is not None else ""

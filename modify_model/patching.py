@@ -221,6 +221,7 @@ def _chosen(
         kept = {name: getattr(present, name) for name in ("l1", "pv_l1", "tail")} if present else {}
         inner = chosen[index] = SparseAttention(**(family.defaults() | kept | _of_layer(settings, index, len(layers))))
         inner.set_heads(heads)
+        inner.kv_heads = family.kv_heads(attention)
         inner.family, inner.layer_idx, inner.head_dim = label, index, head_dim
     return chosen
 
