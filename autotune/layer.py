@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spas_attn.call import Call
 from spas_attn.checks import HEAD_DIMS
+from spas_attn.selectors import Selector
 
 from .accumulate import Grid, Tally
 from .choose import least, mean_error, tail_error, within_bounds
@@ -20,6 +21,7 @@ from .machine import times
 from .module import DEFAULT_L1, DEFAULT_PV_L1, FULL_MASK, SCHEDULED, SHORT, SparseAttention, transformers_of
 from .tradeoff import LayerTradeoff, Shape
 from .tuned import PV_OFF, Bounds, Tuned
+from .ulysses import deepspeed_ranks
 
 SKIPPED_STEP = "its step is not observed (every)"
 NO_MEMORY = "there was no memory to look at it"
@@ -168,7 +170,7 @@ class Layer:
         """Candidates ``[H]`` in force, their number = dense, with PV thresholds; the reason is that of dense heads."""
         assert self.curves is not None
         none_allowed = ~self.allowed().any(1)
-        for head in (chosen == self.curves.candidates).nonzero()[:, 0].tolist():
+        for head in ((chosen == self.curves.candidates) & ~self.fixed()).nonzero()[:, 0].tolist():
             if not self.reasons[head].startswith(MISSED):
                 self.reasons[head] = NOTHING_HOLDS if none_allowed[head] else why_dense
         self.chosen, self.tuned = chosen, self._tuned(chosen, grid, pv)
@@ -176,7 +178,7 @@ class Layer:
     def _tuned(self, chosen: Tensor, grid: Grid, pv: Tensor) -> Tuned:
         assert self.curves is not None
         candidates = self.curves.candidates
-        sparse, index = chosen < candidates, chosen.clamp(max=candidates - 1)
+        sparse, index = (chosen < candidates) | self.fixed(), chosen.clamp(max=candidates - 1)
         sim, threshold = torch.tensor(grid.pairs(self.module.selector), dtype=torch.float64)[index].T
         density = torch.where(sparse, self.curves.density().gather(1, index[:, None])[:, 0], 1.0)
         return Tuned(
@@ -221,7 +223,7 @@ class Layer:
     def _holds(self, check: Tally, grid: Grid) -> bool:
         """Whether everything (candidate 1) is within the bounds of all sparse heads."""
         _, pv_l1, tail = self.bounds
-        sparse, mean = self.is_sparse(), mean_error(check)
+        sparse, mean = self.is_sparse() & ~self.fixed(), mean_error(check)
         good = mean[:, 1].isfinite()
         if pv_l1 is not None:
             good &= mean[:, 1] <= pv_l1
@@ -247,7 +249,7 @@ class Layer:
         if tail is not None:
             excess = torch.maximum(excess, tail_error(check)[:, 1] / tail)
         excess = excess.masked_fill(~mean.isfinite(), torch.inf).nan_to_num(nan=torch.inf)
-        wrong = (excess > 1) & self.is_sparse()
+        wrong = (excess > 1) & self.is_sparse() & ~self.fixed()
         factor = torch.zeros_like(excess) if last else MARGIN / excess
         self.tighter = torch.where(wrong, self.tighter * factor, self.tighter)
         for head in wrong.nonzero()[:, 0].tolist() if last else []:
@@ -257,6 +259,10 @@ class Layer:
     def is_sparse(self) -> Tensor:
         """Sparse heads of the choice in force, bool ``[H]``, on the CPU."""
         return self.in_force().is_sparse.cpu()
+
+    def fixed(self) -> Tensor:
+        """Heads whose rule stays as it is, whatever its error, bool ``[H]``: no bound makes them dense."""
+        return fixed_heads(self.module.selector, len(self.tighter))
 
     def in_force(self) -> Tuned:
         """The thresholds chosen last."""
@@ -286,6 +292,11 @@ class Layer:
         return self.tuned
 
 
+def fixed_heads(selector: Selector, heads: int) -> Tensor:
+    """``Selector.fixed_heads`` as bool ``[H]``."""
+    return torch.tensor(selector.fixed_heads or (False,) * heads)
+
+
 def _work(shape: Shape) -> int:
     heads, q_len, k_len, dim, _ = shape
     return heads * q_len * k_len * dim
@@ -303,6 +314,11 @@ def check_layers(model: Any, layers: list[Layer]) -> None:
             raise ValueError(
                 "the model runs under enable_parallelism, where each device has a part of every sequence: calibrate "
                 "it before, without enable_parallelism; several processes share prompts out by themselves"
+            )
+        if deepspeed_ranks() is not None:
+            raise ValueError(
+                "DeepSpeed's sequence parallelism is set up, where each device has a part of every sequence: calibrate "
+                "before that; several processes share prompts out by themselves"
             )
         for name, parameter in part.named_parameters():
             if parameter.dtype is torch.float64:

@@ -60,6 +60,7 @@ class Tuned:
         tradeoff: the whole model's, from which they were chosen, for files; None when unknown.
         edges: noise levels at which the phases of a diffusion model meet, falling; empty without phases.
         densities: of the phases, as ``expected_density``.
+        part: (rank, size) where these are the heads of one of ``size`` ranks; None for all heads.
         all_dense, filters, skips: no head is sparse; some sparse head has a similarity filter; some has PV skip.
 
     Raises:
@@ -78,6 +79,7 @@ class Tuned:
     tradeoff: Tradeoff | None = field(default=None, repr=False)
     edges: tuple[float, ...] = ()
     densities: tuple[float | None, ...] = ()
+    part: tuple[int, int] | None = None
     all_dense: bool = field(init=False)
     filters: bool = field(init=False)
     skips: bool = field(init=False)
@@ -196,8 +198,9 @@ class Tuned:
             heads = self.heads
             if heads % size or not 0 <= rank < size:
                 raise ValueError(f"rank {rank} of {size} has no equal share of {heads} heads")
-            part = slice(rank * heads // size, (rank + 1) * heads // size)
-            known = dataclasses.replace(self, **{name: getattr(self, name)[..., part] for name in FILE_KEYS.values()})
+            own = slice(rank * heads // size, (rank + 1) * heads // size)
+            tensors = {name: getattr(self, name)[..., own] for name in FILE_KEYS.values()}
+            known = dataclasses.replace(self, **tensors, part=(rank, size))
             self._shares[rank, size] = known
         return known
 
@@ -235,6 +238,8 @@ class Tuned:
     def _serve(
         self, selector: Selector, sparse: Tensor, threshold: Tensor, sim: Tensor, pv: Tensor
     ) -> tuple[Selector, Tensor]:
+        if self.part is not None:
+            selector = selector.share(*self.part)
         if hasattr(selector, "sim_threshold"):
             filters = torch.where(sparse, sim, -1.0) if self.filters else -1.0
             selector = dataclasses.replace(selector, sim_threshold=filters)  # type: ignore[call-arg]

@@ -21,10 +21,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autotune import SparseAttention
+from autotune.ulysses import deepspeed_ranks
 from spas_attn.traced import constant_when_traced
 
 from .families import count_dense_call
 from .masks import COMPILED_PATTERN, SHORTEST, PreparedMask, chunks_of, prepare_mask
+from .sequence_parallel import AROUND_ANOTHER, share_of, whole_mask
 
 NAME = "spas_attn"
 PREFIX = "spas_attn_"
@@ -101,11 +103,17 @@ def attend(
         query: ``[B, Hq, Lq, D]``.
         key: ``[B, Hkv, Lk, D]``.
         value: ``[B, Hkv, Lk, Dv]``.
-        attention_mask: a PreparedMask, or whatever the original attention would have received.
+        attention_mask: a PreparedMask, or whatever the original attention would have received; None under DeepSpeed's
+            sequence parallelism, where the call holds the whole sequence of some heads (see sequence_parallel.py).
 
     Returns:
         ``[B, Lq, Hq, Dv]``, and the attention weights if the original attention gives any and the layer is not patched.
     """
+    held = deepspeed_ranks()
+    if held is not None and isinstance(attention_mask, PreparedMask):
+        raise ValueError(AROUND_ANOTHER)
+    if held is not None and attention_mask is None and query.shape[2] >= SHORTEST:
+        attention_mask = whole_mask(module, query, kwargs.get("position_ids"))
     prepared = attention_mask if isinstance(attention_mask, PreparedMask) else None
     name = original or default_implementation(type(module.config))
 
@@ -130,6 +138,7 @@ def attend(
     inner = module.inner_attention
     if query.shape[2] < SHORTEST:
         return run()[0], None
+    share = share_of(held, query.shape[1], inner)
     reason = dense_reason(module, key, attention_mask, kwargs)
     if reason is not None:
         if inner.gates is not None and module.training:
@@ -145,7 +154,7 @@ def attend(
         sinks = kwargs["s_aux"].float()
         options["sinks"] = sinks.detach() if inner.gates is None else sinks
     q, k, v = _of_one_head_dim(query, key[:, :, : prepared.k_end], value[:, :, : prepared.k_end])
-    out = inner(q, k, v, dense=dense, is_causal=True, scale=_scale(query, kwargs), **options)
+    out = inner(q, k, v, dense=dense, is_causal=True, scale=_scale(query, kwargs), share=share, **options)
     return out.transpose(1, 2)[..., : value.shape[-1]], None
 
 

@@ -92,6 +92,11 @@ class Selector:
         """Share of blocks this selector is expected to keep, None when nothing is known before the call."""
         return None
 
+    @property
+    def fixed_heads(self) -> tuple[bool, ...] | None:
+        """Heads whose rule a calibration leaves as it is, whatever their error; None for none."""
+        return None
+
     def tuned_to(self, threshold: Tensor, sparse: Tensor) -> Selector:
         """A copy with other thresholds.
 
@@ -102,6 +107,17 @@ class Selector:
         if not self.tuned:
             return dataclasses.replace(self, dense_heads=~sparse)
         changes: dict[str, Any] = {self.tuned: torch.where(sparse, threshold, 1.0)}
+        return dataclasses.replace(self, **changes)
+
+    def share(self, rank: int, size: int) -> Selector:
+        """A copy for the heads of one of ``size`` ranks, equal parts in order: what is per head is cut."""
+        changes: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Selector):
+                changes[f.name] = value.share(rank, size)
+            elif isinstance(value, Tensor) and value.dim() == 1:
+                changes[f.name] = value.tensor_split(size)[rank]
         return dataclasses.replace(self, **changes)
 
     def final_levels(self, call: Call) -> Tensor:
