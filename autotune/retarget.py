@@ -42,7 +42,12 @@ def choose_at_load(
         first = sorted(set(ours) ^ set(theirs))[0] if set(ours) != set(theirs) else theirs[0]
         raise ValueError(f"the trade-off of the file is not that of its layers, first {first[0]!r}")
     expected = _times(tradeoff, modules, info) if counts_time(target, list(modules.values())) else None
-    return _states(tuned, tradeoff, target, choose_for(tradeoff, target, expected))
+    found = _states(tuned, tradeoff, target, choose_for(tradeoff, target, expected))
+    for path, state in found.items():
+        fixed = info.selector_of(path).fixed_heads
+        if fixed is not None:  # no target makes them dense
+            found[path] = dataclasses.replace(state, is_sparse=state.is_sparse | torch.tensor(fixed))
+    return found
 
 
 def _times(tradeoff: Tradeoff, modules: Mapping[str, SparseAttention], info: Any) -> list[Times] | None:

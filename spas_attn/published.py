@@ -1,7 +1,7 @@
 """Published tables: thresholds of XAttention, streaming heads of DuoAttention and PruLong, patterns of MInference.
 
 Each reader gives one selector per layer; ``modify_model.patch(model, selector=..., calibrated=False)`` takes the list.
-Nothing that a file says is executed.
+Nothing that a file says is executed. Tables of heads are written too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .selectors import MInference, Streaming, XAttention
 
-HEADS_FILE = "full_attention_heads.tsv"
+HEADS_FILE, CONFIG_FILE = "full_attention_heads.tsv", "config.json"
 # MInference's published names of the patterns, by ours.
 PATTERN_NAMES = {"vertical_slash": "vertical_and_slash", "a_shape": "stream_llm", "block_sparse": "block_sparse"}
 _PATTERNS = {published: name for name, published in PATTERN_NAMES.items()}
@@ -77,21 +78,89 @@ def streaming_heads(
     Raises:
         ValueError: on a file that is no such table, heads that do not fit, and where a size or a rule is missing.
     """
-    path = Path(path)
-    file = path / HEADS_FILE if path.is_dir() else path
+    dense = full_heads(path, sparsity=sparsity, threshold=threshold, layers=layers)
+    kv_heads = dense.shape[1]
+    if query_heads < 1 or query_heads % kv_heads:
+        raise ValueError(f"query_heads must be a multiple of the table's {kv_heads} KV heads, got {query_heads}")
+    sizes = window_sizes(path, sink_tokens, local_tokens)
+    group = query_heads // kv_heads
+    return [Streaming(*sizes, dense_heads=row.repeat_interleave(group), **options) for row in dense]
+
+
+def full_heads(
+    source: str | Path | Tensor | list[list[float]],
+    *,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    layers: int | None = None,
+    kv_heads: int | None = None,
+) -> Tensor:
+    """The KV heads of a table that keep everything, bool ``[layers, KV heads]``; see :func:`streaming_heads`.
+
+    Args:
+        source: a table's file or folder, or the table itself.
+        kv_heads: of the model, checked where it is given.
+    """
+    if not isinstance(source, (str, Path)):
+        return _dense_heads(_table(source, "the table of heads", layers, kv_heads), sparsity, threshold)
+    file = _heads_file(source)
     try:
         lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
         rows = [[float(cell) for cell in line] for line in lines]
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is no table of heads: {error}") from error
-    table = _table(rows, f"{file}", layers, None)
-    kv_heads = table.shape[1]
-    if query_heads < 1 or query_heads % kv_heads:
-        raise ValueError(f"query_heads must be a multiple of the table's {kv_heads} KV heads, got {query_heads}")
-    dense = _dense_heads(table, sparsity, threshold)
-    sizes = _sizes(file.with_name("config.json"), sink_tokens, local_tokens)
-    group = query_heads // kv_heads
-    return [Streaming(*sizes, dense_heads=row.repeat_interleave(group), **options) for row in dense]
+    return _dense_heads(_table(rows, f"{file}", layers, kv_heads), sparsity, threshold)
+
+
+def window_sizes(source: Any, sink_tokens: int | None, local_tokens: int | None) -> tuple[int, int]:
+    """Sink and local window in tokens, as given, or from the ``config.json`` beside a table's file."""
+    config = _heads_file(source).with_name(CONFIG_FILE) if isinstance(source, (str, Path)) else None
+    return _sizes(config, sink_tokens, local_tokens)
+
+
+def write_head_table(folder: str | Path, table: Tensor | list[list[float]], sink_size: int, recent_size: int) -> Path:
+    """Write a table of heads as DuoAttention and PruLong do, which :func:`streaming_heads` and their code read.
+
+    ``full_attention_heads.tsv`` and ``config.json``; each file appears whole or not at all.
+
+    Args:
+        folder: made where there is none.
+        table: ``[layers, KV heads]``, 1 = the head keeps everything, 0 = it streams, or values between.
+        sink_size, recent_size: of the streaming heads, in tokens.
+
+    Returns:
+        The path of the table.
+
+    Raises:
+        ValueError: on values outside [0, 1] and sizes that are no numbers of tokens, and where the folder holds a
+            ``config.json`` of something else, such as a model's. Nothing is written then.
+    """
+    folder = Path(folder)
+    values = _table(table, "table", None, None)
+    sizes = dict(zip(("sink_size", "recent_size"), (sink_size, recent_size), strict=True))
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"{name} must be a number of tokens, 0 or more, got {size!r}")
+    config = folder / CONFIG_FILE
+    if config.exists():
+        present = _json(config)
+        if not isinstance(present, dict) or not sizes.keys() <= present.keys():
+            raise ValueError(f"folder must not hold another config.json: {config} is none of a table of heads")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(f"{value:.9g}" for value in row) for row in values.tolist()]
+    _write(config, json.dumps(sizes, indent=2) + "\n")
+    _write(folder / HEADS_FILE, "\n".join(lines) + "\n")
+    return folder / HEADS_FILE
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def minference_table(
@@ -222,9 +291,13 @@ def _dense_heads(table: Tensor, sparsity: float | None, threshold: float | None)
     return torch.zeros(len(values), dtype=torch.bool).index_fill_(0, dense, True).view_as(table)
 
 
-def _sizes(config: Path, sink: int | None, local: int | None) -> tuple[int, int]:
+def _heads_file(path: str | Path) -> Path:
+    return Path(path) / HEADS_FILE if Path(path).is_dir() else Path(path)
+
+
+def _sizes(config: Path | None, sink: int | None, local: int | None) -> tuple[int, int]:
     """Sink and local window in tokens, as given or from the file beside the table."""
-    content = _json(config) if config.exists() and None in (sink, local) else {}
+    content = _json(config) if config is not None and config.exists() and None in (sink, local) else {}
     if not isinstance(content, dict):
         raise ValueError(f"{config} must hold an object, got {type(content).__name__}")
     sizes = []

@@ -1,8 +1,8 @@
 """Select the blocks of a call: by fused kernels on a GPU where they serve the selector, else by its levels.
 
 The kernels serve MeanSimilarity, TopK, ExactKeys, XAttention, FlexPrefill, FlashPrefill, MInference without
-block-sparse heads, and any of them joined with Tokens; their result is that of the torch code, up to ties between
-scores.
+block-sparse heads, and any of them joined with Tokens, or in the full heads of ByHead; their result is that of the
+torch code, up to ties between scores.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .kernels.config import capability, shared_memory_limit
 from .kernels.recorded import constant
 from .replay import replayed
 from .selectors import (
+    ByHead,
     ExactKeys,
     FlashPrefill,
     FlexPrefill,
@@ -84,6 +85,8 @@ def select(selector: Selector, call: Call, *, quantise: bool = False) -> Selecti
         quantise: the kernel that follows takes 8 bits: make them of K, and for ``call.precision`` "int8_fp8" of V, in
             the launch that makes ready for the scores.
     """
+    if type(selector) is ByHead:
+        return Selection(selector.joined(call, lambda part, own: select(part, own).mask))
     if not fused_serves(selector, call):
         return Selection(selector.mask_of(call))
     parts = parts_of(selector, call)

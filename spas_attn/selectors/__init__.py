@@ -1,6 +1,7 @@
 """Selectors: rules that choose which key blocks each query block attends to, one file for each."""
 
 from .base import Selector, Union
+from .by_head import ByHead
 from .dense import Dense
 from .exact_keys import ExactKeys
 from .flash_prefill import FlashPrefill
@@ -15,6 +16,7 @@ from .topk import TopK
 from .xattention import XAttention
 
 __all__ = [
+    "ByHead",
     "Dense",
     "ExactKeys",
     "FlashPrefill",

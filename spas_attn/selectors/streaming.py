@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +35,27 @@ class Streaming(Selector):
         super().__post_init__()
         check_range("sink_tokens", self.sink_tokens, 0, float("inf"))
         check_range("local_tokens", self.local_tokens, 0, float("inf"))
+
+    def sink_end(self, first: int = 0) -> int:
+        """Where the sink's blocks end in a row whose first visible key is at ``first``, in tokens.
+
+        Without a sink, where the block of ``first`` begins; a ValueError on sizes per head.
+        """
+        tokens = max(math.ceil(self._number("sink_tokens")), int(self.sink))
+        return cdiv(first + tokens, self.block_k) * self.block_k if tokens else first // self.block_k * self.block_k
+
+    def window_start(self, query: int) -> int:
+        """First key of the window's blocks under causality, for the query block that begins at ``query``, in tokens."""
+        near = math.floor((query - self._number("local_tokens") + 1) / self.block_k)
+        forced = (query - self.local) // self.block_k
+        kept = min(near, forced) if self._number("local_tokens") > 0 else forced
+        return max(0, kept) * self.block_k
+
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        if isinstance(value, Tensor):
+            raise ValueError(f"{name} must be one number for all heads here, got a tensor {tuple(value.shape)}")
+        return float(value)
 
     def levels(self, call: Call) -> Tensor:
         heads, device, k_len = call.q.shape[1], call.q.device, call.k_len

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spas_attn import Call
 from spas_attn.selectors import (
+    ByHead,
     Dense,
     ExactKeys,
     FlashPrefill,
@@ -59,6 +60,7 @@ SELECTORS: dict[str, Selector] = {
     "MInference, a table": MInference(MIXED, adaptive_budget=0.2, block_q=128, block_k=64),
     "RowShare of XAttention": RowShare(XAttention(stride=8, **SIZES), 0.4),
     "Streaming": Streaming(64, 100, **SIZES),
+    "ByHead": ByHead((True, True, False, False), Streaming(64, 100, **SIZES), ExactKeys(0.7, local=0, **SIZES)),
     "Tokens": Tokens(((0, 70), (-100, -50)), queries=False, **SIZES),
     "Dense": Dense(**SIZES),
     "Streaming | TopK": Streaming(20, 0, sink=False, **SIZES) | TopK(0.2, local=0, **SIZES),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spas_attn import Call, sparse_attention
 from spas_attn.selectors import (
+    ByHead,
     Dense,
     FlashPrefill,
     FlexPrefill,
@@ -103,6 +104,8 @@ def test_thresholds_per_head(selector: Selector) -> None:
 
 def of_head(selector: Selector, head: int) -> Selector:
     """The selector as one head has it."""
+    if isinstance(selector, ByHead):
+        return dataclasses.replace(selector, streams=(selector.streams[head],))
     if not isinstance(selector, MInference) or isinstance(selector.pattern, str):
         return selector
     return dataclasses.replace(selector, pattern=selector.pattern[head])
