@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotune.accumulate import ALL_HEADS, PromptTally, Tally
+from autotune.accumulate import ALL_HEADS, BINS, HIGHEST, LOWEST, PromptTally, Tally
 from autotune.choose import mean_error, tail_error
 from autotune.module import sparse_modules
 from autotune.partials import query_groups
@@ -32,6 +32,7 @@ class Curves:
         thresholds: the candidates ``[C]``.
         error: mean relative error of the head's output, float64 ``[layers, H, C]``.
         tail: its 99.5th percentile over queries, float64 ``[layers, H, C]``.
+        squared: its mean square over queries, float64 ``[layers, H, C]``.
         density: share of the blocks kept, float64 ``[layers, H, C]``.
         share: the head's share of its layer's output, float64 ``[layers, H]``.
     """
@@ -39,6 +40,7 @@ class Curves:
     thresholds: Tensor
     error: Tensor
     tail: Tensor
+    squared: Tensor
     density: Tensor
     share: Tensor
 
@@ -48,11 +50,20 @@ class Curves:
 
     def kept(self, chosen: Tensor) -> Tensor:
         """Density of a choice ``[layers, H]``."""
-        return _or_else(self.density, 1.0).gather(-1, chosen[..., None])[..., 0]
+        return self.of(chosen, self.density, 1.0)
 
     def errors(self, chosen: Tensor) -> Tensor:
         """Mean error of a choice ``[layers, H]``."""
-        return _or_else(self.error, 0.0).gather(-1, chosen[..., None])[..., 0]
+        return self.of(chosen, self.error, 0.0)
+
+    @staticmethod
+    def of(chosen: Tensor, values: Tensor, everything: float) -> Tensor:
+        """Values of a choice ``[layers, H]``, given those of the candidates and that of keeping everything."""
+        return _or_else(values, everything).gather(-1, chosen[..., None])[..., 0]
+
+    def squares(self, of_queries: bool) -> Tensor:
+        """Error² of every candidate: the mean of the queries' squares, or the square of their mean."""
+        return self.squared if of_queries else self.error.square()
 
     def uniform(self, sparsity: float, l1: float = 1.0, tail: float = math.inf) -> Tensor:
         """One pair of bounds for every head, in the ratio of ``l1`` and ``tail``, that gives a mean sparsity.
@@ -63,14 +74,16 @@ class Curves:
         excess = torch.maximum(self.error / l1, self.tail / tail)
         return self._search(lambda x: self.best(self.density.masked_fill(excess > 10**x, torch.inf)), sparsity)
 
-    def budget(self, sparsity: float, weights: Tensor | None = None) -> Tensor:
+    def budget(self, sparsity: float, weights: Tensor | None = None, *, of_queries: bool = False) -> Tensor:
         """One budget for the model: per head least density + λ · weight · error², λ by the mean sparsity.
 
         Args:
             sparsity: mean over heads.
             weights: ``[layers, H]``; None for 1.
+            of_queries: error² is the mean of the queries' squared errors, not the square of their mean.
         """
-        squared = self.error.square() if weights is None else self.error.square() * weights[..., None]
+        squared = self.squares(of_queries)
+        squared = squared if weights is None else squared * weights[..., None]
         return self._search(lambda x: self.best(self.density + 10**-x * squared), sparsity)
 
     def _search(self, choose: Callable[[float], Tensor], sparsity: float) -> Tensor:
@@ -137,7 +150,9 @@ def collect(
     found: dict[str, Curves] = {}
     for size, group in groups.items():
         layers = [tallies[size, layer].close(0) for layer in range(len(modules))]
-        figures = [torch.stack([of(tally) for tally in layers]) for of in (mean_error, tail_error, Tally.density)]
+        figures = [
+            torch.stack([of(tally) for tally in layers]) for of in (mean_error, tail_error, mean_square, Tally.density)
+        ]
         norm = torch.stack([tally.total()[0] for tally in layers])
         share = norm / norm.sum(-1, keepdim=True)
         sizes = [len(candidates) for _, candidates in group.values()]
@@ -145,6 +160,12 @@ def collect(
         for (name, (_, candidates)), some in zip(group.items(), parts, strict=True):
             found[name] = Curves(torch.tensor(candidates, dtype=torch.float64), *some, share)
     return found
+
+
+def mean_square(tally: Tally) -> Tensor:
+    """Mean of one query's squared relative error, float64 ``[H, candidates]``, from the histograms' bins."""
+    middles = 10 ** ((torch.arange(BINS, dtype=torch.float64) + 0.5) * (math.log10(HIGHEST / LOWEST) / BINS)) * LOWEST
+    return (tally.histogram * middles.square()).sum(-1) / max(1, int(tally.queries[0]))
 
 
 @torch.no_grad()

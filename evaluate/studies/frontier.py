@@ -7,10 +7,11 @@ r"""Sparsity against perplexity on a real model: selectors, ways of sharing out 
 
 Error curves of all settings come from one pass over the calibration's windows. From a setting's curves thresholds are
 chosen for each target sparsity: by one bound of the mean error for every head (uniform), by bounds of mean and tail in
-the ratio of the library's defaults (bounds), by one budget for the model on error² (budget),
-and on error² times the measured sensitivity of the layer and the head's share of its output (weighted). Every choice is
-judged end to end on windows of other sources: perplexity, KL from the dense model, and at one sparsity retrieval.
-OUT.json is written after every cell; run again with the same arguments, the program goes on where it was stopped.
+the ratio of the library's defaults (bounds), by one budget for the model on error² (budget), on the mean of the
+queries' squared errors (squares), on error² times the measured sensitivity of the layer and the head's share of its
+output (weighted), and on the squares so weighted (both). Every choice is judged end to end on windows of other sources:
+perplexity, KL from the dense model, and at one sparsity retrieval. OUT.json is written after every cell; run again with
+the same arguments, the program goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -190,24 +191,27 @@ class Study:
         if plan in UNIFORM:
             chosen = curve.uniform(target, **UNIFORM[plan])
         else:
-            chosen = curve.budget(target, self.weights(name) if plan == "weighted" else None)
+            of_queries = plan in ("squares", "both")
+            weights = self.weights(name, of_queries) if plan in ("weighted", "both") else None
+            chosen = curve.budget(target, weights, of_queries=of_queries)
         restore(self.model)
         patch(self.model, selector=self.chosen[name].selector, backend=sparse_backend(self.device))
         curves.install(self.model, curve, chosen)
 
     @functools.cache  # noqa: B019 - one study a process
-    def weights(self, name: str) -> Tensor:
+    def weights(self, name: str, of_queries: bool) -> Tensor:
         """Sensitivity of every layer times the squared shares of its heads, ``[layers, H]``.
 
         A layer's sensitivity is the model's KL when that layer alone is sparse, over the layer's own error².
         """
         curve = self.curves[name]
-        chosen = curve.budget(SENSED)
+        chosen = curve.budget(SENSED, of_queries=of_queries)
         windows = self.calibration[:2]
         restore(self.model)
         patch(self.model, selector=self.chosen[name].selector, backend=sparse_backend(self.device))
         exact = log_probabilities(self.model, windows, self.args.batch)
-        squared = (curve.errors(chosen) * curve.share).square().sum(-1)
+        squared = curve.of(chosen, curve.squares(of_queries), 0.0)
+        squared = (squared * curve.share.square()).sum(-1)
         found = []
         for layer in range(len(chosen)):
             curves.install(self.model, curve, chosen, [layer])

@@ -49,13 +49,22 @@ def test_curves_are_those_of_a_calibration() -> None:
         assert expected.density().min() < 0.6 and mean_error(expected).max() > 0.1
 
 
+def test_mean_square_of_the_queries() -> None:
+    tally, errors = PromptTally(1, 1), torch.tensor([0.5, 0.02, 0.0, 0.9]).view(1, 1, 1, 4)
+    ones = torch.ones(1, 1, 4)
+    tally.add_errors(slice(None), errors, ones, ones.bool())
+    assert float(curves.mean_square(tally.close(0))) == pytest.approx(float(errors.square().mean()), rel=0.2)
+
+
 def toy(seed: int = 0) -> Curves:
     """Two layers of three heads: error falls with density, each head at its own rate."""
     density = torch.linspace(0.05, 0.95, 40, dtype=torch.float64).expand(2, 3, -1)
     rate = torch.tensor([[1.0, 2.0, 4.0], [8.0, 3.0, 1.5]], dtype=torch.float64)[..., None]
     error = (1 - density) ** rate
     share = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]], dtype=torch.float64)
-    return Curves(torch.linspace(0.1, 0.99, 40, dtype=torch.float64), error, 4 * error, density, share)
+    return Curves(
+        torch.linspace(0.1, 0.99, 40, dtype=torch.float64), error, 4 * error, 2 * error.square(), density, share
+    )
 
 
 def test_choices_for_a_sparsity() -> None:
@@ -72,6 +81,8 @@ def test_choices_for_a_sparsity() -> None:
     assert torch.equal(curve.uniform(0.6, l1=1.0, tail=9.0), found["uniform"])
     weights = torch.ones(2, 3, dtype=torch.float64)
     assert torch.equal(curve.budget(0.6, weights), found["budget"])
+    # Twice the square, as the mean of the queries' squares is here, is another λ and no other choice.
+    assert torch.equal(curve.budget(0.6, of_queries=True), found["budget"])
     weights[0, 0] = 100
     assert curve.errors(curve.budget(0.6, weights))[0, 0] < curve.errors(found["budget"])[0, 0]
 
