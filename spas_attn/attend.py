@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, gradients
 from .block_mask import BlockMask
 from .call import Call
-from .plan import AUTOMATIC, Plan, count_fallback, plan, resolve_precision, wants_gradients
+from .plan import AUTOMATIC, Plan, count_fallback, plan, resolve_precision
 from .select import select
 from .selectors import Dense, Selector
 
@@ -117,11 +117,13 @@ class _Together:
 def as_one(call: Call, selector: Selector | None, backend: str) -> _Together | None:
     """Packed sequences as one call, or None where they have to run one by one.
 
-    That is: anything but causal self-attention; a selector that speaks of the whole sequence; gradients and whatever
-    else needs dense attention, which would compute all pairs of sequences; and 8 bits, whose scales and means would
-    be taken over several sequences.
+    That is: anything but causal self-attention; a selector that speaks of the whole sequence; what needs dense
+    attention, as gradients through a selection do, which would compute all pairs of sequences; and 8 bits, whose scales
+    and means would be taken over several sequences.
     """
-    if not call.is_self_packed or wants_gradients(call) or resolve_precision(call) != "native":
+    if not call.is_self_packed or resolve_precision(call) != "native":
+        return None
+    if call.wants_gradients and call.mask is None:
         return None
     if selector is not None and not selector.fits_packing:
         return None
@@ -144,7 +146,7 @@ def _attend_together(together: _Together, call: Call) -> tuple[Tensor, Attention
     if together.plan.selects:
         assert together.selector is not None
         aligned = aligned.replace(mask=select(together.selector, aligned).mask)
-    out = backends.get(together.plan.backend).compute(unpadded(aligned))
+    out = gradients.compute(backends.get(together.plan.backend), unpadded(aligned))
     return out.index_select(2, together.place), AttentionStats(together.plan, call, aligned.mask)
 
 
@@ -164,7 +166,7 @@ def _attend_one(
         if strict:
             raise RuntimeError(f"strict=True, and the call cannot be served as asked: {chosen.fallback}")
         count_fallback(chosen.fallback)
-    return runner.compute(call), AttentionStats(chosen, call, call.mask)
+    return gradients.compute(runner, call), AttentionStats(chosen, call, call.mask)
 
 
 def attend_with_lse(call: Call, backend: str) -> tuple[Tensor, Tensor, str]:
@@ -188,7 +190,7 @@ def _run_with_lse(call: Call, backend: str) -> tuple[Tensor, Tensor, str]:
         chosen = backends.get(name)
         why = chosen.why_not(call)
         if why is None:
-            return (*chosen.compute_with_lse(call), name)
+            return (*gradients.compute_with_lse(chosen, call), name)
     raise ValueError(f"return_lse: the call cannot be served as asked: {why}")
 
 

@@ -204,6 +204,12 @@ class Call:
         """Whether this is causal self-attention of packed sequences, which :meth:`aligned` serves."""
         return self.is_causal and self.cu_seqlens_q is not None and self.cu_seqlens_q is self.cu_seqlens_k
 
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether a backward pass may follow."""
+        tensors = (self.q, self.k, self.v, self.sinks)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
+
     def query_mask(self) -> Tensor | None:
         """Queries that are no padding themselves, bool ``[B, Lq]``: in self-attention the padding of the keys tells."""
         if self.key_mask is None or not (self.is_causal or self.q_len == self.k_len):

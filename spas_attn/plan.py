@@ -90,12 +90,12 @@ def plan(call: Call, selector: Selector | None = None, backend: str = "auto") ->
 def resolve_precision(call: Call) -> str:
     """The precision of a call: with "auto" the fastest that its ``error_bound`` allows.
 
-    Fastest by measurement (cost_model.py) where there is one of every candidate, else the fewest bits. On a CPU and
-    with fp32 inputs: native.
+    Fastest by measurement (cost_model.py) where there is one of every candidate, else the fewest bits. On a CPU, with
+    fp32 inputs and where gradients are asked for: native.
     """
     if call.precision != "auto":
         return call.precision
-    if call.q.device.type != "cuda" or call.q.dtype not in _MEASURED_DTYPES:
+    if call.q.device.type != "cuda" or call.q.dtype not in _MEASURED_DTYPES or call.wants_gradients:
         return "native"
     triton = backends.get("triton")
     quantised = [name for name, error in QUANTISATION_ERROR.items() if error <= QUANTISATION_SHARE * call.error_bound]
@@ -168,20 +168,14 @@ def _fallback(call: Call, selects: bool, why: str, declined: dict[str, str]) -> 
 
 def _needs_dense(call: Call) -> str | None:
     """Why a call cannot be sparse on any backend."""
-    if wants_gradients(call):
+    if call.mask is None and call.wants_gradients:
         return (
-            "gradients are asked for, and only the exact dense path is differentiable; call the model under "
-            "torch.no_grad() if none are needed"
+            "gradients are asked for, and only given blocks and the exact dense path are differentiable; call the "
+            "model under torch.no_grad() if none are needed"
         )
     if call.attn_mask is not None and call.attn_mask.dim() == 4:
         return "attn_mask is a full 4-D mask, which only exact dense backends honour"
     return None
-
-
-def wants_gradients(call: Call) -> bool:
-    """Whether a backward pass may follow."""
-    tensors = (call.q, call.k, call.v, call.sinks)
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
 
 
 def _sparse_ms(call: Call) -> float:

@@ -6,6 +6,9 @@ waste nothing: no padding to the longest row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,18 +67,98 @@ def _attend(
 @_attend.register_fake
 def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3] if args[-1] else (0,), dtype=torch.float32)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    return torch.empty_like(q), lse
 
 
 def _gather_and_attend(call: Call, mask: BlockMask, lse: Tensor | None) -> Tensor:
-    q, k, v = call.q, call.k, call.v
-    batch, heads, q_len, dim = q.shape
-    k_len, block_q, block_k = k.shape[2], mask.block_q, mask.block_k
-    nq, nk = cdiv(q_len, block_q), cdiv(k_len, block_k)
-    q = F.pad(q.float() * call.scale, (0, 0, 0, nq * block_q - q_len)).reshape(-1, block_q, dim)
-    k, v = (F.pad(x.float(), (0, 0, 0, nk * block_k - k_len)).reshape(-1, block_k, dim) for x in (k, v))
+    batch, heads, q_len, dim = call.q.shape
+    nq, block_q = cdiv(q_len, mask.block_q), mask.block_q
+    q, k, v = _in_blocks(call, mask)
     out = q.new_zeros(q.shape)  # rows that keep no block stay 0
     logs = q.new_full(q.shape[:2] if lse is not None else (0,), float("-inf"))
+    for rows, _, _, values, scores, probs, empty in _gathered(call, mask, q, k, v):
+        if call.pv_threshold is not None:
+            valid = (rows % nq * block_q)[:, None] + torch.arange(block_q) < q_len
+            _skip_pv(scores, call.pv_threshold[rows // nq % heads], valid, mask.block_k)
+            empty = scores.amax(-1, keepdim=True) == float("-inf")  # a threshold of 0 or less skips everything
+        torch.softmax(scores, -1, out=probs)
+        if lse is not None:
+            logs[rows] = scores.logsumexp(-1)
+        result = torch.bmm(probs, values)
+        out[rows] = result if empty is None else result.masked_fill_(empty, 0.0)
+    if lse is not None:
+        lse.copy_(logs.view(batch, heads, nq * block_q)[:, :, :q_len])
+    return torch.empty_like(call.q).copy_(out.view(batch, heads, nq * block_q, dim)[:, :, :q_len])
+
+
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, over the kept blocks; probabilities are computed again from the log-sum-exp."""
+    mask = call.mask
+    assert mask is not None
+    q, k, v = _in_blocks(call, mask)
+    grad_q, grad_k, grad_v = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    grad = _to_blocks(grad_out.float(), mask.block_q)
+    delta = (grad_out.float() * out.float()).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse[..., None]
+    delta = _to_blocks(delta, mask.block_q)
+    # Rows that see nothing have no probabilities; behind the last query all gradients are 0.
+    lse = _to_blocks(lse.masked_fill(lse == float("-inf"), float("inf"))[..., None], mask.block_q)
+    for rows, blocks, keys, values, scores, probs, _ in _gathered(call, mask, q, k, v):
+        torch.exp(scores.sub_(lse[rows]), out=probs)
+        torch.bmm(grad[rows], values.transpose(1, 2), out=scores)
+        scores.sub_(delta[rows]).mul_(probs)  # gradients of the scores
+        grad_q[rows] = torch.bmm(scores, keys)
+        grad_k.index_add_(0, blocks, torch.bmm(scores.transpose(1, 2), q[rows]).view(-1, *k.shape[1:]))
+        grad_v.index_add_(0, blocks, torch.bmm(probs.transpose(1, 2), grad[rows]).view(-1, *v.shape[1:]))
+    grad_q *= call.scale  # that of k has it from q
+    pairs = ((grad_q, call.q), (grad_k, call.k), (grad_v, call.v))
+    grads = [
+        torch.empty_like(like).copy_(x.view(*like.shape[:2], -1, like.shape[3])[:, :, : like.shape[2]])
+        for x, like in pairs
+    ]
+    return grads[0], grads[1], grads[2]
+
+
+def _to_blocks(x: Tensor, block: int) -> Tensor:
+    """``[B, H, L, D]`` as ``[B · H · blocks, block, D]``, filled up with zeros."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % block)).reshape(-1, block, x.shape[3])
+
+
+def _in_blocks(call: Call, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
+    """Q times the scale, K and V in float32, in the blocks of the mask."""
+    q = _to_blocks(call.q.float() * call.scale, mask.block_q)
+    return q, _to_blocks(call.k.float(), mask.block_k), _to_blocks(call.v.float(), mask.block_k)
+
+
+class _Gathered(NamedTuple):
+    """Query blocks that keep equally many key blocks, and these.
+
+    Attributes:
+        rows: int64 ``[n]``, the query blocks, (b, h, i) flattened.
+        blocks: int64 ``[n · count]``, their key blocks, (b, kv head, j) flattened.
+        keys, values: ``[n, tokens, D]``, valid until the next ones are gathered, as the next two are.
+        scores: ``[n, block_q, tokens]``, -inf where a token must not be seen.
+        spare: memory of the same shape.
+        empty: which queries see nothing at all, bool ``[n, 1 or block_q, 1]``; None when every one sees something.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    spare: Tensor
+    empty: Tensor | None
+
+
+def _gathered(call: Call, mask: BlockMask, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_Gathered]:
+    """The scores of all query blocks that keep something, a chunk at a time; q, k and v as ``_in_blocks`` has them."""
+    batch, heads, q_len, dim = call.q.shape
+    block_q, block_k = mask.block_q, mask.block_k
+    nq, nk = cdiv(q_len, block_q), cdiv(call.k_len, block_k)
     # Fresh buffers of this size would be mapped and faulted in at every chunk.
     size = max(_SCORES, nk * block_q * block_k)
     buffers = [q.new_empty(size), q.new_empty(size)]
@@ -94,24 +177,14 @@ def _gather_and_attend(call: Call, mask: BlockMask, lse: Tensor | None) -> Tenso
             blocks = (base[rows // nq][:, None] + kept).flatten()
             shape = (len(rows), count * block_k)
             keys, values = (
-                torch.index_select(x, 0, blocks, out=buffer[: blocks.numel() * block_k * dim].view(-1, block_k, dim))
+                torch.index_select(
+                    x, 0, blocks, out=buffer[: blocks.numel() * block_k * dim].view(-1, block_k, dim)
+                ).view(*shape, dim)
                 for x, buffer in zip((k, v), gathered, strict=True)
             )
-            scores, probs = (x[: shape[0] * block_q * shape[1]].view(shape[0], block_q, shape[1]) for x in buffers)
-            torch.bmm(q[rows], keys.view(*shape, dim).transpose(1, 2), out=scores)
-            empty = _hide(call, mask, scores, rows, kept)
-            if call.pv_threshold is not None:
-                valid = (rows % nq * block_q)[:, None] + torch.arange(block_q) < q_len
-                _skip_pv(scores, call.pv_threshold[rows // nq % heads], valid, block_k)
-                empty = scores.amax(-1, keepdim=True) == float("-inf")  # a threshold of 0 or less skips everything
-            torch.softmax(scores, -1, out=probs)
-            if lse is not None:
-                logs[rows] = scores.logsumexp(-1)
-            result = torch.bmm(probs, values.view(*shape, dim))
-            out[rows] = result if empty is None else result.masked_fill_(empty, 0.0)
-    if lse is not None:
-        lse.copy_(logs.view(batch, heads, nq * block_q)[:, :, :q_len])
-    return out.view(batch, heads, nq * block_q, dim)[:, :, :q_len].to(call.q.dtype).contiguous()
+            scores, spare = (x[: shape[0] * block_q * shape[1]].view(shape[0], block_q, shape[1]) for x in buffers)
+            torch.bmm(q[rows], keys.transpose(1, 2), out=scores)
+            yield _Gathered(rows, blocks, keys, values, scores, spare, _hide(call, mask, scores, rows, kept))
 
 
 def _hide(call: Call, mask: BlockMask, scores: Tensor, rows: Tensor, kept: Tensor) -> Tensor | None:
@@ -167,4 +240,15 @@ def _skip_pv(scores: Tensor, threshold: Tensor, valid: Tensor, block_k: int) -> 
         blocks.masked_fill_(skipped[:, None, :, None], float("-inf"))
 
 
-register(Backend("cpu", lambda: None, declines, run, skips_pv=True, run_with_lse=run_with_lse))
+register(
+    Backend(
+        "cpu",
+        lambda: None,
+        declines,
+        run,
+        skips_pv=True,
+        run_with_lse=run_with_lse,
+        differentiable=True,  # dense calls, which sdpa does
+        backward=backward,
+    )
+)

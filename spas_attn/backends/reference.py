@@ -63,6 +63,13 @@ def _skipped(call: Call, scores: Tensor, start: int) -> Tensor:
 
 register(
     Backend(
-        "reference", lambda: None, declines_8_bits, run, skips_pv=True, skips_blocks=False, run_with_lse=run_with_lse
+        "reference",
+        lambda: None,
+        declines_8_bits,
+        run,
+        skips_pv=True,
+        skips_blocks=False,
+        run_with_lse=run_with_lse,
+        differentiable=True,
     )
 )

@@ -62,4 +62,8 @@ def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, dim=2), torch.cat(logs, dim=2)
 
 
-register(Backend("sdpa", lambda: None, declines_8_bits, run, skips_blocks=False, run_with_lse=run_with_lse))
+register(
+    Backend(
+        "sdpa", lambda: None, declines_8_bits, run, skips_blocks=False, run_with_lse=run_with_lse, differentiable=True
+    )
+)

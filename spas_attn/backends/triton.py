@@ -113,6 +113,19 @@ def run_with_lse(call: Call) -> tuple[Tensor, Tensor]:
     return _compute(call, lse=lse), lse
 
 
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, over the kept blocks; the same bits every time."""
+    from ..kernels.backward_launch import sparse_attention_bwd
+
+    assert call.mask is not None
+    return sparse_attention_bwd(
+        call.q, call.k, call.v, call.mask, out, lse, grad_out, grad_lse,
+        scale=call.scale, is_causal=call.is_causal, window=call.window, key_mask=call.key_mask,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("spas_attn::triton_attention", mutates_args=())
 @replay.replayed
 def _triton_op(
@@ -151,5 +164,6 @@ register(
         run_with_lse=run_with_lse,
         pv_skip_left_out=pv_skip_left_out,
         replays=True,
+        backward=backward,
     )
 )

@@ -21,7 +21,7 @@ from .tiles import hide, hide_padding, load_k, load_v
 
 
 @triton.jit
-def _kept_before(p_indices, count, bound, CHUNK: tl.constexpr):
+def kept_before(p_indices, count, bound, CHUNK: tl.constexpr):
     """How many of the first ``count`` entries of an ascending list are below ``bound``."""
     before = 0
     for first in range(0, count, CHUNK):
@@ -32,7 +32,7 @@ def _kept_before(p_indices, count, bound, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _runs(
+def runs(
     p_indices, count, first_row, q_len, k_len, window,
     BLOCK_M: tl.constexpr, MASK_K: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -49,12 +49,12 @@ def _runs(
             full_begin = tl.cdiv(tl.maximum(last_row + offset - window + 1, 0), MASK_K)
     if p_indices is not None:  # from numbers of blocks to places in the list of kept ones
         if window is not None:
-            begin = _kept_before(p_indices, count, begin, 128)
-            full_begin = _kept_before(p_indices, count, full_begin, 128)
+            begin = kept_before(p_indices, count, begin, 128)
+            full_begin = kept_before(p_indices, count, full_begin, 128)
         if CAUSAL or RAGGED:
-            full_end = _kept_before(p_indices, count, full_end, 128)
+            full_end = kept_before(p_indices, count, full_end, 128)
         if CAUSAL:
-            end = _kept_before(p_indices, count, end, 128)
+            end = kept_before(p_indices, count, end, 128)
         else:
             end = count
     if CAUSAL or RAGGED:
@@ -66,7 +66,7 @@ def _runs(
 
 
 @triton.jit
-def _start(p_indices, part, end, MASK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+def first_key(p_indices, part, end, MASK_K: tl.constexpr, BLOCK_N: tl.constexpr):
     """The first key of a tile, read once more: a second use of an index keeps Triton from loading it ahead."""
     PARTS: tl.constexpr = MASK_K // BLOCK_N
     start = part * BLOCK_N
@@ -231,7 +231,7 @@ def sparse_attention_fwd_kernel(
         p_tiles = tile_valid + b * tiles_n
     if pv_threshold is not None:
         threshold = tl.load(pv_threshold + h)
-    bounds = _runs(p_indices, count, first_row, q_len, k_len, window, BLOCK_M, MASK_K, CAUSAL, RAGGED)
+    bounds = runs(p_indices, count, first_row, q_len, k_len, window, BLOCK_M, MASK_K, CAUSAL, RAGGED)
 
     acc = tl.zeros([BLOCK_M, DPAD], tl.float32)  # weighted sum of values
     total = tl.zeros([BLOCK_M], tl.float32)  # sum of the weights
@@ -247,7 +247,9 @@ def sparse_attention_fwd_kernel(
         b_s, scale = _scores(b_q, b_k, q_scale, p_k_scale, start // MASK_K, INT8)
         if EDGES:
             if (part < full_begin) | (part >= full_end):
-                b_s = hide(b_s, _start(p_indices, part, end, MASK_K, BLOCK_N) + offs_n, last_key, k_len, window, CAUSAL)
+                b_s = hide(
+                    b_s, first_key(p_indices, part, end, MASK_K, BLOCK_N) + offs_n, last_key, k_len, window, CAUSAL
+                )
         if valid is not None:
             b_s = hide_padding(b_s, start + offs_n, k_len, p_valid, valid.stride_n, p_tiles + start // BLOCK_N)
         tile_peak = _largest(b_s, scale, SHIFT, INT8)

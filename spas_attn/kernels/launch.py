@@ -124,13 +124,13 @@ def _launch(
         k_desc = v_desc = None
         k_rows, v_rows = Rows.of(k_data), Rows.of(v_data.transpose(-1, -2) if values else v_data)
     mask_q, mask_k = (mask.block_q, mask.block_k) if mask else (config.block_m, block_n)
-    together = _together(k_data, v_data, heads) if is_causal else 1
+    together = heads_together(k_data, v_data, heads) if is_causal else 1
     options = {"maxnreg": config.registers} if config.registers and q.is_cuda else {}
     launch(
         sparse_attention_fwd_kernel, (cdiv(q_len, config.block_m) * batch * heads,),
         Rows.of(q), k_rows, v_rows, Rows.of(out), lse, k_desc, v_desc,
         keys.scale if keys else None, keys.mean if keys and lse is not None else None, values[1] if values else None,
-        _blocks(mask, batch, heads) if mask else None, Valid.of(valid),
+        block_lists(mask, batch, heads) if mask else None, Valid.of(valid),
         whole_tiles(valid, block_n), pv_threshold,
         heads, heads // k.shape[1], together, q_len, k_len, window if is_causal else None, scale * LOG2E,
         D=d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=block_n, MASK_Q=mask_q, MASK_K=mask_k,
@@ -139,7 +139,7 @@ def _launch(
     )  # fmt: skip
 
 
-def _together(k: Tensor, v: Tensor, heads: int) -> int:
+def heads_together(k: Tensor, v: Tensor, heads: int) -> int:
     """How many heads run side by side under causality: as many as keep their K and V in the second-level cache.
 
     One head after the other would leave the long rows of the last one to the end, when most of the GPU is idle.
@@ -149,7 +149,7 @@ def _together(k: Tensor, v: Tensor, heads: int) -> int:
     return next(n for n in range(min(heads, fit), 0, -1) if heads % n == 0)
 
 
-def _blocks(mask: BlockMask, batch: int, heads: int) -> Blocks:
+def block_lists(mask: BlockMask, batch: int, heads: int) -> Blocks:
     """The mask's lists for every sequence and head, without a copy of lists that several share."""
     indices = mask.indices.expand(batch, heads, -1, -1)
     indices = indices if indices.stride(-1) == 1 else indices.contiguous()
