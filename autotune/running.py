@@ -18,16 +18,22 @@ _tuning: weakref.WeakKeyDictionary[Any, Calibration] = weakref.WeakKeyDictionary
 
 @contextlib.contextmanager
 def dense(model: Any) -> Iterator[None]:
-    """Run a tuned model or pipeline on its original attention for a while."""
+    """Run a tuned model or pipeline, or one with gates, on its original attention for a while."""
     modules = sparse_modules(model).values()
+    gates: list[Any] = [module.gates for module in modules if module.gates is not None]
     before: list[Mode] = [module.mode for module in modules]
+    acting = [gate.active for gate in gates]
     for module in modules:
         module.mode = "dense"
+    for gate in gates:
+        gate.active = False
     try:
         yield
     finally:
         for module, mode in zip(modules, before, strict=True):
             module.mode = mode
+        for gate, active in zip(gates, acting, strict=True):
+            gate.active = active
 
 
 class Densities:
