@@ -153,7 +153,7 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--ms", type=float, help="milliseconds of repetitions for each time")
     add("--turns", type=whole(1), default=2, help="repetitions at least, on a CPU and of steps (default: 2)")
     add("--all_layers", action="store_true", help="run every layer of the largest models too")
-    add("--compile", action="store_true", help="steps: under torch.compile, without the time of attention alone")
+    add("--compile", action="store_true", help="steps: blocks compiled, attention not timed alone")
     add("--tiny", action="store_true", help="small shapes and configurations, on any machine")
     add("--out", type=Path, help="write OUT.csv and, for attention, OUT.png")
     add("--plot", type=Path, metavar="OUT", help="only print the table and draw the picture of OUT.csv")

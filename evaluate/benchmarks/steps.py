@@ -20,6 +20,15 @@ from spas_attn import fallback_counts
 from spas_attn.selectors import TopK
 
 
+def compile_blocks(transformer: nn.Module) -> None:
+    """Compile the blocks of a transformer one by one, as diffusers recommends: all of a kind share their code."""
+    torch._dynamo.config.recompile_limit = 64  # a share of the blocks, a block size or a precision needs code of its own
+    for blocks in transformer.children():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                block.compile(fullgraph=True)
+
+
 class StepModel:
     """A patched transformer with the arguments of one call.
 
@@ -45,7 +54,7 @@ class StepModel:
             self.step()
             for hook in hooks:
                 hook.remove()
-            self.transformer.compile()
+            compile_blocks(self.transformer)
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self.calls.append((Clock(self.device), args[0].shape))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from registry import Runs
 
+LONG = 50.0  # milliseconds
 PACKAGES = ("triton", "flash-attn-4", "nvidia-cudnn-frontend", "sageattention", "spas_sage_attn")
 
 
@@ -81,13 +82,18 @@ def medians(runs: Sequence[Runs], device: torch.device, ms: float, turns: int) -
 def call_facts(call: Callable[[], object], ms: float) -> dict[str, Any]:
     """What a time on the GPU does not tell of a call, by column: host time, launches, graph replay and memory.
 
-    The host time is the median of calls that do not wait for the GPU. A call that cannot be captured has no graph.
+    The host time is the median of calls that do not wait for the GPU. A call that cannot be captured has no graph. Of
+    calls that take longer than ``LONG`` milliseconds, whose host time is nothing, there is the memory alone.
     """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    clock = Clock(torch.device("cuda"))
     call()
+    clock.stop()
     facts: dict[str, Any] = {"peak_MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
+    if clock.ms() > LONG:
+        return facts
     facts["us_host"] = _host_us(call)
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
@@ -96,7 +102,7 @@ def call_facts(call: Callable[[], object], ms: float) -> dict[str, Any]:
     kinds = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     facts["launches"] = len([event for event in kinds if not event.name.startswith("Mem")])
     graph = _captured(call)
-    if graph is not None and facts["us_host"] < 1e5:  # of long calls the launches are nothing
+    if graph is not None:
         from triton.testing import do_bench
 
         facts["ms_graph"] = do_bench(graph.replay, warmup=max(1, int(ms / 5)), rep=ms, return_mode="median")
