@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .metadata import Info, metadata_of, read_metadata
-from .module import SparseAttention, clean_path, sparse_modules
+from .module import SparseAttention, sparse_modules
+from .paths import clean_path
 from .retarget import choose_at_load
 from .storage import digest, read, write
 from .tradeoff import Target

@@ -18,7 +18,8 @@ from spas_attn.selectors import Selector
 from .accumulate import Grid, Tally
 from .choose import least, mean_error, tail_error, within_bounds
 from .machine import times
-from .module import DEFAULT_L1, DEFAULT_PV_L1, FULL_MASK, SCHEDULED, SHORT, SparseAttention, transformers_of
+from .module import DEFAULT_L1, DEFAULT_PV_L1, FULL_MASK, SCHEDULED, SHORT, SparseAttention
+from .paths import transformers_of
 from .tradeoff import LayerTradeoff, Shape
 from .tuned import PV_OFF, Bounds, Tuned
 from .ulysses import deepspeed_ranks

@@ -12,7 +12,8 @@ from typing import Any
 from spas_attn.call import ALIASES, PRECISIONS
 from spas_attn.selectors import MeanSimilarity, Selector
 
-from .module import DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL, SparseAttention, transformers_of
+from .module import DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL, SparseAttention
+from .paths import transformers_of
 from .tradeoff import Tradeoff
 from .tuned import Bounds, check_bounds
 

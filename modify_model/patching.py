@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from autotune import SparseAttention
-from autotune.module import clean_path, transformers_of
+from autotune.paths import clean_path, transformers_of
 from autotune.tuned import Tuned
 from spas_attn.checks import HEAD_DIMS, check_flag
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from autotune import dense, record_density
-from autotune.module import sparse_modules, transformers_of
+from autotune.module import sparse_modules
+from autotune.paths import transformers_of
 
 # Figures that a comparison can show, and how.
 FORMATS = {

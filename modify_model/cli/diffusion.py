@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotune.module import transformers_of
+from autotune.paths import transformers_of
 from modify_model import dense_steps_of
 from spas_attn.metrics import psnr
 

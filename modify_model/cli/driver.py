@@ -21,7 +21,8 @@ import torch.distributed as dist
 import autotune
 from autotune import report
 from autotune.calibration import Calibration
-from autotune.module import DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL, clean_path, sparse_modules, transformers_of
+from autotune.module import DEFAULT_L1, DEFAULT_PV_L1, DEFAULT_TAIL, sparse_modules
+from autotune.paths import clean_path, transformers_of
 from autotune.tradeoff import Target
 from autotune.tuned import check_bounds
 from modify_model import patch, verify

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import autotune
 from autotune import Tuned, record_density
-from autotune.module import sparse_modules, transformers_of
+from autotune.module import sparse_modules
+from autotune.paths import transformers_of
 from autotune.tuned import PV_OFF
 from modify_model import patch, restore
 from modify_model import verify as find_layers

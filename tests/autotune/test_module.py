@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from autotune import SparseAttention, Tuned, calibrate, dense, record_density
-from autotune.module import clean_path, sparse_modules
+from autotune.module import sparse_modules
+from autotune.paths import clean_path
 from autotune.tuned import FILE_KEYS
 from spas_attn import fallback_counts, sparse_attention
 from spas_attn.call import Call
