@@ -27,6 +27,7 @@ from spas_attn.traced import constant_when_traced
 from .families import count_dense_call
 from .masks import COMPILED_PATTERN, SHORTEST, PreparedMask, chunks_of, prepare_mask
 from .sequence_parallel import AROUND_ANOTHER, share_of, whole_mask
+from .streaming_cache import Handed, StreamingLayer
 
 NAME = "spas_attn"
 PREFIX = "spas_attn_"
@@ -109,6 +110,8 @@ def attend(
     Returns:
         ``[B, Lq, Hq, Dv]``, and the attention weights if the original attention gives any and the layer is not patched.
     """
+    if isinstance(key, Handed):
+        return _attend_cached(module, query, key.layer, attention_mask, kwargs), None
     held = deepspeed_ranks()
     if held is not None and isinstance(attention_mask, PreparedMask):
         raise ValueError(AROUND_ANOTHER)
@@ -158,6 +161,22 @@ def attend(
     return out.transpose(1, 2)[..., : value.shape[-1]], None
 
 
+def _attend_cached(module: Any, query: Tensor, layer: StreamingLayer, mask: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Attention with a StreamingCache, which knows what each head sees; there is no dense one to fall back to."""
+    layer.check(getattr(module, "inner_attention", None))
+    reason = _unsupported(module, kwargs)
+    if query.shape[2] >= SHORTEST:
+        reason = dense_reason(module, layer.full.keys, mask, kwargs)
+        packed = (
+            reason is None and mask.documents_at(kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")) is not None
+        )
+        if packed or (reason is None and (mask.window is not None or mask.chunk is not None)):
+            reason = "sequences are packed" if packed else "the layer has a sliding window or chunks"
+    if reason is not None or kwargs.get("s_aux") is not None or deepspeed_ranks() is not None:
+        raise ValueError(f"a StreamingCache cannot serve this call: {reason or 'sinks or sequence parallelism'}")
+    return layer.attend(query, mask, _scale(query, kwargs)).transpose(1, 2)
+
+
 def dense_reason(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> str | None:
     """Why a prefill call of a patched layer has to run on the original attention, or None."""
     if mask is None:
@@ -172,6 +191,17 @@ def dense_reason(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) ->
     if module.training and inner.mode == "sparse" and inner.gates is None:
         # Gradient checkpointing runs the first forward without gradients and must see what the second one computes.
         return "the model is in training mode; call model.eval()"
+    reason = _unsupported(module, kwargs)
+    if reason is not None:
+        return reason
+    window = kwargs.get("sliding_window")
+    if isinstance(window, int) and window < mask.k_end and mask.window is None:
+        return "the attention was called with a sliding_window that its mask does not have"
+    return None
+
+
+def _unsupported(module: Any, kwargs: dict[str, Any]) -> str | None:
+    """What an attention layer asks for that sparse attention does not know, or None."""
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         return "the attention is not causal"
     for name in UNSUPPORTED:
@@ -179,9 +209,6 @@ def dense_reason(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) ->
             return f"the attention was called with {name}"
     if isinstance(kwargs.get("scaling"), Tensor):
         return "the scale of the attention is a tensor"
-    window = kwargs.get("sliding_window")
-    if isinstance(window, int) and window < mask.k_end and mask.window is None:
-        return "the attention was called with a sliding_window that its mask does not have"
     return None
 
 
