@@ -187,7 +187,7 @@ class Calibration:
                     "were set; let it run to its end (finished prompts are kept in the checkpoint, if one was named)"
                 )
         finally:
-            self._open.close()
+            self._open.__exit__(kind, error, trace)
             for module, tuned, mode in self._before if self._pass is not None else []:
                 module.tuned, module.mode = tuned, mode
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from .accumulate import Tally
-from .module import sparse_modules, transformers_of
+from .module import sparse_modules
 from .passes import CurvePass
+from .paths import transformers_of
 from .storage import digest, read, write
 from .tradeoff import Shape
 
@@ -67,14 +67,12 @@ class Checkpoint:
                     done |= tally.sums.keys()
                     if work.rank == 0:  # the sum over ranks has each prompt once
                         curves.count(layer, tally)
-        if work.world > 1:
-            dist.barrier()  # all have read
+        work.gather(None)  # all have read
         if work.rank == 0:
             if done:
                 self.save(curves)
             self.remove(but=self.file(0) if done else None)
-        if work.world > 1:
-            dist.barrier()
+        work.gather(None)
         return done
 
     def load(self) -> list[Saved]:

@@ -15,9 +15,10 @@ from spas_attn.call import Call
 
 from .conditions import float32
 from .layer import NO_MEMORY, SKIPPED_STEP, Layer
-from .module import transformers_of
 from .passes import FreePass, Pass
+from .paths import transformers_of
 from .rerun import Repeater
+from .roll_call import RollCall
 from .sampling import Sampler, Steps
 from .work import Work
 
@@ -55,6 +56,9 @@ class Watcher:
 
     def begin(self, stack: contextlib.ExitStack) -> None:
         """Hook into the model until ``stack`` closes."""
+        if self.work.world > 1:
+            self.work.roll_call = RollCall(self.work.rank, self.work.world)
+            stack.push(self._leave)
         parts = [part for _, part in transformers_of(self.model)]
         for part in parts if self.steps.every > 1 else []:
             stack.callback(part.register_forward_pre_hook(self.steps.begin, with_kwargs=True).remove)
@@ -73,6 +77,8 @@ class Watcher:
     def begin_prompt(self, prompt: int) -> None:
         """The calls to come are those of a prompt."""
         self.prompt, self.problem = prompt, None
+        if self.work.roll_call is not None and self.current is not None:
+            self.work.roll_call.at(f"prompt {prompt} of the {self.current.name} pass")
         self._fallbacks = Counter(fallback_counts())
         self.steps.restart()
         for repeater in self._repeaters:
@@ -80,6 +86,12 @@ class Watcher:
             repeater.compare = self.current.compare if self.current is not None and self.current.compares else None
         for layer in self.work.layers:
             layer.calls, layer.unseen = 0, Counter()
+
+    def _leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        assert self.work.roll_call is not None
+        early = None if self.current is None else RuntimeError("the loop over prompts ended early")
+        self.work.roll_call.leave(error or early)
+        self.work.roll_call = None
 
     def blind(self) -> list[Layer]:
         """A layer of every module of which nothing was looked at in the prompt in progress."""

@@ -15,6 +15,7 @@ from .accumulate import Grid, PromptTally, Tally
 from .layer import NO_MEMORY, Layer
 from .objective import Objective
 from .phases import Phases
+from .roll_call import RollCall
 
 if TYPE_CHECKING:
     from .rerun import Rerun
@@ -31,6 +32,7 @@ class Work:
         sensitivity: how many of the fitted prompts the layers' sensitivities are measured on; 0 = none.
         fitted, checked: numbers of the prompts for the curves, and of those kept aside for PV pass and check.
         measured: the model's error with all layers sparse, of each comparison on prompts kept aside.
+        roll_call: between the processes, while the calibration runs; None for one process.
     """
 
     layers: list[Layer]
@@ -45,6 +47,7 @@ class Work:
     measured: list[float] = field(default_factory=list)
     rank: int = 0
     world: int = 1
+    roll_call: RollCall | None = None
 
     def __post_init__(self) -> None:
         if dist.is_available() and dist.is_initialized():
@@ -54,6 +57,8 @@ class Work:
         """What every process gives."""
         if self.world == 1:
             return [mine]
+        if self.roll_call is not None:
+            self.roll_call.meet()
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, mine)
         return gathered
