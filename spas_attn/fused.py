@@ -94,7 +94,7 @@ def _by_keys(parts: Parts, call: Call, quantise: bool) -> tuple[BlockMask, Prepa
     block_filled = filled_tiles(kernels.as_bytes(call.key_mask), ranking.block_k)
     facts = Facts(block_filled, documents=call.document_start)
     lists, per_q = _scores(parts, call), ranking.block_q // ranking.pool
-    mask, rule = None, _rule(parts, call, "mass")
+    mask, rule = None, _rule(parts, call, ranking.rank)
     for sums in row_sums(lists, per_q, group):
         key_scores(
             vectors, call.k, sums, call.q_len, step=step, pool=ranking.pool, block_q=ranking.block_q,

@@ -34,7 +34,7 @@ from .selectors import (
     Union,
     XAttention,
 )
-from .selectors.exact_keys import QUERIES
+from .selectors.exact_keys import QUERIES, RANKS
 from .selectors.minference import PATTERNS
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ _touched: dict[tuple[object, ...], Tensor] = {}  # see _touched_blocks
 _RANKING: tuple[tuple[type[Selector], tuple[str, ...], tuple[str, ...]], ...] = (
     (MeanSimilarity, ("cdf_threshold", "sim_threshold"), ("pool",)),
     (TopK, ("keep",), ("pool",)),
-    (ExactKeys, ("cdf_threshold",), ("pool", "queries")),
+    (ExactKeys, ("cdf_threshold",), ("pool", "queries", "rank")),
     (XAttention, ("threshold",), ("stride",)),
     (FlashPrefill, ("alpha",), ("sink_blocks", "last_blocks")),
     (FlexPrefill, ("gamma", "tau"), ("min_budget", "max_budget")),
     (MInference, ("vertical_size", "slash_size", "adaptive_budget"), ()),
 )
 _ABSENT = -1  # a whole number that is None
-_WORDS = {"queries": QUERIES}  # fields whose whole number is the place of a word
+_WORDS = {"queries": QUERIES, "rank": RANKS}  # fields whose whole number is the place of a word
 
 
 @dataclass(frozen=True)

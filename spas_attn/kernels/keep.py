@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .key_scores import mean_probability
+from .key_scores import probability
 from .operands import PerHead, of_head
 from .similarity import last_within, mixed
 
@@ -173,7 +173,7 @@ def _within_rule(bits, p, visible, forced, block, limit, line, is_aware, cut, by
         share = tl.div_rn(block.to(tl.float32) * one, one * possible)
         places = _total(share < limit).to(tl.float32)
         kept = _threshold(bits, one, _total(forced).to(tl.float32), places, none)
-    elif RULE == "share":
+    elif RULE == "share" or RULE == "peak":
         kept = 1.0 - p < limit
     else:
         kept = line < limit
@@ -206,7 +206,7 @@ def keep_rows(
         i: numbers of the query blocks, [R, 1]; those behind the last one are left out.
         RULE: what the level of a block is: "mass", the probability that stands before it; "rank", the share of blocks
             before it; "share", 1 less its score over the row's largest, where the row holds log2 of the scores;
-            "lines", the lower of that of its column and of the diagonals that cross it.
+            "peak", 1 less its probability; "lines", the lower of that of its column and of the diagonals that cross it.
         LAST: query blocks that keep everything, up to that of the query ``by.last_row``.
     """
     nq, nk = tl.cdiv(q_len, BLOCK_Q), tl.cdiv(k_len, BLOCK_K)
@@ -232,9 +232,10 @@ def keep_rows(
         p = tl.load(p_row + block, mask=visible, other=0).to(tl.float32, bitcast=True)
     else:
         only = tl.sum(tl.sum(i, 1), 0)
-        p = mean_probability(
-            sums, head, only, block, q_len, k_len, by.window, by.documents, PER_Q, BLOCK_Q, BLOCK_K, NK, CAUSAL
-        )
+        p = probability(
+            sums, head, only, block, q_len, k_len, by.window, by.documents, RULE == "peak", PER_Q, BLOCK_Q, BLOCK_K,
+            NK, CAUSAL,
+        )  # fmt: skip
     if RULE == "share":
         top = tl.max(tl.where(visible, p, float("-inf")), 1, keep_dims=True)
         p = tl.where(visible & (p > float("-inf")), tl.exp2(p - top), 0.0)

@@ -59,15 +59,18 @@ def _row_range(rows, inside, q_len, k_len, window, documents, POOL: tl.constexpr
 
 
 @triton.jit
-def mean_probability(
-    sums, head, i, block, q_len, k_len, window, documents,
+def probability(
+    sums, head, i, block, q_len, k_len, window, documents, PEAK: tl.constexpr,
     PER_Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Mean softmax of the PER_Q rows of query block ``i`` over the key blocks ``block``, float32 [1, NK]."""
+    """Softmax over the key blocks ``block``, the mean over the PER_Q rows of query block ``i``, float32 [1, NK].
+
+    With PEAK the largest of the rows instead.
+    """
     POOL: tl.constexpr = BLOCK_Q // PER_Q
     nk = tl.cdiv(k_len, BLOCK_K)
     p_row = sums.data + (head * sums.blocks + i - sums.first) * PER_Q * nk + block
-    total_p, counted = tl.zeros([1, NK], tl.float32), tl.zeros([1, 1], tl.float32)
+    found, counted = tl.zeros([1, NK], tl.float32), tl.zeros([1, 1], tl.float32)
     for x in tl.range(0, PER_Q, loop_unroll_factor=min(PER_Q, 4)):
         row = i * PER_Q + x
         low, high = _row_range(row, row * POOL < q_len, q_len, k_len, window, documents, POOL, CAUSAL)
@@ -76,9 +79,15 @@ def mean_probability(
         peak = tl.max(log_mass, 1, keep_dims=True)
         p = tl.exp2(log_mass - tl.where(peak == float("-inf"), 0.0, peak))
         total = tl.sum(p, 1, keep_dims=True)
-        counted += (total > 0).to(tl.float32)
-        total_p += p * (1.0 / tl.where(total > 0, total, 1.0))
-    return total_p * (1.0 / tl.maximum(counted, 1.0))
+        p *= 1.0 / tl.where(total > 0, total, 1.0)
+        if PEAK:
+            found = tl.maximum(found, p)
+        else:
+            counted += (total > 0).to(tl.float32)
+            found += p
+    if not PEAK:
+        found *= 1.0 / tl.maximum(counted, 1.0)
+    return found
 
 
 @triton.jit

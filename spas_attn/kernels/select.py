@@ -44,7 +44,7 @@ class Rule:
     """Which blocks of a row are kept.
 
     Attributes:
-        kind: "mass", "rank", "share" or "lines", see ``keep_rows``.
+        kind: "mass", "rank", "share", "peak" or "lines", see ``keep_rows``.
         level: what the levels of kept blocks lie below, a float or float32 ``[Hq]`` (or ``[1]``).
         block_q, block_k, local: as in the selector; sink: how many first blocks are forced.
         sim_threshold: of the similarity filter, like ``level``; None = off.

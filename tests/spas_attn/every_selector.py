@@ -51,6 +51,7 @@ SELECTORS: dict[str, Selector] = {
     "TopK": TopK(0.4, pool=16, local=0, block_q=128, block_k=64),
     "ExactKeys": ExactKeys(0.7, local=0, **SIZES),
     "ExactKeys, a sample": ExactKeys(0.8, pool=64, queries="sample", block_q=128, block_k=64),
+    "ExactKeys, peaks": ExactKeys(0.85, pool=16, queries="sample", rank="peak", local=0, **SIZES),
     "XAttention": XAttention(0.7, stride=8, **SIZES),
     "XAttention, stride 16": XAttention(0.8, local=100, block_q=128, block_k=64),
     "FlashPrefill": FlashPrefill(0.5, sink_blocks=1, last_blocks=1, local=0, **SIZES),

@@ -57,6 +57,12 @@ def in_loops(selector: ExactKeys, call: Call, b: int, h: int) -> Tensor:
             forced |= {j for j in range(nk) if starts[j] in near}
         forced = {j for j in forced if visible[i, j]}
         kept[i, list(forced)] = True
+        if selector.rank == "peak":
+            peak = [max((row[j] for row in rows), default=0.0) for j in range(nk)]
+            kept[i] |= visible[i] & torch.tensor([1 - x < selector.cdf_threshold for x in peak])
+            if not kept[i].any() and visible[i].any():
+                kept[i, max(visible[i].nonzero()[:, 0].tolist(), key=lambda j: peak[j])] = True
+            continue
         reached = sum(share[j] for j in forced)
         for j in sorted(range(nk), key=lambda j: -share[j]):
             if j in forced or not visible[i, j]:
@@ -68,9 +74,10 @@ def in_loops(selector: ExactKeys, call: Call, b: int, h: int) -> Tensor:
     return kept
 
 
+@pytest.mark.parametrize("rank", ["mass", "peak"])
 @pytest.mark.parametrize("queries", ["mean", "sample"])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_rule_in_loops(queries: str, seed: int) -> None:
+def test_the_rule_in_loops(queries: str, rank: str, seed: int) -> None:
     chance = random.Random(f"{queries} {seed}")
     is_causal = seed % 3 != 2
     k_len = chance.randint(400, 480)
@@ -85,7 +92,8 @@ def test_the_rule_in_loops(queries: str, seed: int) -> None:
         window=chance.choice([None, 200]) if is_causal else None,
     )  # fmt: skip
     selector = ExactKeys(
-        chance.uniform(0.2, 0.6), chance.choice([16, 32, 64]), queries, block_q=64,
+        chance.uniform(*((0.2, 0.6) if rank == "mass" else (0.6, 0.95))), chance.choice([16, 32, 64]), queries, rank,
+        block_q=64,
         block_k=chance.choice([64, 64, 128]), local=chance.choice([0, 40]), sink=chance.random() < 0.5,
     )  # fmt: skip
     kept = selector.kept(call)
@@ -124,6 +132,7 @@ def test_long_sequences_are_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
         ({"pool": 0}, ValueError, "pool must be .*got 0"),
         ({"pool": True}, ValueError, "pool must be .*got True"),
         ({"queries": "middle"}, ValueError, r"queries must be one of \('mean', 'sample'\), got 'middle'"),
+        ({"rank": "least"}, ValueError, r"rank must be one of \('mass', 'peak'\), got 'least'"),
         ({"cdf_threshold": 1.5}, ValueError, "cdf_threshold must be in .*got 1.5"),
         ({"cdf_threshold": "0.5"}, TypeError, "cdf_threshold must be a"),
     ],
@@ -157,7 +166,8 @@ def test_random_calls(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cdf: Any = chance.choice([0.0, 1.0, many, *(chance.uniform(0.1, 0.95) for _ in range(4))])
     selector: Any = ExactKeys(
         cdf, chance.choice([8, 16, 32, 64]),
-        chance.choice(["mean", "sample"]), sink=chance.random() < 0.5, local=chance.choice([0, 0, 100]),
+        chance.choice(["mean", "sample"]), chance.choice(["mass", "peak"]), sink=chance.random() < 0.5,
+        local=chance.choice([0, 0, 100]),
         dense_heads=dense, **size,
     )  # fmt: skip
     if chance.random() < 0.3:
@@ -171,6 +181,7 @@ CALLS = [
     (Case(200, 330, dim=256, dtype=HALF, is_causal=True, density=None), ExactKeys(0.4, local=0, block_k=64)),
     (Case(200, 330, dim=256, is_causal=True, density=None), ExactKeys(0.4, local=0)),
     (Case(300, 260, dim=80, heads=4, k_heads=2, dtype=BF16, layout="NHD", density=None), ExactKeys(0.6, 64)),
+    (Case(300, 260, heads=2, k_heads=1, dtype=HALF, density=None), ExactKeys(0.8, 16, "sample", "peak", block_k=64)),
     (Case(128, 128, density=None), ExactKeys(0.7, pool=1, block_q=64, block_k=64)),
     (Case(70, 64 * 70, dim=16, heads=1, k_heads=1, density=None), ExactKeys(0.8, block_q=64, block_k=64)),
 ]
@@ -201,9 +212,10 @@ def test_scores_further_apart_than_float32_holds() -> None:
 
 
 @pytest.mark.parametrize("queries", ["mean", "sample"])
-def test_later_tokens_do_not_change_earlier_selections(queries: str) -> None:
+@pytest.mark.parametrize("rank", ["mass", "peak"])
+def test_later_tokens_do_not_change_earlier_selections(queries: str, rank: str) -> None:
     call = inputs_of(Case(300, 360, dim=16, k_heads=1, is_causal=True, density=None), 5)
-    selector = ExactKeys(0.5, 32, queries, block_q=64, block_k=64, local=0)
+    selector = ExactKeys(0.5 if rank == "mass" else 0.9, 32, queries, rank, block_q=64, block_k=64, local=0)
     q, k = call.q.clone(), call.k.clone()
     q[:, :, 192:] *= -100
     k[:, :, 192 + 60 :] *= -100
@@ -214,20 +226,22 @@ def test_later_tokens_do_not_change_earlier_selections(queries: str) -> None:
 
 
 @pytest.mark.parametrize("queries", ["mean", "sample"])
-def test_packed_sequences_in_one_launch(queries: str) -> None:
+@pytest.mark.parametrize("rank", ["mass", "peak"])
+def test_packed_sequences_in_one_launch(queries: str, rank: str) -> None:
     ends = torch.tensor([0, 70, 71, 260, 330], dtype=torch.int32)
     generator = torch.Generator().manual_seed(2)
     q = torch.randn(1, 2, 330, 32, generator=generator).cumsum(2) / 5
     k = torch.randn(1, 1, 330, 32, generator=generator).cumsum(2) / 5
     call, _ = Call.make(q, k, k, is_causal=True, cu_seqlens_q=ends, cu_seqlens_k=ends).aligned()
-    selector = ExactKeys(0.5, 16, queries, local=0, block_q=64, block_k=64)
+    selector = ExactKeys(0.5 if rank == "mass" else 0.8, 16, queries, rank, local=0, block_q=64, block_k=64)
     assert not assert_same_selection(selector, call).all()
 
 
 @pytest.mark.parametrize("queries", ["mean", "sample"])
-def test_through_the_custom_op(queries: str) -> None:
+@pytest.mark.parametrize("rank", ["mass", "peak"])
+def test_through_the_custom_op(queries: str, rank: str) -> None:
     call = inputs_of(Case(200, 260, heads=2, k_heads=1, dim=32, is_causal=True, density=None))
-    selector = ExactKeys(torch.tensor([0.4, 0.7]), 64, queries, block_q=64, block_k=64)
+    selector = ExactKeys(torch.tensor([0.4, 0.7]), 64, queries, rank, block_q=64, block_k=64)
     want = fused(selector, call).mask
     assert torch.equal(_fused_traced(parts_of(selector, call), call, False).mask.indices, want.indices)
     assert not fused_serves(selector, call)  # a CPU tensor
@@ -236,12 +250,15 @@ def test_through_the_custom_op(queries: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("length", "dim", "heads", "is_causal"), [(16384, 128, 4, False), (32768, 64, 8, True)])
 @pytest.mark.parametrize("queries", ["mean", "sample"])
-def test_full_size(length: int, dim: int, heads: int, is_causal: bool, queries: str) -> None:
+@pytest.mark.parametrize(("rank", "threshold"), [("mass", 0.6), ("peak", 0.997)])
+def test_full_size(
+    length: int, dim: int, heads: int, is_causal: bool, queries: str, rank: str, threshold: float
+) -> None:
     """Few blocks differ from those of the rule in float32, with as much mass, and two runs agree to the bit."""
     generator = torch.Generator("cuda").manual_seed(0)
     q, k = (torch.randn(1, n, length, dim, generator=generator, device="cuda").to(BF16) for n in (heads, 2))
     call = Call.make(q, k, k, is_causal=is_causal)
-    selector = ExactKeys(0.6, 32, queries, local=0, block_q=64, block_k=64)
+    selector = ExactKeys(threshold, 32, queries, rank, local=0, block_q=64, block_k=64)
     mask = run_fused(parts_of(selector, call), call, False)[0]
     assert torch.equal(run_fused(parts_of(selector, call), call, False)[0].indices, mask.indices)
     got, want = mask.to_dense(), selector.kept(call)
