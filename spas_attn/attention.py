@@ -7,6 +7,7 @@
 A backend that cannot serve a call declines it with a reason. Then ``strict=True`` raises; otherwise one warning names
 the reason, the exact dense backend does the call, and ``fallback_counts()`` counts it. Where exact dense attention is
 measured to be faster (cost_model.py), ``backend="auto"`` runs it and selects nothing; that is no fallback.
+Gradients flow through given blocks at the cost of these (gradients.py); a call that selects its blocks runs dense then.
 """
 
 from __future__ import annotations
@@ -102,6 +103,10 @@ def block_sparse_attention(
     """Attention over the blocks of a given mask; arguments, result and errors as in :func:`sparse_attention`.
 
     A packed mask brings its own ``cu_seqlens``. An output never depends on later tokens under ``is_causal``.
+    Gradients of q, k, v and ``sinks`` cost what the kept blocks cost, need no memory for scores and are the same every
+    time, on backends `triton` and `cpu` (FlashAttention-2's backward pass, arXiv 2307.08691); `sdpa` and `reference`
+    compute them dense, the others decline. They are those of native precision without PV skip; second derivatives
+    raise a RuntimeError.
     With ``return_lse``, also the natural log of the sum of each query's exponentials, float32 ``[B, Hq, Lq]`` (-inf
     for a query that sees nothing), with which partial results can be merged; PV skip is then left out. With ``sinks``
     the sum has the sink's exponential in it, as the output's denominator has: of partial results to be merged, one

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..block_mask import BlockMask, cdiv
 from . import config as configs
@@ -43,7 +44,7 @@ _GENERAL = {
     # No matrix unit computes fp32: larger tiles spill registers.
     ("float", 64): Tiles(Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("float", 128): Tiles(Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-    ("float", 256): Tiles(Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+    ("float", 256): Tiles(Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 
 
@@ -114,15 +115,22 @@ def _whole_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
+def _descriptors(
+    a: Tensor, b: Tensor, tile: tuple[int, int]
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Descriptors of both or of neither."""
+    # Triton 3.6 for sm_90: fp32 products of what the copy engine loads spill kilobytes a thread.
+    made = (None, None) if a.dtype == torch.float32 else (descriptor(a, tile), descriptor(b, tile))
+    return (None, None) if None in made else made
+
+
 def _launch_dq(
     dq: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, grad_out: Tensor, log2_sum: Tensor, delta: Tensor,
     valid: Tensor | None, scale: float, is_causal: bool, window: int | None, config: Config,
 ) -> None:  # fmt: skip
     (batch, heads, q_len, d), k_len, block_n = q.shape, k.shape[2], config.block_n
     dim = padded_dim(d, False)
-    k_desc, v_desc = (descriptor(x, (block_n, dim)) for x in (k, v))
-    if k_desc is None or v_desc is None:
-        k_desc = v_desc = None
+    k_desc, v_desc = _descriptors(k, v, (block_n, dim))
     rows = [Rows.of(x) if k_desc is None else None for x in (k, v)]
     launch(
         dq_kernel, (cdiv(q_len, config.block_m) * batch * heads,), Rows.of(q), *rows, Rows.of(grad_out), Rows.of(dq),
@@ -144,9 +152,7 @@ def _launch_dkv(
     lists = query_lists(mask, block_lists(mask, batch, heads), k_heads, is_causal, window)
     shares = chunks(lists, k_heads, min(_SLOTS, tiles))
     sums = torch.empty(shares.slots, split, 2, config.block_n, dim, device=q.device)
-    q_desc, do_desc = (descriptor(x, (config.block_m, dim)) for x in (q, grad_out))
-    if q_desc is None or do_desc is None:
-        q_desc = do_desc = None
+    q_desc, do_desc = _descriptors(q, grad_out, (config.block_m, dim))
     launch(
         dkv_kernel, ((shares.slots + tiles) * split,), Rows.of(q), Rows.of(k), Rows.of(v), Rows.of(grad_out),
         Rows.of(dk), Rows.of(dv), sums, q_desc, do_desc, log2_sum, delta, lists, shares, Valid.of(valid),

@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from cases import BF16, F32, HALF, Case
 
-from spas_attn import Call
+from spas_attn import Call, backends
 from spas_attn.backends import reference, triton
 from spas_attn.fused import run_fused
+from spas_attn.gradients import compute
 from spas_attn.kernels import config
 from spas_attn.metrics import relative_l1
 from spas_attn.select import parts_of
@@ -47,6 +48,11 @@ ATTENTION = [
     (Case(63, 190, dim=128, batch=2, padding="left", block_q=64, block_k=64, dtype=BF16), "int8_bf16"),
     (Case(130, 201, dim=72, heads=4, k_heads=2, is_causal=True, layout="NHD", dtype=BF16), "int8_fp8"),
     (Case(129, 333, dim=128, is_causal=True, window=70, padding="right", dtype=HALF), "int8_fp8"),
+]
+GRADIENTS = [
+    *[case for case, precision in ATTENTION if precision == "native" and case.density is not None],
+    Case(130, 201, dim=64, heads=4, k_heads=2, is_causal=True, block_q=64, block_k=64, dtype=BF16),
+    Case(3000, 3000, dim=32, heads=4, k_heads=1, is_causal=True, block_q=64, block_k=64, density=0.03, dtype=HALF),
 ]
 TOKENS = Tokens(((3, 9),), block_q=64, block_k=64)
 SELECTION: list[tuple[Case, Selector]] = [
@@ -78,6 +84,21 @@ def wrong_lse(call: Call) -> str | None:
     return None if (got - expected)[seen].abs().max() <= 0.1 else "the log of the sum of the exponentials"
 
 
+def wrong_gradients(case: Case) -> str | None:
+    """Gradients that differ from those of float32 autograd."""
+    call = case.call(device="cuda")
+    leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+    truths = [x.detach().float().requires_grad_() for x in leaves]
+    out, expected = (
+        compute(backends.get(name), call.replace(**dict(zip("qkv", inputs, strict=True))))
+        for name, inputs in (("triton", leaves), ("reference", truths))
+    )
+    weight = torch.randn_like(expected)
+    mine, truth = torch.autograd.grad(out, leaves, weight.to(out.dtype)), torch.autograd.grad(expected, truths, weight)
+    error = max(relative_l1(a.float(), b).item() for a, b in zip(mine, truth, strict=True))
+    return None if error <= 0.02 else f"relative L1 {error:.2e}"
+
+
 def wrong_selection(case: Case, selector: Selector) -> str | None:
     """Blocks that differ from the torch code's, but for one tie, or a wrong result from them and the int8 keys."""
     call, here = case.call(device="cuda", mask=None), case.call(mask=None)
@@ -94,6 +115,7 @@ def main() -> int:
     ]
     for case, precision in (ATTENTION[2], ATTENTION[7]):
         results.append((f"{case} {precision} lse", wrong_lse(case.call(device="cuda", precision=precision))))
+    results += [(f"{case} gradients", wrong_gradients(case)) for case in GRADIENTS]
     config.skip_pays = lambda *facts: True  # also where this GPU would leave PV skip out
     skipping = Case(130, 333, dim=56, heads=4, k_heads=2, is_causal=True, dtype=HALF, density=0.9)
     results.append(

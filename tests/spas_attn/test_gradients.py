@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from spas_attn import BlockMask, Call, backends, block_sparse_attention
+from spas_attn import BlockMask, Call, backends, block_sparse_attention, replay
 from spas_attn.plan import plan
-from spas_attn.selectors import Streaming
+from spas_attn.selectors import Dense, Streaming
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = pytest.param("triton", marks=pytest.mark.skipif("backends.get('triton').missing() is not None"))
@@ -162,6 +162,20 @@ def grads_of(out: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 def test_same_bits_twice(backend: str) -> None:
     first, second = (draw(8).run(backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.skipif("backends.get('triton').missing() is not None")
+def test_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes are recorded, and repeated with other inputs."""
+    monkeypatch.setattr(replay, "DEVICES", {"cuda", "cpu"})
+    drawn = [draw(5, longest=70), draw(5, longest=70)]
+    drawn[1].inputs = [x.flip(2).contiguous() for x in drawn[0].inputs]
+    first = [x.run("triton") for x in drawn]
+    assert replay.summary() == {"plan": 2}
+    again = [x.run("triton") for x in drawn]
+    for a, b in zip(first, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(first[0][-1], first[1][-1])
 
 
 @pytest.mark.parametrize("backend", ["cpu", TRITON])
@@ -316,3 +330,58 @@ def test_long_lists_are_shared_out(shared: bool, monkeypatch: pytest.MonkeyPatch
     assert shares.owner.tolist() == [0, 0, 0, 9, 9, 9, -1]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_full_size(dim: int, block: int, is_causal: bool, dtype: torch.dtype) -> None:
+    """Against autograd of float32 scores; without a host synchronisation, and the same bits when it is replayed."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    length, blocks = 2000, -(-2000 // block)
+    sizes = [(1, heads, length, dim) for heads in (8, 2, 2, 8)]
+    *inputs, grad = (torch.randn(size, generator=generator, device="cuda").to(dtype) for size in sizes)
+    kept = torch.rand(1, 8, blocks, blocks, generator=generator, device="cuda") < 0.3
+    kept[..., 0] = True  # long lists, which are cut
+    mask = BlockMask.from_dense(kept, length, length, block, block)
+
+    def run(inputs: list[Tensor], backend: str) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = block_sparse_attention(*leaves, mask, is_causal=is_causal, backend=backend, strict=True)
+        return out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+    expected, results = run([x.float() for x in inputs], "reference"), [run(inputs, "triton")]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results += [run(inputs, "triton") for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+    for mine, truth in zip(results[0], expected, strict=True):
+        assert (mine.float() - truth).abs().mean() / truth.abs().mean() <= LIMITS[dtype]
+
+
+@pytest.mark.gpu
+def test_memory_and_time_are_by_tokens_and_blocks() -> None:
+    """Scores of 32,768 tokens would take 8 GiB a head; few blocks take far less time than all of them."""
+    length = 32768
+    inputs = [torch.randn(1, heads, length, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
+    leaves = [x.requires_grad_() for x in inputs]
+    times = []
+    for selector in (Streaming(128, 1024), Dense()):
+        mask = selector.select(*inputs[:2], is_causal=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(4):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            out = block_sparse_attention(*leaves, mask, is_causal=True)
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+            end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+        assert torch.cuda.max_memory_allocated() - before < 1 << 30
+    assert times[0] < times[1] / 4
