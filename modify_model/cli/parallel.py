@@ -59,6 +59,10 @@ def join_ranks() -> str:
     return device
 
 
+def _how(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"with exit code {code}"
+
+
 def launch(arguments: Sequence[str]) -> int:
     """torchrun, with the exit code of the process that failed first; torchrun's own is always 1, after a traceback."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -67,9 +71,12 @@ def launch(arguments: Sequence[str]) -> int:
     try:
         run(parse_args(list(arguments)))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        if code != USER_ERROR:  # the process has said what is wrong
-            print(error, file=sys.stderr)
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code != USER_ERROR:  # else the process has said what is wrong
+            print(
+                f"{error}\nrank {rank} ended first, {_how(code)}; a calibration goes on with --resume", file=sys.stderr
+            )
         return code if code > 0 else 1  # killed by a signal: below 0
     return 0
 

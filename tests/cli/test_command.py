@@ -259,14 +259,23 @@ def test_parallel_tune(tuned: Tuned, tmp_path: Path) -> None:
     assert "--- 2 new tokens" in done.stdout
 
 
-@pytest.mark.parametrize(("ending", "code"), [("sys.exit(2)", 2), ("1 / 0", 1), ("", 0)])
-def test_exit_codes_of_several_processes(ending: str, code: int, tmp_path: Path, capfd: Any) -> None:
+@pytest.mark.parametrize(
+    ("ending", "code", "told"),
+    [
+        ("sys.exit(2)", 2, ""),
+        ("1 / 0", 1, "ended first, with exit code 1"),
+        ("os.kill(os.getpid(), 9)", 1, "ended first, killed by signal 9"),
+        ("", 0, ""),
+    ],
+)
+def test_exit_codes_of_several_processes(ending: str, code: int, told: str, tmp_path: Path, capfd: Any) -> None:
     script = tmp_path / "script.py"
-    script.write_text(f"import sys\nprint(*sys.argv[1:])\n{ending}\n")
+    script.write_text(f"import os, sys\nprint(*sys.argv[1:], flush=True)\n{ending}\n")
     assert run_parallel([str(script)], ["--tune", "x y"]) == code
     shown, said = capfd.readouterr()
     assert "--tune x y" in shown and "ChildFailedError" not in said
-    assert ("Traceback" in said) == ("ZeroDivisionError" in said) == (code == 1)  # the script's own only
+    assert told in said and ("ended first" in said) == (code == 1)
+    assert ("Traceback" in said) == ("ZeroDivisionError" in said) == ("1 / 0" in ending)  # the script's own only
 
 
 @pytest.mark.slow
