@@ -16,12 +16,20 @@ import autotune.learn.branches as branches_file
 from autotune import SparseAttention, dense
 from autotune.learn import HeadGates, Learning, Regulariser, SparsityTarget, learn
 from autotune.learn.branches import Branches, mix
+from spas_attn import fallback_counts
 from spas_attn.selectors import Streaming
 
-pytestmark = pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning")
 SIZES = dict(sink_size=64, window=64, block_size=64)
 HEADS, GROUP, LENGTH = 2, 2, 330
 RULE = Streaming(64, 64, block_q=64, block_k=64)
+
+
+@pytest.fixture(autouse=True)
+def no_fallbacks():
+    """Both branches carry gradients as they are."""
+    before = fallback_counts()
+    yield
+    assert fallback_counts() == before
 
 
 def tensors(length=LENGTH, heads=HEADS * GROUP):

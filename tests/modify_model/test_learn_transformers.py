@@ -76,11 +76,11 @@ def test_gates_act_whatever_the_mode_and_training(fallbacks):
     assert all(module.gates is None for module in sparse_modules(model).values())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "attention"), [("Llama", "sdpa"), ("Llama", "eager"), ("GPT-OSS", "eager")])
 @pytest.mark.parametrize("given", [False, True], ids=["position_ids", "cu_seq_lens"])
-def test_documents_of_a_packed_row(given, attention, assert_close):
-    """The row gives what its documents give alone, in the output, the gates' gradients and the teacher."""
-    model, learning = gated(attention=attention)
+def test_documents_of_a_packed_row(given, name, attention, assert_close, fallbacks):
+    """The row gives what its documents give alone, in the output, the gradients (also of sinks) and the teacher."""
+    model, learning = gated(name, attention)
     ids = ids_of(sum(DOCUMENTS))
     positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
     ends = torch.tensor([0, *torch.tensor(DOCUMENTS).cumsum(0).tolist()], dtype=torch.int32)
@@ -93,10 +93,11 @@ def test_documents_of_a_packed_row(given, attention, assert_close):
         assert_close(row, alone, 3e-5)
         if active:
             weights = torch.randn_like(row)
-            mine, _ = gradients(model, learning, (row * weights).sum())
-            theirs, _ = gradients(model, learning, (alone * weights).sum())
-            for a, b in zip(mine, theirs, strict=True):
+            mine, of_weights = gradients(model, learning, (row * weights).sum())
+            theirs, expected = gradients(model, learning, (alone * weights).sum())
+            for a, b in zip(mine + of_weights, theirs + expected, strict=True):
                 assert_close(a, b, 1e-3)
+    assert not fallbacks()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
