@@ -90,7 +90,7 @@ class _Masks:
         """The mask of a call; the lists of one head stand for all (strides of 0)."""
         documents, padding = options.get("cu_seqlens"), options.get("attn_mask")
         key = (q.shape[:3], k.shape[2], q.device, documents, padding, options.get("window"))
-        known = self._last  # threads share the object
+        known = None if torch.compiler.is_compiling() else self._last  # threads share the object
         if known is not None and all(_same(a, b) for a, b in zip(known[0], key, strict=True)):
             return known[1]
         rows = slice(None) if padding is not None else slice(1)
@@ -99,7 +99,8 @@ class _Masks:
             q[rows, :1].detach(), k[rows, :1].detach(), cu_seqlens_q=documents, cu_seqlens_k=documents, **chosen
         )
         mask = _with(one, *(x.expand(*q.shape[:2], *x.shape[2:]) for x in (one.counts, one.indices)))
-        self._last = (key, mask)
+        if not torch.compiler.is_compiling():  # a traced graph must not depend on what is kept here
+            self._last = (key, mask)
         return mask
 
     def __getstate__(self) -> dict[str, Any]:

@@ -164,3 +164,19 @@ def test_short_calls_and_decoding_are_the_models_own():
         expected = model.generate(ids, max_new_tokens=4, do_sample=False)
         learning.active = not gates_off
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+
+
+@pytest.mark.slow
+def test_one_graph_under_torch_compile(assert_close):
+    """With an attention_mask, which shows that nothing is packed; draws come from the same generator."""
+    model, learning = gated()
+    ids = ids_of(300)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.train()
+    found = []
+    for one in (model, compiled):
+        torch.manual_seed(2)
+        loss = one(ids, labels=ids, use_cache=False, attention_mask=torch.ones_like(ids)).loss
+        found.append(gradients(model, learning, loss)[0])
+    for a, b in zip(*found, strict=True):
+        assert_close(b, a, 1e-4)
