@@ -107,6 +107,7 @@ def collect(
     items: Sequence[Any],
     query_blocks_per_call: int,
     every: int = 1,
+    edges: Sequence[float] = (),
 ) -> dict[str, Curves]:
     """Curves of selectors with their candidate thresholds, all from one run of each item.
 
@@ -119,6 +120,8 @@ def collect(
         items: what is run.
         query_blocks_per_call: looked at, at random.
         every: every n-th call of a layer in an item is looked at.
+        edges: noise levels, falling, at which the phases of a diffusion model meet: what is ``[layers, …]`` in the
+            curves then holds all layers in the first phase, then all in the second, and so on.
     """
     modules, sampler = sparse_modules(model), Sampler(query_blocks_per_call, 0)
     groups: dict[tuple[int, int], dict[str, tuple[Selector, Sequence[float]]]] = {}
@@ -128,28 +131,32 @@ def collect(
 
     calls: Counter[tuple[int, int]] = Counter()
 
-    def observe(layer: int, number: int, call: Call | str) -> None:
+    def observe(layer: int, number: int, call: Call | str, noise: float | None) -> None:
+        phase = sum(noise < edge for edge in edges) if edges and noise is not None else 0
         place = calls[layer, number]
         calls[layer, number] += 1
         if isinstance(call, str) or place % every != every // 2:
             return
         for size, group in groups.items():
-            tally = tallies.get((size, layer))
+            tally = tallies.get((size, phase, layer))
             if tally is None:
                 count = sum(len(candidates) for _, candidates in group.values())
-                tally = tallies[size, layer] = PromptTally(call.q.shape[1], count, call.q.device)
+                tally = tallies[size, phase, layer] = PromptTally(call.q.shape[1], count, call.q.device)
             add(tally, group, call, sampler.blocks(call, size[0], layer, number, place))
 
     for number, item in enumerate(items):
         for layer, module in enumerate(modules.values()):
             module.mode = "tune"
-            module.observer = lambda call, layer=layer, number=number: observe(layer, number, call)
+            module.observer = lambda call, layer=layer, number=number, module=module: observe(
+                layer, number, call, module.seen_noise
+            )
         run(item)
     for module in modules.values():
         module.mode, module.observer = "dense", None
     found: dict[str, Curves] = {}
     for size, group in groups.items():
-        layers = [tallies[size, layer].close(0) for layer in range(len(modules))]
+        places = [(size, phase, layer) for phase in range(len(edges) + 1) for layer in range(len(modules))]
+        layers = [tallies[place].close(0) for place in places]
         figures = [
             torch.stack([of(tally) for tally in layers]) for of in (mean_error, tail_error, mean_square, Tally.density)
         ]
@@ -187,14 +194,27 @@ def add(
         tally.add_errors(part.heads, *part.partials.errors(masks), part.partials.valid)
 
 
-def install(model: nn.Module, curves: Curves, chosen: Tensor, layers: Sequence[int] | None = None) -> None:
-    """Run a patched model with a choice ``[layers, H]``; only some layers sparse where they are named."""
+def install(
+    model: nn.Module,
+    curves: Curves,
+    chosen: Tensor,
+    layers: Sequence[int] | None = None,
+    edges: Sequence[float] = (),
+) -> None:
+    """Run a patched model with a choice ``[layers, H]``; only some layers sparse where they are named.
+
+    Args:
+        edges: as in :func:`collect`.
+    """
     values = torch.cat([curves.thresholds, torch.ones(1, dtype=torch.float64)])[chosen]
-    for layer, module in enumerate(sparse_modules(model).values()):
-        sparse = chosen[layer] < len(curves.thresholds)
-        if layers is not None and layer not in layers:
-            sparse = torch.zeros_like(sparse)
-        one = torch.ones(len(sparse))
-        density = float(curves.kept(chosen)[layer].mean())
-        tuned = Tuned(sparse, torch.where(sparse, values[layer], 1.0), -one, PV_OFF * one, expected_density=density)
-        module.set_thresholds(tuned)
+    modules = sparse_modules(model)
+    for layer, module in enumerate(modules.values()):
+        phases = []
+        for place in range(layer, len(chosen), len(modules)):
+            sparse = chosen[place] < len(curves.thresholds)
+            if layers is not None and layer not in layers:
+                sparse = torch.zeros_like(sparse)
+            one, density = torch.ones(len(sparse)), float(curves.kept(chosen)[place].mean())
+            threshold = torch.where(sparse, values[place], 1.0)
+            phases.append(Tuned(sparse, threshold, -one, PV_OFF * one, expected_density=density))
+        module.set_thresholds(Tuned.joined(phases, tuple(edges)) if edges else phases[0])

@@ -13,8 +13,7 @@ from probes import Probe
 from spas_attn.selectors import ExactKeys, MeanSimilarity, PeakMass, Selector
 from spas_attn.selectors.ranking import MASSES
 
-# Finer where few blocks are kept: equal steps of the logarithm of the mass that is left out.
-FINE = tuple(1 - 10 ** -(step / 14) for step in range(2, 67))
+FINE = ExactKeys.candidates
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,17 @@ class Setting:
     targets: Sequence[float] = ()
 
 
-def exact(pool: int, block_q: int = 64, block_k: int = 64, queries: str = "mean", **changes: Any) -> Setting:
+def exact(
+    pool: int, block_q: int = 64, block_k: int = 64, queries: str = "mean", rank: str = "mass", **changes: Any
+) -> Setting:
     """Exact keys for pooled queries."""
-    selector = ExactKeys(pool=pool, queries=queries, block_q=block_q, block_k=block_k)
+    selector = ExactKeys(pool=pool, queries=queries, rank=rank, block_q=block_q, block_k=block_k)
     return dataclasses.replace(Setting(selector), **changes)
+
+
+def peak(pool: int, block_q: int = 64, queries: str = "sample", **changes: Any) -> Setting:
+    """Exact keys, each block by the row that gives it most."""
+    return exact(pool, block_q, queries=queries, rank="peak", candidates=FINE, **changes)
 
 
 def probe(pool: int, queries: str = "sample", **options: Any) -> Setting:
@@ -45,12 +51,12 @@ def probe(pool: int, queries: str = "sample", **options: Any) -> Setting:
     return Setting(Probe(pool=pool, queries=queries, block_q=64, block_k=64, **options))
 
 
-def finely(pool: int, queries: str = "sample", block_q: int = 64, **options: Any) -> Setting:
-    """A variation on exact keys with the finer grid of thresholds, blocks of 64 keys."""
-    return Setting(Probe(pool=pool, queries=queries, block_q=block_q, block_k=64, **options), FINE)
+def finely(pool: int, queries: str = "sample", **options: Any) -> Setting:
+    """A variation on exact keys with the finer grid of thresholds, 64 x 64 blocks."""
+    return Setting(Probe(pool=pool, queries=queries, block_q=64, block_k=64, **options), FINE)
 
 
-PEAK = {"power": math.inf, "rank": "share"}
+PEAK = {"power": math.inf, "order": "share"}
 ALL = ("budget", "uniform", "bounds", "weighted")
 SETTINGS: dict[str, Setting] = {
     # The first one is what others are compared with: the default of language models so far.
@@ -82,20 +88,20 @@ SETTINGS: dict[str, Setting] = {
     "8, farthest": probe(8, pick="farthest"),
     "means 32 and 16 real": probe(16, means=32),
     "mean 64 and 32 real": probe(32, means=64),
-    "exact 32, peak": finely(32, "mean", **PEAK),
-    "exact 16, real, peak": finely(16, **PEAK),
-    "exact 8, real, peak": finely(8, **PEAK),
-    "exact 16, peak": finely(16, "mean", **PEAK),
-    "exact 32, real, peak": finely(32, **PEAK),
-    "128x64, exact 32, peak": finely(32, "mean", 128, **PEAK),
-    "128x64, exact 16, real, peak": finely(16, block_q=128, **PEAK),
-    "oracle, peak": finely(1, **PEAK),
+    "exact 32, peak": peak(32, queries="mean"),
+    "exact 16, real, peak": peak(16),
+    "exact 8, real, peak": peak(8),
+    "exact 16, peak": peak(16, queries="mean"),
+    "exact 32, real, peak": peak(32),
+    "128x64, exact 32, peak": peak(32, 128, "mean"),
+    "128x64, exact 16, real, peak": peak(16, 128),
+    "oracle, peak": peak(1),
     # What a threshold is for, what neighbours see, and what the other heads see.
-    "exact 16, real, share": finely(16, rank="share"),
-    "exact 16, real, root": finely(16, rank="root"),
-    "exact 16, real, square": finely(16, power=2.0, rank="share"),
+    "exact 16, real, share": finely(16, order="share"),
+    "exact 16, real, root": finely(16, order="root"),
+    "exact 16, real, square": finely(16, power=2.0, order="share"),
     "exact 16, real, peak mass": finely(16, power=math.inf),
-    "exact 32, root": finely(32, "mean", rank="root"),
+    "exact 32, root": finely(32, "mean", order="root"),
     "exact 16, real, beside": finely(16, beside=0.3),
     "exact 16, real, along": finely(16, along=0.3),
     "exact 16, real, others": finely(16, others=0.5),
@@ -124,11 +130,11 @@ VIDEO: dict[str, Setting] = {
     "exact 8": exact(8, plans=BOTH),
     "exact 8, real": exact(8, queries="sample", plans=BOTH),
     "exact 16, real": exact(16, queries="sample", plans=BOTH),
-    "exact 32, peak": dataclasses.replace(finely(32, "mean", **PEAK), plans=BOTH),
-    "exact 16, peak": dataclasses.replace(finely(16, "mean", **PEAK), plans=BOTH),
-    "exact 8, peak": dataclasses.replace(finely(8, "mean", **PEAK), plans=BOTH),
-    "exact 8, real, peak": dataclasses.replace(finely(8, **PEAK), plans=BOTH),
-    "exact 16, real, peak": dataclasses.replace(finely(16, **PEAK), plans=BOTH),
-    "exact 16, real, root": dataclasses.replace(finely(16, rank="root"), plans=BOTH),
-    "oracle, peak": dataclasses.replace(finely(1, **PEAK), plans=BOTH),
+    "exact 32, peak": peak(32, queries="mean", plans=BOTH),
+    "exact 16, peak": peak(16, queries="mean", plans=BOTH),
+    "exact 8, peak": peak(8, queries="mean", plans=BOTH),
+    "exact 8, real, peak": peak(8, plans=BOTH),
+    "exact 16, real, peak": peak(16, plans=BOTH),
+    "exact 16, real, root": dataclasses.replace(finely(16, order="root"), plans=BOTH),
+    "oracle, peak": peak(1, plans=BOTH),
 }

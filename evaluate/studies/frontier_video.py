@@ -6,15 +6,20 @@
     python evaluate/studies/frontier_video.py --settings "exact 32" --targets .4 --clips 2 --seeds 1 --steps 4
 
 As ``frontier.py``: thresholds of a target sparsity are chosen by bounds of mean and tail in the ratio of the demo
-(bounds) or by one budget (budget), and clips of unseen prompts are generated dense and sparse from the same noise.
-With --dense_first the first steps stay dense and the others are so much sparser that the mean is the target: "+2"
-behind a plan are two dense steps. Made for a GPU. OUT.json is written after every choice; run again, the program goes
-on where it was stopped.
+(bounds) or by one budget on error² (budget) or on the mean of the queries' squared errors (squares), and clips of
+unseen prompts are generated dense and sparse from the same noise. "steps0" is a budget with thresholds for each of
+four phases of the steps; in "steps1" and "steps2" a phase's error² counts by how far its steps move the noise level,
+once and squared: with a shifted schedule the last steps move it most.
+With --dense_first and --dense_last some steps stay dense and the others are so much sparser that the mean is the
+target: "+2" and "-2" behind a plan are two dense steps first and last. Made for a GPU. OUT.json is written after every
+choice; run again, the program goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import math
 import sys
 import time
@@ -28,6 +33,7 @@ import sampler
 import sweep
 import torch
 from clips import DEMO
+from curves import Curves
 from frontier_results import RESAMPLES, SEED, limits
 from frontier_settings import VIDEO
 from long_results import Results, Row, read
@@ -42,6 +48,8 @@ from spas_attn.metrics import psnr
 
 RATIO = {"l1": 0.08, "tail": 0.4}  # of the demo's bounds
 AIM = 33.0  # dB
+PHASES = 4
+PLANS = ("bounds", "budget", "squares", "steps0", "steps1", "steps2")
 COLUMNS = {
     "steps": "", "setting": "", "plan": "", "sparsity at 33 dB": ".1%", "90% limits": "", "over the first": "",
     "worst clip": ".1f",
@@ -66,26 +74,63 @@ class VideoStudy:
         """Every choice that is missing, one after the other."""
         restore(self.pipe)
         exact = self.clips()
+        plans = [plan for setting in self.chosen.values() for plan in self.args.plans or setting.plans]
+        known = {phases: self._curves(phases) for phases in {plan.startswith("steps") for plan in plans}}
+        ends_dense = list(itertools.product(self._steps(self.args.dense_first), self._steps(self.args.dense_last)))
+        for name, setting in self.chosen.items():
+            for first, last in ends_dense:
+                restore(self.pipe)
+                ends = (first, last) if first or last else None
+                patch(self.pipe, selector=setting.selector, backend=sparse_backend(self.device), dense_steps=ends)
+                for plan, target in itertools.product(self.args.plans or setting.plans, self.args.targets):
+                    choice = plan + f"+{first}" * bool(first) + f"-{last}" * bool(last) + f" {target:g}"
+                    if self.results.find(name, choice, self.steps, "clips") is None:
+                        curve = known[plan.startswith("steps")][name]
+                        self._install(curve, plan, target / (1 - (first + last) / self.steps))
+                        self.results.add({"method": name, "setting": choice, **self._judge(exact)})
+                        yield
+
+    def _steps(self, shares: Sequence[float]) -> list[int]:
+        return list(dict.fromkeys(round(share * self.steps) for share in shares))
+
+    @functools.cached_property
+    def levels(self) -> Tensor:
+        """Noise levels of the steps, and 0 at the end, ``[steps + 1]``."""
+        self.pipe.scheduler.set_timesteps(self.steps)
+        return self.pipe.scheduler.sigmas.double().cpu()
+
+    @functools.cached_property
+    def edges(self) -> list[float]:
+        """Noise levels at which the phases meet, each of equally many steps."""
+        starts = [round(phase * self.steps / PHASES) for phase in range(1, PHASES)]
+        return [float(self.levels[start - 1 : start + 1].mean()) for start in starts]
+
+    def _curves(self, phases: bool) -> dict[str, Curves]:
+        """Curves of all settings, by phase or not."""
+        restore(self.pipe)
         patch(self.pipe)
         selectors = {name: (setting.selector, setting.candidates) for name, setting in self.chosen.items()}
         items = self.sampler.items(PROMPTS["calibration"], 1000)
-        found = curves.collect(self.pipe, selectors, self.sampler.observe, items, self.args.query_blocks, every=2)
-        for name, setting in self.chosen.items():
-            for first in dict.fromkeys(round(share * self.steps) for share in self.args.dense_first):
-                restore(self.pipe)
-                backend = sparse_backend(self.device)
-                patch(self.pipe, selector=setting.selector, backend=backend, dense_steps=(first, 0) if first else None)
-                for plan in setting.plans:
-                    for target in self.args.targets:
-                        choice = f"{plan}+{first} {target:g}" if first else f"{plan} {target:g}"
-                        if self.results.find(name, choice, self.steps, "clips") is None:
-                            self._install(found[name], plan, target / (1 - first / self.steps))
-                            self.results.add({"method": name, "setting": choice, **self._judge(exact)})
-                            yield
+        every, edges = (1, self.edges) if phases else (2, ())
+        return curves.collect(
+            self.pipe, selectors, self.sampler.observe, items, self.args.query_blocks, every=every, edges=edges
+        )
 
-    def _install(self, curve: curves.Curves, plan: str, target: float) -> None:
-        chosen = curve.uniform(target, **RATIO) if plan == "bounds" else curve.budget(target)
-        curves.install(self.pipe, curve, chosen)
+    def _install(self, curve: Curves, plan: str, target: float) -> None:
+        phases = plan.startswith("steps")
+        if plan == "bounds":
+            chosen = curve.uniform(target, **RATIO)
+        else:
+            weights = self._weights(int(plan[-1]), len(curve.share) // PHASES) if phases else None
+            chosen = curve.budget(target, weights, of_queries=plan == "squares")
+        curves.install(self.pipe, curve, chosen, edges=self.edges if phases else ())
+
+    def _weights(self, power: int, layers: int) -> Tensor:
+        """How much error² counts, by phase and layer ``[phases · layers, 1]``."""
+        moved = (self.levels[:-1] - self.levels[1:]) ** power
+        phase = (self.levels[:-1, None] < torch.tensor(self.edges)).sum(1)
+        weights = torch.stack([moved[phase == number].mean() for number in range(PHASES)])
+        return (weights / weights.mean()).repeat_interleave(layers)[:, None]
 
     def _judge(self, exact: Tensor) -> Row:
         with Densities(self.pipe) as densities:
@@ -148,6 +193,8 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--model_name", default=str(DEMO), help="the demo model's folder")
     add("--settings", nargs="+", choices=list(VIDEO), metavar="NAME", default=list(VIDEO), help=", ".join(VIDEO))
     add("--targets", nargs="+", type=float, default=[0.32, 0.4, 0.48, 0.56], help="sparsities")
+    add("--dense_last", nargs="+", type=float, default=[0.0], help="shares of the steps that stay dense at the end")
+    add("--plans", nargs="+", choices=PLANS, help="see above (default: those of each setting)")
     add("--query_blocks", type=whole(1), default=16, help="looked at per call")
     add("--clips", type=whole(1, 10), default=10, help="unseen prompts to generate, of 10")
     add("--seeds", type=whole(1), default=2, help="how often, from other noise")

@@ -30,7 +30,7 @@ class Probe(ExactKeys):
         pick: which real query of a stretch speaks for it, a name of PICKS; "" for what ``queries`` says.
         means: tokens of further stretches whose means are rows too; 0 for none.
         power: a block counts by the power mean of what the rows give it: 1 for their mean, inf for the largest.
-        rank: what a threshold is for: "mass", kept until the mass reaches it; "share", every block of at least so much
+        order: what a threshold is for: "mass", kept until the mass reaches it; "share", every block of at least so much
             of a row's mass; "root", of the root of that share times the mass that is not kept before it, which is
             where the sum of squared errors falls least for its block.
         beside: weight of what the query blocks before and after see; along: the same, moved on by as many key blocks.
@@ -45,7 +45,7 @@ class Probe(ExactKeys):
     pick: str = ""
     means: int = 0
     power: float = 1.0
-    rank: str = "mass"
+    order: str = "mass"
     beside: float = 0.0
     along: float = 0.0
     others: float = 0.0
@@ -90,10 +90,10 @@ class Probe(ExactKeys):
         return shares
 
     def _ranked(self, shares: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
-        if self.rank == "share":
+        if self.order == "share":
             return (1.0 - shares).clamp(min=0.0)
         before = mass_before(shares / shares.sum(-1, keepdim=True).clamp(min=1e-30), forced, visible)
-        if self.rank == "root":
+        if self.order == "root":
             return (1.0 - (shares * (1.0 - before).clamp(min=0.0)).sqrt()).clamp(min=0.0)
         return before
 

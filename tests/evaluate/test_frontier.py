@@ -110,7 +110,7 @@ def test_probes() -> None:
     assert not torch.allclose(far.levels(given)[:, :, 4:], everything[:, :, 4:])
     mixed = Probe(pool=16, means=32, **SMALL).levels(given)
     assert mixed.shape == levels.shape and not torch.equal(mixed, levels)
-    peak = Probe(pool=1, power=torch.inf, rank="share", **SMALL).levels(
+    peak = Probe(pool=1, power=torch.inf, order="share", **SMALL).levels(
         given
     )  # 1 minus the most that any query puts there
     scores = (given.q.float() @ given.k.float().repeat_interleave(2, 1).mT) * given.scale
