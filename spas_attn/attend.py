@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, gradients
+from . import backends, gradients, packing
 from .block_mask import BlockMask
 from .call import Call
 from .plan import AUTOMATIC, Plan, count_fallback, plan, resolve_precision
@@ -147,7 +147,7 @@ def _attend_together(together: _Together, call: Call) -> tuple[Tensor, Attention
         assert together.selector is not None
         aligned = aligned.replace(mask=select(together.selector, aligned).mask)
     out = gradients.compute(backends.get(together.plan.backend), unpadded(aligned))
-    return out.index_select(2, together.place), AttentionStats(together.plan, call, aligned.mask)
+    return packing.collect(out, together.place), AttentionStats(together.plan, call, aligned.mask)
 
 
 def _attend_one(

@@ -258,7 +258,7 @@ class Call:
             rises = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() > 0).all()
             torch._assert_async(rises, f"cu_seqlens must rise from 0 to the total length {total}")
         layout = packing.layout(cu_seqlens, total)
-        tensors = {name: getattr(self, name).index_select(2, layout.source) for name in ("q", "k", "v")}
+        tensors = {name: packing.spread(getattr(self, name), layout) for name in ("q", "k", "v")}
         mask = None if self.mask is None else self.mask.aligned()
         call = self.replace(
             **tensors, mask=mask, attn_mask=layout.valid[None], document_start=layout.document_start,

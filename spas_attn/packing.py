@@ -7,6 +7,7 @@ what is left over behind the last one is padding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,52 @@ def layout(cu_seqlens: Tensor, total: int) -> Layout:
     place = (starts[owner] + tokens - ends[owner]).clamp(0, len(rows) - 1)
     first = torch.where(within, starts[document], rows)[::STRETCH]
     return Layout(source, valid, place, first.int())
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens to rows of the layout; nothing depends on the gaps, which hold copies, so they have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(2, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(2, *ctx.saved_tensors), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows of the layout to tokens, each row at most once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.rows = x.shape[2]
+        return x.index_select(2, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        whole = grad.new_zeros(*grad.shape[:2], ctx.rows, grad.shape[3])
+        return whole.index_copy_(2, place, grad), None
+
+
+def spread(x: Tensor, layout: Layout) -> Tensor:
+    """Tokens ``[1, H, total, D]`` as rows ``[1, H, A, D]`` of the layout.
+
+    Gradients come back without the sums of ``index_select``'s own, which on a GPU are slow and in no fixed order.
+    """
+    rows: Tensor = (
+        _Spread.apply(x, layout.source, layout.place) if x.requires_grad else x.index_select(2, layout.source)
+    )
+    return rows
+
+
+def collect(x: Tensor, place: Tensor) -> Tensor:
+    """Rows ``[1, H, A, D]`` as tokens ``[1, H, total, D]``; ``place`` as in :class:`Layout`."""
+    tokens: Tensor = _Collect.apply(x, place) if x.requires_grad else x.index_select(2, place)
+    return tokens
 
 
 @dataclass(frozen=True)
