@@ -115,21 +115,21 @@ def assert_close(drawn: Drawn, backend: str) -> None:
         assert (mine[truth == 0].abs() <= 1e-6).all(), f"{backend}, {name} of what takes no part: {drawn.shown}"
 
 
-@pytest.mark.parametrize("first", range(0, 60, 15))
+@pytest.mark.parametrize("first", range(0, 40, 10))
 def test_random_calls(first: int) -> None:
-    for seed in range(first, first + 15):
+    for seed in range(first, first + 10):
         for backend in ("cpu", "sdpa", "reference"):
             assert_close(draw(seed), backend)
 
 
 @pytest.mark.parametrize("backend", [TRITON])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_calls_of_the_kernels(seed: int, backend: str) -> None:
     assert_close(draw(seed, longest=150), backend)
 
 
 def test_the_draws_cover_what_they_should() -> None:
-    for seeds in (range(60), range(12)):
+    for seeds in (range(40), range(10)):
         all_drawn = [draw(seed) for seed in seeds]
         for name, chosen in {
             "causal": lambda d: d.options["is_causal"],
@@ -203,9 +203,9 @@ def test_skipped_blocks_are_not_touched(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", TRITON])
 def test_packed_sequences_are_one_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their gradients are those of the single sequences."""
-    device, lengths = DEVICE if backend == "triton" else "cpu", (70, 129, 1)
-    cu = torch.tensor([0, 70, 199, 200], dtype=torch.int32, device=device)
-    (q, k, v), _ = mine(length=200)
+    device, lengths = DEVICE if backend == "triton" else "cpu", (66, 70, 1)
+    cu = torch.tensor([0, 66, 136, 137], dtype=torch.int32, device=device)
+    (q, k, v), _ = mine(length=137)
     inputs = [x.detach().to(device).requires_grad_() for x in (q, k, v)]
     chosen = Streaming(64, 60, block_q=64, block_k=64)
     mask = chosen.select(*[x.detach() for x in inputs[:2]], is_causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu)
@@ -300,9 +300,9 @@ def test_long_lists_are_shared_out(shared: bool, monkeypatch: pytest.MonkeyPatch
     from spas_attn.kernels import backward_launch, transpose
     from spas_attn.kernels.launch import block_lists
 
-    length = 64 * 9
+    length = 64 * 6
     (q, k, v), _ = mine(length=length)
-    kept = torch.eye(9, dtype=torch.bool).repeat(1, 4, 1, 1)
+    kept = torch.eye(6, dtype=torch.bool).repeat(1, 4, 1, 1)
     kept[..., 0] = True
     mask = BlockMask.from_dense(kept, length, length, 64, 64).to(DEVICE)
     if shared:
@@ -311,23 +311,25 @@ def test_long_lists_are_shared_out(shared: bool, monkeypatch: pytest.MonkeyPatch
         )
     lists = transpose.query_lists(mask, block_lists(mask, 1, 4), 2, True, None)
     assert lists.heads == (1 if shared else 2)
-    assert lists.counts[0, 0].tolist() == [18] + 8 * [2]
-    assert lists.partial[0, 0].tolist() == 9 * [2]
+    assert lists.counts[0, 0].tolist() == [12] + 5 * [2]
+    assert lists.partial[0, 0].tolist() == 6 * [2]
     assert [(e >> 20, e & 0xFFFFF) for e in lists.entries[0, -1, 0].tolist()] == [
-        (0, 0), (1, 0), *((head, block) for head in (0, 1) for block in range(1, 9))
+        (0, 0), (1, 0), *((head, block) for head in (0, 1) for block in range(1, 6))
     ]  # fmt: skip
+    if shared:
+        return  # the rest would take seconds under the interpreter, and depends on the lists alone
     inputs = [x.detach().to(DEVICE) for x in (q, k, v)]
     forward = backends.get("triton").run_with_lse(Call.make(*inputs, is_causal=True, mask=mask))
     results, cut = [], []
     for short in (1000, 2):
         monkeypatch.setattr(transpose, "_SHORT", short)
-        shares = transpose.chunks(lists, 2, 7)
+        shares = transpose.chunks(lists, 2, 5)
         cut.append(shares.number.tolist())
         results.append(
             backward_launch.sparse_attention_bwd(*inputs, mask, *forward, forward[0].sin(), scale=0.25, is_causal=True)
         )
-    assert cut == [18 * [1], [3, *8 * [1], 3, *8 * [1]]]
-    assert shares.owner.tolist() == [0, 0, 0, 9, 9, 9, -1]
+    assert cut == [12 * [1], [2, *5 * [1], 2, *5 * [1]]]
+    assert shares.owner.tolist() == [0, 0, 6, 6, -1]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
