@@ -52,6 +52,8 @@ setup(
     extras_require={
         "transformers": ["transformers>=4.56"],
         "diffusers": ["diffusers>=0.37", "transformers>=4.56", "accelerate>=1.0"],
+        # For modify_model.mask_trainer and the scripts that learn masks; `datasets` as well, to read datasets.
+        "train": ["transformers>=5.0", "accelerate>=1.12", "tensorboardX>=2.6"],
         "cli": CLI,
         "shapes": SHAPES,
         "sage": ["sageattention>=1.0.6"],
