@@ -20,7 +20,7 @@ from autotune.module import sparse_modules, transformers_of
 from spas_attn import block_sparse_attention
 from spas_attn.call import Call
 from spas_attn.selectors import ByHead, Streaming
-from spas_attn.selectors.by_head import for_heads, head_index, pick
+from spas_attn.selectors.by_head import for_heads, head_index
 
 from .families import find_family
 from .masks import SHORTEST, PreparedMask
@@ -138,12 +138,16 @@ class StreamingLayer(CacheLayerMixin):
         sparse = inner.tuned.is_sparse.tolist()
         if inner.mode != "sparse" or any(y and not x for x, y in zip(sparse, selector.streams, strict=True)):
             raise ValueError("the streaming heads must run sparse: call modify_model.stream_heads(model, table) again")
+        if selector.streaming.dense_heads is not None:
+            raise ValueError("dense_heads of the streaming rule must be None, for streaming heads to have a window")
         self.inner, self.shared = inner, shared
         self.selector, self.tuned = inner.selector, inner.tuned
         self.kv = tuple(tuple(i for i in range(kv_heads) if streams[i] is kind) for kind in (False, True))
         self.queries = tuple(tuple(i for i in range(heads) if selector.streams[i] is kind) for kind in (False, True))
-        order = (*self.queries[0], *self.queries[1])
-        self.inverse = tuple(sorted(range(heads), key=order.__getitem__))
+        # Full heads first, as their attention is computed, and back.
+        self.order = (*self.queries[0], *self.queries[1])
+        self.inverse = tuple(sorted(range(heads), key=self.order.__getitem__))
+        self.in_order = self.order == tuple(range(heads))
         self.attention = of_heads(inner, self.queries[0]) if self.queries[0] else None
         self.rule: Streaming = for_heads(selector.streaming, self.queries[1], heads)  # type: ignore[assignment]
         self.full, self.tail = Store(), Tail(self.rule)
@@ -259,13 +263,14 @@ class StreamingLayer(CacheLayerMixin):
             seen = once("seen", lambda: allowed(mask, query.shape[2], self.tokens, query.device))
             keys = None if seen is None else seen[:, 0, -1]
         self.tail.look(keys, lambda make: once("first", make))
-        parts = [] if self.attention is None else [self._full(pick(query, self.queries[0]), seen, scale)]
-        parts.append(self._streaming(pick(query, self.queries[1]), seen, scale, once))
+        full = len(self.queries[0])
+        q = query if self.in_order else query.index_select(1, head_index(self.order, query.device))
+        parts = [] if self.attention is None else [self._full(q[:, :full], seen, scale)]
+        parts.append(self._streaming(q[:, full:], seen, scale, once))
         if not self.record_past:
             self.tail.leave_out()
         out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        in_order = self.inverse == tuple(range(len(self.inverse)))
-        return out if in_order else out.index_select(1, head_index(self.inverse, out.device))
+        return out if self.in_order else out.index_select(1, head_index(self.inverse, out.device))
 
     def _full(self, q: Tensor, seen: Tensor | None, scale: float) -> Tensor:
         k, v = self.full.keys, self.full.values

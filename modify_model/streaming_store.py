@@ -88,6 +88,11 @@ def _columns(x: Tensor, columns: slice | Tensor) -> Tensor:
     return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
 
 
+def _first(seen: Tensor) -> Tensor:
+    """Position of the first key of each row that may be attended to; behind all where there is none yet."""
+    return torch.where(seen.any(-1), seen.to(torch.int8).argmax(-1), seen.shape[-1])
+
+
 class Tail(Store):
     """The keys and values that streaming heads see: the sink's blocks, and the window's up to the last token.
 
@@ -106,7 +111,7 @@ class Tail(Store):
         self.rule, self.tokens = rule, 0
         self.begin: int | None = None
         self.width = self._least = self._most = rule.sink_end()  # where the rows' sinks end
-        self._sinks: tuple[Tensor, Tensor] | None = None  # begin and end of each row's, int64 [B, 1]; None: not padded
+        self._sinks: tuple[Tensor, ...] | None = None  # begin and end of each row's, int64 [B, 1]; None: not padded
         self._looked = False
 
     @property
@@ -119,7 +124,7 @@ class Tail(Store):
         self.tokens += keys.shape[2]
 
     def look(self, seen: Tensor | None, firsts: Callable[[Callable[[], list[int]]], list[int]]) -> None:
-        """Find out, at the first call, where the rows begin.
+        """Find out where the rows begin, until all of them have.
 
         Args:
             seen: keys that may be attended to, bool ``[B or 1, tokens]``, None for all.
@@ -127,16 +132,15 @@ class Tail(Store):
         """
         if self._looked:
             return
-        self._looked = True
-        found = [0] if seen is None else firsts(lambda: seen.to(torch.int8).argmax(-1).tolist())
-        if seen is None or not any(found):
+        found = [0] if seen is None else firsts(lambda: _first(seen).tolist())
+        self._looked = max(found) < self.tokens
+        if not any(found):
             return
+        assert seen is not None
+        found = found * (len(self.keys) // len(found))
         ends = [self.rule.sink_end(first) for first in found]
         starts = [first // self.rule.block_k * self.rule.block_k for first in found]
-        self._sinks = (
-            torch.tensor(starts, device=seen.device)[:, None],
-            torch.tensor(ends, device=seen.device)[:, None],
-        )
+        self._sinks = tuple(torch.tensor(x, device=seen.device)[:, None] for x in (starts, ends))
         self._least, self._most = min(ends), max(ends)
         self.width = max(end - start for start, end in zip(starts, ends, strict=True))
 
@@ -144,7 +148,7 @@ class Tail(Store):
         """Leave out what the query block of the next token does not see, nor later ones."""
         begin = max(self._window(self.tokens), self._least)
         if self.begin is None:
-            if self.tokens < self._most or begin <= self.width:
+            if not self._looked or self.tokens < self._most or begin <= self.width:
                 return
             sink: slice | Tensor = slice(0, self.width)
             if self._sinks is not None:
@@ -169,7 +173,7 @@ class Tail(Store):
     def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         super().each_row(change)
         if self._sinks is not None:
-            self._sinks = (change(self._sinks[0]), change(self._sinks[1]))
+            self._sinks = tuple(map(change, self._sinks))
 
     def held(self, seen: Tensor) -> Tensor:
         """Of keys that may be attended to ``[B, tokens]``, those held, each once: bool ``[B, length]``."""

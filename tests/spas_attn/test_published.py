@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from spas_attn.published import minference_table, streaming_heads, xattention_table
+from spas_attn.published import minference_table, streaming_heads, write_head_table, xattention_table
 from spas_attn.selectors import MInference
 
 TABLE = [[0.5, 0.75, 0.0, 1.0], [0.25, 0.96875, 0.5, 0.125], [1.0, 1.0, 0.75, 0.5]]  # 3 layers x 4 query heads
@@ -185,3 +185,50 @@ def test_patterns_that_are_none(content: Any, options: dict[str, int], message: 
     with pytest.raises(ValueError, match=message) as error:
         minference_table(path, **options)
     assert str(path) in str(error.value)
+
+
+def test_written_tables_are_read(tmp_path: Path) -> None:
+    table = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    file = write_head_table(tmp_path / "new" / "folder", table, 128, 1024)
+    assert file == tmp_path / "new" / "folder" / "full_attention_heads.tsv"
+    assert {x.name for x in file.parent.iterdir()} == {"full_attention_heads.tsv", "config.json"}, (
+        "nothing is left over"
+    )
+    assert json.loads(file.with_name("config.json").read_text()) == {"sink_size": 128, "recent_size": 1024}
+    rows = [[float(cell) for cell in line.split("\t")] for line in file.read_text().splitlines()]
+    assert torch.equal(torch.tensor(rows), table), "to the bit"
+    for value in table.flatten().tolist():
+        dense = [selector.dense_heads for selector in streaming_heads(file, query_heads=4, threshold=value)]
+        assert torch.equal(torch.stack(dense), table >= value)  # type: ignore[arg-type]
+    write_head_table(file.parent, [[1, 0], [0, 1]], 64, 0)  # again, of another model
+    again = streaming_heads(file.parent, query_heads=2)
+    assert [selector.dense_heads.tolist() for selector in again if selector.dense_heads is not None] == [
+        [True, False],
+        [False, True],
+    ]
+    assert file.read_text() == "1\t0\n0\t1\n"
+
+
+@pytest.mark.parametrize(
+    ("table", "sizes", "message"),
+    [
+        ([[0.5, 1.5]], (128, 1024), "table must hold numbers from 0 to 1"),
+        ([[0.5, float("nan")]], (128, 1024), "table must hold numbers from 0 to 1"),
+        ([[0.5], [0.5, 0.5]], (128, 1024), "rows of one length"),
+        (torch.ones(3), (128, 1024), "layers x heads"),
+        ([[1.0]], (-1, 1024), "sink_size must be a number of tokens, 0 or more, got -1"),
+        ([[1.0]], (128, 0.5), "recent_size must be a number of tokens, 0 or more, got 0.5"),
+        ([[1.0]], (True, 1024), "sink_size must be a number of tokens"),
+    ],
+)
+def test_tables_that_are_not_written(table: Any, sizes: tuple[Any, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_head_table(tmp_path / "new", table, *sizes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
+    config = write(tmp_path / "config.json", {"model_type": "llama"})
+    with pytest.raises(ValueError, match="folder must not hold another config.json"):
+        write_head_table(tmp_path, [[1.0]], 128, 1024)
+    assert json.loads(config.read_text()) == {"model_type": "llama"} and len(list(tmp_path.iterdir())) == 1
