@@ -112,7 +112,7 @@ def test_calibrated_further_under_bounds(bound: float, tmp_path: Path) -> None:
         assert module.tuned.calibrated and module.tuned.checked
     out = model(ids(9), use_cache=False).logits
     calibration.save(tmp_path / "tuned.pt")
-    for target in ({}, {"sparsity": 0.05}):
+    for target in ({}, {"sparsity": 0.05}) if bound == 0.9 else ({},):
         loaded = load_sparse_attention_state_dict(patch(tiny.llama()), tmp_path / "tuned.pt", **target)
         assert all(bool(module.is_sparse[torch.tensor(module.selector.streams)].all()) for module in inner(loaded))
         assert target or torch.equal(loaded(ids(9), use_cache=False).logits, out)
