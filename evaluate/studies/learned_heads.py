@@ -41,12 +41,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autotune.learn import distillation_loss
-from modify_model import patch, restore, stream_heads
+from modify_model import StreamingCache, patch, restore, stream_heads
 from modify_model.cli import language
 from modify_model.cli.arguments import DTYPES, check_output, sparse_backend, whole
 from modify_model.cli.parallel import guarded
 from modify_model.mask_arguments import MaskTrainingArguments
 from modify_model.mask_trainer import MaskTrainer
+from modify_model.streaming_cache import StreamingLayer
 from spas_attn import fallback_counts
 from spas_attn.selectors import Dense, Streaming
 
@@ -142,6 +143,9 @@ class Study(frontier.Study):
         ranks = scores.flatten().argsort().argsort().view_as(scores) / (scores.numel() - 1)
         self._patch()
         stream_heads(self.model, ranks, sparsity=sparsity, sink_tokens=sink, local_tokens=window)
+        place = f"held {sparsity:g} {sink}+{window}"
+        if place not in self.results.settings:
+            self.results.settings[place] = {"share": held(self.model, next(iter(self.judged.values()))[0])}
 
     def _patch(self) -> None:
         restore(self.model)
@@ -234,6 +238,18 @@ class Study(frontier.Study):
             pairs = zip(hidden, exact, self.contexts, strict=True)
             found.append(sum(float(distillation_loss(x, y, answers)) for x, y, (_, answers) in pairs))
         return torch.tensor(found, dtype=torch.float64)
+
+
+def held(model: Any, ids: Tensor) -> float:
+    """Entries that a StreamingCache holds after some tokens ``[1, L]``, as a share of a full cache's."""
+    cache = StreamingCache(model)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    held = full = 0
+    for layer in cache.layers:
+        parts = [layer.full, layer.tail] if isinstance(layer, StreamingLayer) else [layer]
+        held += sum(part.keys.shape[1] * part.keys.shape[2] for part in parts)
+        full += sum(part.keys.shape[1] for part in parts) * ids.shape[1]
+    return held / full
 
 
 def evaluate(args: argparse.Namespace, path: Path) -> None:

@@ -21,11 +21,12 @@ HEAD = ["heads", "streaming", "sink + window", "KV memory", "perplexity", "limit
 def kv_memory(sparsity: float, sink: int, window: int, length: int) -> float:
     """Share of a full cache's entries that is held after ``length`` tokens, when a share of the KV heads streams.
 
-    A streaming head holds whole blocks: those of the sink, and those that the window of the last block's first query
-    touches.
+    A streaming head holds whole blocks: those of the sink, and those from the first one on that the next token's block
+    sees in its window. `StreamingCache` holds the same (``held`` of the results).
     """
-    held = BLOCK * (math.ceil(sink / BLOCK) + math.ceil((window - 1) / BLOCK) + 1)
-    return 1 - sparsity * (1 - min(held, length) / length)
+    begin = max(0, length // BLOCK * BLOCK - window + 1) // BLOCK * BLOCK
+    held = min(length, -(-sink // BLOCK) * BLOCK + length - begin)
+    return 1 - sparsity * (1 - held / length)
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
