@@ -113,7 +113,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _per_head(heads: Tensor, full: BlockMask, streaming: BlockMask) -> BlockMask:
     """The blocks of ``full`` in the heads that are True, those of ``streaming`` in the others."""
-    heads = heads.to(full.counts.device)[:, None]
+    heads = heads.to(full.counts.device, non_blocking=True)[:, None]
     counts = torch.where(heads, full.counts, streaming.counts)
     return _with(full, counts, torch.where(heads[..., None], full.indices, streaming.indices))
 

@@ -135,6 +135,9 @@ class Learning:
     def freeze(self, table: Tensor) -> None:
         """Run a table of 0 and 1, ``[layers, KV heads]``, as it is (sparse fine-tuning of the weights): each head pays
         for its own branch only, and the gates are not learnt.
+
+        This is PruLong's ``sft.sh``; some copies of its scripts say it of ``prulong_masksonly.sh``, which freezes the
+        weights and learns the gates.
         """
         table = self._checked(table)
         if not bool(((table == 0) | (table == 1)).all()):
