@@ -102,6 +102,8 @@ class VideoStudy:
     @functools.cached_property
     def edges(self) -> list[float]:
         """Noise levels at which the phases meet, each of equally many steps."""
+        if self.steps < PHASES:
+            raise ValueError(f"plans by phase need {PHASES} steps or more, got {self.steps}")
         starts = [round(phase * self.steps / PHASES) for phase in range(1, PHASES)]
         return [float(self.levels[start - 1 : start + 1].mean()) for start in starts]
 

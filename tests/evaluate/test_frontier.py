@@ -173,23 +173,19 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 def test_the_program_for_video(tiny_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model_name", str(tiny_demo), "--out", str(tmp_path / "video"), "--clips", "2", "--seeds", "1"]
-    arguments += [
-        "--steps",
-        "2",
-        "--query_blocks",
-        "2",
-        "--targets",
-        "0.3",
-        "0.6",
-        "--settings",
-        "peak mass",
-        "exact 32",
-    ]
-    assert frontier_video.main(arguments) == 0
+    arguments += ["--query_blocks", "2", "--settings", "exact 32"]
+    usual = [*arguments, "peak mass", "--steps", "2", "--targets", "0.3", "0.6"]
+    assert frontier_video.main(usual) == 0
     data = json.loads((tmp_path / "video.json").read_text())
     assert len(data["cells"]) == 2 * 2 * 2 and all(len(cell["psnr"]) == 2 for cell in data["cells"])
     by_target = [cell["density"] for cell in data["cells"]][:2]
     assert by_target[0] > by_target[1] and "| exact 32 | budget |" in capsys.readouterr().out
+    # One of four steps is dense, the others are so much sparser that the mean is the same.
+    phases = [*arguments, "--steps", "4", "--targets", "0.45", "--dense_first", "0", "0.25", "--plans", "steps1"]
+    assert frontier_video.main(phases) == 0
+    found = {cell["setting"]: cell["density"] for cell in json.loads((tmp_path / "video.json").read_text())["cells"]}
+    assert found["steps1 0.45"] == pytest.approx(found["steps1+1 0.45"], abs=0.06)
+    assert frontier_video.main([*arguments, "--plans", "steps0", "--targets", "0.2", "--steps", "3"]) == 2
 
 
 def test_at_aim_of_video() -> None:
