@@ -85,6 +85,12 @@ class StreamingCache(DynamicCache):
                 "modify_model.stream_heads(model, table), or load a file saved after it, first"
             )
 
+    def activate_past_recording(self) -> None:
+        """Let :meth:`crop` go back as far as here (generate calls it in assisted decoding, not before transformers 5)."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
     @property
     def nbytes(self) -> int:
         """Memory of the keys and values, in bytes, with the room that buffers have to grow."""
