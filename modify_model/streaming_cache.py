@@ -86,7 +86,7 @@ class StreamingCache(DynamicCache):
             )
 
     def activate_past_recording(self) -> None:
-        """Let :meth:`crop` go back as far as here (generate calls it in assisted decoding, not before transformers 5)."""
+        """Let :meth:`crop` go back as far as here; generate calls it in assisted decoding from transformers 5 on."""
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
