@@ -58,8 +58,8 @@ class Calibration:
         sensitivity: prompts on which the model's sensitivity to each layer is measured, by one more forward per layer;
             0 = none, all layers count the same. Left out: 1 with a budget, else 0. It needs the loop over prompts.
         share: with a budget, weigh a head by its share of its layer's squared output, instead of all the same.
-        precisions: what every layer chooses its precision from: the one of least time that holds its bounds, with
-            errors measured in the check. Left out: the modules' own.
+        precisions: what every layer chooses its precision from: the one of least time that holds its bounds (in all
+            phases, if there are several), with errors measured in the check. Left out: the modules' own.
         phases: of diffusion models, thresholds for each of so many phases of denoising, with equally many steps each
             (which one more prompt finds out), or the noise levels at which phases meet, falling from 1. It needs the
             loop over prompts.
@@ -124,7 +124,7 @@ class Calibration:
         plan = objective_of(objective, Target.of(sparsity=sparsity, speedup=speedup, error=error), share)
         measured = prompts_for_sensitivity(sensitivity, plan)
         layers: list[Layer] = []
-        divided, offered = Phases.of(phases), precisions_of(precisions, phases)
+        divided, offered = Phases.of(phases), precisions_of(precisions)
         for path, module in modules.items():
             bounds = bounds_of(module, l1, pv_l1, tail, plan)
             grid.check(module.selector)

@@ -201,28 +201,18 @@ class Layer:
         pv = torch.where(good, torch.tensor(grid.pv), PV_OFF).amin(1)
         self.tuned = dataclasses.replace(self.in_force(), pv=torch.where(self.is_sparse(), pv, PV_OFF))
 
-    def choose_precision(self, check: Tally, names: Sequence[str], grid: Grid) -> Tally:
-        """Take the precision of least time that holds the bounds; returns the check of it alone.
-
-        Without a bound on everything, quantisation may raise the layer's error by a sixth, as the usual bounds do
-        (``pv_l1`` over ``l1``). Where the cost model has no row for this machine, fewer bits count as faster.
-
-        Args:
-            check: candidate 0 is selection alone, the following everything in each of the precisions.
-            names: those, the most exact one first.
-        """
-        order = sorted(range(len(names)), key=lambda i: (self._expected_ms(names[i]), -i))
-        number = next((i for i in order if self._holds(check.pick([0, 1 + i]), grid)), 0)
-        self.precision = names[number]
-        return check.pick([0, 1 + number])
-
-    def _expected_ms(self, precision: str) -> float:
+    def expected_ms(self, precision: str) -> float:
+        """Milliseconds that a call at the thresholds in force takes; infinite where the cost model has no row."""
         module, density = self.module, self.in_force().expected_density
         found = self.shape and times(self.shape, self.device or module._device, precision, module.selector)
         return found.sparse(1.0 if density is None else density) if found else math.inf
 
-    def _holds(self, check: Tally, grid: Grid) -> bool:
-        """Whether everything (candidate 1) is within the bounds of all sparse heads."""
+    def holds(self, check: Tally, grid: Grid) -> bool:
+        """Whether everything (candidate 1) is within the bounds of all sparse heads.
+
+        Without a bound on everything, quantisation may raise the layer's error by a sixth, as the usual bounds do
+        (``pv_l1`` over ``l1``).
+        """
         _, pv_l1, tail = self.bounds
         sparse, mean = self.is_sparse() & ~self.fixed(), mean_error(check)
         good = mean[:, 1].isfinite()
@@ -291,6 +281,32 @@ class Layer:
         module.precision = self.precision or module.precision
         self.tuned = dataclasses.replace(self.in_force(), expected_density=float(density.mean()), **facts)
         return self.tuned
+
+
+def choose_precision(units: Sequence[Layer], checks: Sequence[Tally], names: Sequence[str], grid: Grid) -> list[Tally]:
+    """Give a module's units (its phases) the precision of least time in which all of them hold their bounds.
+
+    Where the cost model has no row for this machine, fewer bits count as faster.
+
+    Args:
+        checks: of each unit, candidate 0 is selection alone, the following everything in each of the precisions.
+        names: those, the most exact one first.
+
+    Returns:
+        The checks of that precision alone.
+    """
+    order = sorted(range(len(names)), key=lambda i: (sum(unit.expected_ms(names[i]) for unit in units), -i))
+
+    def picked(i: int) -> list[Tally]:
+        return [check.pick([0, 1 + i]) for check in checks]
+
+    def hold(i: int) -> bool:
+        return all(unit.holds(check, grid) for unit, check in zip(units, picked(i), strict=True))
+
+    number = next((i for i in order if hold(i)), 0)
+    for unit in units:
+        unit.precision = names[number]
+    return picked(number)
 
 
 def fixed_heads(selector: Selector, heads: int) -> Tensor:

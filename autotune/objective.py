@@ -178,12 +178,10 @@ def prompts_for_sensitivity(count: int | None, objective: Objective) -> int:
     return count
 
 
-def precisions_of(names: Sequence[str] | None, phases: Any) -> tuple[str, ...]:
+def precisions_of(names: Sequence[str] | None) -> tuple[str, ...]:
     """Precisions to choose from, the most exact one first; none where none are named."""
     if names is None:
         return ()
-    if phases != 1:
-        raise ValueError(f"precisions are chosen for whole layers: with phases={phases!r} leave them out")
     known = [name for name in PRECISIONS if name != "auto"]
     if isinstance(names, str) or not names or not set(names) <= set(known):
         raise ValueError(f"precisions must be a list of some of {known}, got {names!r}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from spas_attn.call import Call
 
 from .accumulate import PromptTally, Tally, add_check, add_curves, add_pv_curves
-from .layer import Layer
+from .layer import Layer, choose_precision
 from .phases import Phases, noise_of
 from .rerun import Rerun
 from .sampling import Reservoir
@@ -156,10 +157,10 @@ class CheckPass(Pass):
 
     def conclude(self) -> Pass | None:
         last = self.number if self.number == self.work.rounds else 0
-        names, grid, missed = self.work.precisions, self.work.grid, []
+        grid, missed = self.work.grid, []
         totals, before = list(self.totals()), [layer.in_force() for layer in self.work.layers]
-        for layer, total in totals:
-            missed.append(layer.back_off(layer.choose_precision(total, names, grid) if names else total, last))
+        for layer, check in zip(self.work.layers, self._checks(totals), strict=True):
+            missed.append(layer.back_off(check, last))
         self.work.measured = [error for found in self.work.gather(self.found) for error in found]
         if not any(bool(wrong.any()) for wrong in missed):
             return None
@@ -168,3 +169,13 @@ class CheckPass(Pass):
         same = [layer.in_force().equals(old) for layer, old in zip(self.work.layers, before, strict=True)]
         known = [total if same[layer.index] else None for layer, total in totals]
         return None if last else CheckPass(self.work, self.number + 1, known)
+
+    def _checks(self, totals: Sequence[tuple[Layer, Tally]]) -> list[Tally]:
+        """What was counted of every layer, in the precision that its module takes where there is a choice."""
+        if not self.work.precisions:
+            return [total for _, total in totals]
+        found: list[Tally] = []
+        for _, group in itertools.groupby(totals, key=lambda pair: pair[0].path):
+            units, checks = zip(*group, strict=True)
+            found += choose_precision(units, checks, self.work.precisions, self.work.grid)
+        return found

@@ -13,7 +13,7 @@ import torch
 from fake_model import DIM, GRID, HEADS, FakeAttention, activations, exact, same, tuned
 from torch import Tensor, nn
 
-from autotune import Calibration, SparseAttention, Tuned, calibrate, load
+from autotune import Calibration, SparseAttention, Tuned, accumulate, calibrate, load
 from autotune import load_sparse_attention_state_dict as load_into
 from autotune.accumulate import PromptTally, add_curves
 from autotune.phases import Phases
@@ -184,8 +184,6 @@ def test_refusals() -> None:
     for wrong in (0, True, 2.5, "3", (), (0.5, 0.7), (1.0, 0.5), (0.5, 0.0), (0.5, 0.5), (1,)):
         with pytest.raises(ValueError, match="phases must be a number from 1 on, or the noise levels"):
             calibrate(Denoiser(), phases=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="with phases=2 leave them out"):
-        calibrate(Denoiser(), phases=2, precisions=["native"])
     with pytest.raises(RuntimeError, match=r"called at 6 noise levels, fewer than phases=7"):
         run(Denoiser(), phases=7)
     with pytest.raises(RuntimeError, match=r"layers\.0\.inner_attention', phase 1, saw no prompt"):
@@ -193,6 +191,32 @@ def test_refusals() -> None:
     model = Denoiser()
     with pytest.raises(RuntimeError, match="phases need the loop"), calibrate(model, phases=(0.6,), **OPTIONS):
         model(torch.tensor(0.5), 0)
+
+
+@pytest.mark.parametrize("added", [{"int8_fp8": 0.3}, {"int8_fp8": 0.3, "int8_bf16": 0.3}, {}])
+def test_a_precision_holds_its_bounds_in_every_phase(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, added: dict[str, float]
+) -> None:
+    """One precision for a layer: that of the phase (the last one here) in which quantisation costs most."""
+    model = Denoiser()
+
+    def quantised(call: Call, mask: Any, precision: str, backend: str) -> Tensor:
+        whole, _ = accumulate.attend(call.replace(mask=mask, precision="native"), backend=backend)
+        error = added.get(precision, 0.01) if model.inner[0].seen_noise < 0.6 else 0.01
+        return whole * (1 + error * torch.where(torch.arange(whole.shape[-1]) % 2 == 0, 1.0, -1.0))
+
+    monkeypatch.setattr(accumulate, "_in_precision", quantised)
+    names = ("native", "int8_bf16", "int8_fp8")
+    calibration = run(model, phases=3, precisions=names)
+    expected = names[2 - len(added)]
+    assert [module.precision for module in model.inner] == [expected, expected]
+    for entry in calibration.statistics:
+        assert entry["precision"] == expected
+        assert all(head["l1_total"] <= OPTIONS["pv_l1"] for head in entry["heads"] if head["is_sparse"])
+    calibration.save(tmp_path / "tuned.pt", page=False)
+    other = Denoiser()
+    load_into(other, tmp_path / "tuned.pt")
+    assert [module.precision for module in other.inner] == [expected, expected]
 
 
 def test_where_phases_meet() -> None:
