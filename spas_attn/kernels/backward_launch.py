@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,12 @@ class Tiles(NamedTuple):
     dkv: Config
 
 
-# By what q, k and v are held in and the padded head dim; the mask's blocks may make tiles smaller.
+# By what q, k and v are held in and the padded head dim; the mask's blocks may make tiles smaller. Measured on an H100
+# (docs/benchmarks/notes.md), save for head dim 256: as in the forward pass, programs of 4 warps share a multiprocessor,
+# and one's exponentials run beside another's matrix products.
 _HOPPER = {
-    ("half", 64): Tiles(Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
-    ("half", 128): Tiles(Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+    ("half", 64): Tiles(Config(64, 64, 4, 2), Config(128, 64, 4, 2)),
+    ("half", 128): Tiles(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
     ("half", 256): Tiles(Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
 }
 _GENERAL = {
@@ -53,14 +56,12 @@ def choose_tiles(q: Tensor, mask: BlockMask) -> Tiles:
     key = "float" if q.dtype == torch.float32 else "half", max(64, padded_dim(q.shape[-1], False))
     table = _HOPPER if configs.capability(q.device)[0] == 9 else _GENERAL
     tiles = table.get(key, _GENERAL[key])
-    return Tiles(*(_within(config, mask) for config in tiles))
-
-
-def _within(config: Config, mask: BlockMask) -> Config:
-    block_m, block_n = min(config.block_m, mask.block_q), min(config.block_n, mask.block_k)
-    # A warp group takes 64 rows of the tile; half the tile is half the work.
-    halved = block_m * block_n < config.block_m * config.block_n
-    return Config(block_m, block_n, max(4, config.num_warps // (1 + halved)), config.num_stages)
+    return Tiles(
+        *(
+            dataclasses.replace(x, block_m=min(x.block_m, mask.block_q), block_n=min(x.block_n, mask.block_k))
+            for x in tiles
+        )
+    )
 
 
 def sparse_attention_bwd(
@@ -115,6 +116,12 @@ def _whole_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
+def _options(config: Config, q: Tensor) -> dict[str, int]:
+    """Triton's launch options."""
+    limit = {"maxnreg": config.registers} if config.registers and q.is_cuda else {}
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, **limit}
+
+
 def _descriptors(
     a: Tensor, b: Tensor, tile: tuple[int, int]
 ) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
@@ -138,7 +145,7 @@ def _launch_dq(
         heads, heads // k.shape[1], heads_together(k, v, heads) if is_causal else 1, q_len, delta.shape[2], k_len,
         window, scale * LOG2E, scale, D=d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=block_n, MASK_Q=mask.block_q,
         MASK_K=mask.block_k, CAUSAL=is_causal, RAGGED=k_len % mask.block_k != 0,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **_options(config, q),
     )  # fmt: skip
 
 
@@ -158,7 +165,7 @@ def _launch_dkv(
         Rows.of(dk), Rows.of(dv), sums, q_desc, do_desc, log2_sum, delta, lists, shares, Valid.of(valid),
         heads, heads // k_heads, lists.heads, shares.slots, nq, q_len, delta.shape[2], k_len, window,
         scale * LOG2E, scale, D=d, DPAD=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, MASK_Q=mask.block_q,
-        MASK_K=mask.block_k, CAUSAL=is_causal, num_warps=config.num_warps, num_stages=config.num_stages,
+        MASK_K=mask.block_k, CAUSAL=is_causal, **_options(config, q),
     )  # fmt: skip
     launch(
         sum_kernel, (tiles * split,), Rows.of(dk), Rows.of(dv), sums, shares, k_heads, k_len, scale,
