@@ -106,8 +106,9 @@ def patch(
         dense_layers: layers (in the model's order) that run dense in mode "sparse"; they are calibrated all the same.
         calibrated: False runs the selector's own thresholds at once. Layers that have thresholds from a calibration or
             a file lose them, with a warning.
-        options: further arguments of SparseAttention (selector, backend, precision, text_sink); left out, the
-            family's defaults hold. ``selector`` may also be a list or tuple of selectors, one for each attention layer
+        options: further arguments of SparseAttention (selector, backend, precision, text_sink, graphs); left out, the
+            family's defaults hold. ``graphs=True`` is safe in every family here: each layer projects its attention's
+            output into other memory before another layer runs (one thread at a time). ``selector`` may also be a list or tuple of selectors, one for each attention layer
             of the model in its order (published tables of thresholds per layer and head).
 
     Returns:

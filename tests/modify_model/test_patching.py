@@ -95,6 +95,30 @@ def test_patching_twice_keeps_modules_and_takes_what_is_named(make_llama, set_sp
     assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
 
 
+def test_graphs_are_an_option_of_every_layer(make_llama):
+    model = patch(make_llama(), graphs=True)
+    layers = [layer.self_attn.inner_attention for layer in model.model.layers]
+    assert all(layer.graphs for layer in layers)
+    patch(model, l1=0.05)
+    assert all(layer.graphs for layer in layers), "what is not named stays"
+    patch(model, graphs=False)
+    assert not any(layer.graphs for layer in layers)
+    with pytest.raises(TypeError, match="graphs must be True or False"):
+        patch(model, graphs=1)
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_bit_of_a_model(make_llama, tokens):
+    """Layers whose inputs lie at the same addresses share a graph and its output."""
+    ids = tokens(1, 700).cuda()
+    plain = make_llama().to("cuda", torch.bfloat16)
+    patch(plain, selector=TopK(0.5, pool=16, block_q=64, block_k=64), backend="triton", calibrated=False)
+    replaying = patch(copy.deepcopy(plain), graphs=True)
+    expected = plain(ids).logits
+    for _ in range(5):  # as written, recorded, from a plan, captured, as a graph
+        assert torch.equal(replaying(ids).logits, expected)
+
+
 def tuned_llama(make_llama, tokens):
     """A tiny LLaMA that was calibrated, and its tuned file."""
     model = patch(make_llama(), l1=0.3, pv_l1=0.4, tail=None)
