@@ -108,8 +108,9 @@ def patch(
             a file lose them, with a warning.
         options: further arguments of SparseAttention (selector, backend, precision, text_sink, graphs); left out, the
             family's defaults hold. ``graphs=True`` is safe in every family here: each layer projects its attention's
-            output into other memory before another layer runs (one thread at a time). ``selector`` may also be a list or tuple of selectors, one for each attention layer
-            of the model in its order (published tables of thresholds per layer and head).
+            output into other memory before another layer runs (one thread at a time). ``selector`` may also be a list
+            or tuple of selectors, one for each attention layer of the model in its order (published tables of
+            thresholds per layer and head).
 
     Returns:
         The same model.
