@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spas_attn.checks import per_head
 from spas_attn.selectors import Selector
+from spas_attn.selectors.by_head import for_heads
 
 from .tradeoff import Tradeoff
 
@@ -60,7 +61,7 @@ class Tuned:
         tradeoff: the whole model's, from which they were chosen, for files; None when unknown.
         edges: noise levels at which the phases of a diffusion model meet, falling; empty without phases.
         densities: of the phases, as ``expected_density``.
-        part: (rank, size) where these are the heads of one of ``size`` ranks; None for all heads.
+        part: which heads of how many these are, where it is not all of them.
         all_dense, filters, skips: no head is sparse; some sparse head has a similarity filter; some has PV skip.
 
     Raises:
@@ -79,7 +80,7 @@ class Tuned:
     tradeoff: Tradeoff | None = field(default=None, repr=False)
     edges: tuple[float, ...] = ()
     densities: tuple[float | None, ...] = ()
-    part: tuple[int, int] | None = None
+    part: tuple[tuple[int, ...], int] | None = None
     all_dense: bool = field(init=False)
     filters: bool = field(init=False)
     skips: bool = field(init=False)
@@ -198,9 +199,9 @@ class Tuned:
             heads = self.heads
             if heads % size or not 0 <= rank < size:
                 raise ValueError(f"rank {rank} of {size} has no equal share of {heads} heads")
-            own = slice(rank * heads // size, (rank + 1) * heads // size)
-            tensors = {name: getattr(self, name)[..., own] for name in FILE_KEYS.values()}
-            known = dataclasses.replace(self, **tensors, part=(rank, size))
+            own = range(rank * heads // size, (rank + 1) * heads // size)
+            tensors = {name: getattr(self, name)[..., own.start : own.stop] for name in FILE_KEYS.values()}
+            known = dataclasses.replace(self, **tensors, part=(tuple(own), heads))
             self._shares[rank, size] = known
         return known
 
@@ -239,7 +240,7 @@ class Tuned:
         self, selector: Selector, sparse: Tensor, threshold: Tensor, sim: Tensor, pv: Tensor
     ) -> tuple[Selector, Tensor]:
         if self.part is not None:
-            selector = selector.share(*self.part)
+            selector = for_heads(selector, *self.part)
         if hasattr(selector, "sim_threshold"):
             filters = torch.where(sparse, sim, -1.0) if self.filters else -1.0
             selector = dataclasses.replace(selector, sim_threshold=filters)  # type: ignore[call-arg]

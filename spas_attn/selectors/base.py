@@ -109,17 +109,6 @@ class Selector:
         changes: dict[str, Any] = {self.tuned: torch.where(sparse, threshold, 1.0)}
         return dataclasses.replace(self, **changes)
 
-    def share(self, rank: int, size: int) -> Selector:
-        """A copy for the heads of one of ``size`` ranks, equal parts in order: what is per head is cut."""
-        changes: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Selector):
-                changes[f.name] = value.share(rank, size)
-            elif isinstance(value, Tensor) and value.dim() == 1:
-                changes[f.name] = value.tensor_split(size)[rank]
-        return dataclasses.replace(self, **changes)
-
     def final_levels(self, call: Call) -> Tensor:
         """:meth:`levels` after the rules of every selector, float32 ``[B, Hq, nq, nk]``.
 

@@ -80,13 +80,6 @@ class ByHead(Selector):
             streaming = dataclasses.replace(streaming, dense_heads=~all_stream)
         return dataclasses.replace(self, streaming=streaming, rest=self.rest.tuned_to(threshold, sparse))
 
-    def share(self, rank: int, size: int) -> Selector:
-        heads = len(self.streams) // size
-        own = self.streams[rank * heads : (rank + 1) * heads]
-        streaming = self.streaming.share(rank, size)
-        assert isinstance(streaming, Streaming)
-        return dataclasses.replace(self, streams=own, streaming=streaming, rest=self.rest.share(rank, size))
-
     def levels(self, call: Call) -> Tensor:
         return torch.where(self._flags(call), self.streaming._ruled(call), self.rest._ruled(call))
 

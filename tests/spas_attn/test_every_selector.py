@@ -29,6 +29,7 @@ from spas_attn.selectors import (
     Union,
     XAttention,
 )
+from spas_attn.selectors.by_head import for_heads
 
 
 def all_dense(selector: Selector) -> Selector:
@@ -74,6 +75,19 @@ def test_later_tokens_do_not_move_earlier_query_blocks(selector: Selector, seed:
     later = call.replace(q=q, k=k, v=k)
     levels = [selector.final_levels(x)[:, :, :changed] for x in (call, later)]
     assert torch.equal(*levels), "at any threshold"
+
+
+@every
+def test_part_of_the_heads(selector: Selector) -> None:
+    """Two ranks that hold half of the heads each select as one device does."""
+    call = random_call(5, padded=False)
+    selector = selector.tuned_to(torch.tensor([0.1, 0.6, 0.9, 0.1]), torch.tensor([True, True, True, False]))
+    kept = selector.kept(call)
+    for rank in (0, 1):
+        k = call.k[:, rank : rank + 1]
+        half = call.replace(q=call.q[:, 2 * rank : 2 * rank + 2], k=k, v=k)
+        own = for_heads(selector, (2 * rank, 2 * rank + 1), HEADS)
+        assert torch.equal(own.kept(half), kept[:, 2 * rank : 2 * rank + 2])
 
 
 @every
