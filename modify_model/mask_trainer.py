@@ -49,7 +49,7 @@ class MaskTrainer(Trainer):
     args: MaskTrainingArguments
     optimizer: Any
 
-    def __init__(self, model: nn.Module, args: MaskTrainingArguments, **more: Any) -> None:
+    def __init__(self, model: Any, args: MaskTrainingArguments, **more: Any) -> None:
         if not isinstance(args, MaskTrainingArguments):
             raise TypeError(f"args must be MaskTrainingArguments, got {type(args).__name__}")
         self.target = SparsityTarget(
@@ -62,6 +62,7 @@ class MaskTrainer(Trainer):
         self.gates, self.multipliers = _begin(model, args, self.learning, self.regulariser)
         self._taken: list[tuple[nn.Parameter, Tensor]] = []
         self._penalties: list[Tensor] = []
+        self._use_cache = getattr(model.config, "use_cache", None)  # Trainer switches it off for good
         args.remove_unused_columns = False  # bounds of documents are no argument of a model's forward by name
         super().__init__(model=model, args=args, **more)
         self.add_callback(_PutBack(self))
@@ -160,6 +161,8 @@ class MaskTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, REGULARISER):
             delattr(model, REGULARISER)
+        if self._use_cache is not None:
+            model.config.use_cache = self._use_cache
         if not args.freeze_non_mask_parameters:
             self.save_model(str(place))
         return place / MASKS
