@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,10 +71,11 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     return out.reshape(batch, heads, length, -1)
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
-    """Dense causal attention, of a chunk at the end of more keys too."""
+def causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, once: Callable[..., Any]) -> Tensor:
+    """Dense causal attention, of a chunk at the end of more keys too; ``once`` keeps what a forward's layers share."""
     if q.shape[2] == k.shape[2] and seen is None:
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    blocks = Dense().mask_of(Call(q[:, :1], k[:, :1], k[:, :1], True, scale, seen))
+    one = Call(q[:, :1], k[:, :1], k[:, :1], True, scale, seen)
+    blocks = once("all", lambda: Dense().mask_of(one))
     return block_sparse_attention(q, k, v, of_all_heads(blocks, q), is_causal=True, scale=scale, attn_mask=seen)

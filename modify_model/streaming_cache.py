@@ -271,20 +271,20 @@ class StreamingLayer(CacheLayerMixin):
         self.tail.look(keys, lambda make: once("first", make))
         full = len(self.queries[0])
         q = query if self.in_order else query.index_select(1, head_index(self.order, query.device))
-        parts = [] if self.attention is None else [self._full(q[:, :full], seen, scale)]
+        parts = [] if self.attention is None else [self._full(q[:, :full], seen, scale, once)]
         parts.append(self._streaming(q[:, full:], seen, scale, once))
         if not self.record_past:
             self.tail.leave_out()
         out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return out if self.in_order else out.index_select(1, head_index(self.inverse, out.device))
 
-    def _full(self, q: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    def _full(self, q: Tensor, seen: Tensor | None, scale: float, once: Callable[..., Any]) -> Tensor:
         k, v = self.full.keys, self.full.values
         if q.shape[2] < SHORTEST:
             return grouped(q, k, v, seen, scale)
         assert self.attention is not None
         return self.attention(
-            q, k, v, dense=lambda: causal(q, k, v, seen, scale), is_causal=True, scale=scale, attn_mask=seen
+            q, k, v, dense=lambda: causal(q, k, v, seen, scale, once), is_causal=True, scale=scale, attn_mask=seen
         )
 
     def _streaming(self, q: Tensor, seen: Tensor | None, scale: float, once: Callable[..., Any]) -> Tensor:

@@ -33,6 +33,7 @@ Row = dict[str, Any]
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
 VOCABULARY = 1024
+_LONG = 65536  # tokens; longer prompts are run once, after a first run of the whole
 COLUMNS = {
     "tokens": ",", "streaming": ".1%", "kv_MiB": ".1f", "kv_share": ".1%", "prefill_ms": ".1f",
     "prefill_peak_MiB": ".0f",
@@ -88,7 +89,8 @@ class Benchmark:
             row["prefill_ms"], row["prefill_peak_MiB"], cache = self._filled(make_cache, ids, tokens)
             row |= self._decoded(cache, ids)
             del cache
-            self._fill(make_cache(), ids, self.chunk)
+            if tokens <= _LONG:
+                self._fill(make_cache(), ids, self.chunk)
             row["chunked_ms"], row["chunked_peak_MiB"], _ = self._filled(make_cache, ids, self.chunk)
         except (RuntimeError, ValueError) as error:
             row["error"] = str(error).splitlines()[0][:200]
@@ -106,8 +108,9 @@ class Benchmark:
 
     def _filled(self, make_cache: Callable[[], Any], ids: Tensor, chunk: int) -> tuple[float, float | None, Any]:
         """Median milliseconds and peak memory of a prompt in chunks, and the last cache."""
-        times, peak = [], None
-        for _ in range(2):
+        times, peak, cache = [], None, None
+        for _ in range(1 if ids.shape[1] > _LONG else 2):
+            del cache
             cache = make_cache()
             self._wait()
             if self.device.type == "cuda":
@@ -157,7 +160,7 @@ def with_shares(rows: Sequence[Row]) -> list[Row]:
         own, whole = row.get("kv_MiB"), dense.get(row["tokens"])
         return {**row, "kv_share": own / whole} if own and whole else row
 
-    return [share(row) for row in rows]
+    return sorted(map(share, rows), key=lambda row: (row["tokens"], row["streaming"]))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -173,7 +176,7 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the benchmark, print its table, and return the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536, 131072], help="prompts, tokens")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 131072, 32768, 65536], help="prompts, tokens")
     parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.125, 0.5, 0.75], help="streaming KV heads")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers")
     parser.add_argument("--sink", type=int, default=128, help="tokens of the sink")
