@@ -59,15 +59,21 @@ def main(doc: str, defaults: dict[str, Any], arguments: Sequence[str] | None = N
     Returns:
         The exit code: 2 when an argument, a model or a file cannot be used.
     """
-    parser = HfArgumentParser((RunArguments, MaskTrainingArguments), description=doc, formatter_class=Help)
-    parser.set_defaults(**({"report_to": ["tensorboard"]} | defaults))
     try:
-        run, args = parser.parse_args_into_dataclasses(arguments)
-        train(run, args)
+        train(*arguments_of(doc, defaults, arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+def arguments_of(
+    doc: str, defaults: dict[str, Any], arguments: Sequence[str] | None = None
+) -> tuple[RunArguments, MaskTrainingArguments]:
+    """The arguments of a command line; as :func:`main`."""
+    parser = HfArgumentParser((RunArguments, MaskTrainingArguments), description=doc, formatter_class=Help)
+    parser.set_defaults(**({"report_to": ["tensorboard"]} | defaults))
+    return parser.parse_args_into_dataclasses(arguments)
 
 
 def train(run: RunArguments, args: MaskTrainingArguments) -> None:
