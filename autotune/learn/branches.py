@@ -89,19 +89,24 @@ class _Masks:
     def get(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> BlockMask:
         """The mask of a call; the lists of one head stand for all (strides of 0)."""
         documents, padding = options.get("cu_seqlens"), options.get("attn_mask")
-        key = (q.shape[:3], k.shape[2], q.device, documents, padding, options.get("window"))
-        known = None if torch.compiler.is_compiling() else self._last  # threads share the object
-        if known is not None and all(_same(a, b) for a, b in zip(known[0], key, strict=True)):
-            return known[1]
+        if torch.compiler.is_compiling():  # a traced graph must not depend on what is kept here
+            return self._make(q, k, options)
+        versions = [x._version for x in (documents, padding) if x is not None and not x.is_inference()]
+        inference = torch.is_inference_mode_enabled()  # what is made then cannot be kept for a backward pass
+        key = (q.shape[:3], k.shape[2], q.device, options.get("window"), versions, inference, documents, padding)
+        known = self._last  # threads share the object
+        if known is None or not all(_same(a, b) for a, b in zip(known[0], key, strict=True)):
+            known = self._last = (key, self._make(q, k, options))
+        return known[1]
+
+    def _make(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> BlockMask:
+        documents, padding = options.get("cu_seqlens"), options.get("attn_mask")
         rows = slice(None) if padding is not None else slice(1)
         chosen: dict[str, Any] = {name: options.get(name) for name in MASK_OPTIONS}
         one = self.rule.select(
             q[rows, :1].detach(), k[rows, :1].detach(), cu_seqlens_q=documents, cu_seqlens_k=documents, **chosen
         )
-        mask = _with(one, *(x.expand(*q.shape[:2], *x.shape[2:]) for x in (one.counts, one.indices)))
-        if not torch.compiler.is_compiling():  # a traced graph must not depend on what is kept here
-            self._last = (key, mask)
-        return mask
+        return _with(one, *(x.expand(*q.shape[:2], *x.shape[2:]) for x in (one.counts, one.indices)))
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_last": None}  # a copy of a model need not have it

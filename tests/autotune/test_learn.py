@@ -160,8 +160,19 @@ def test_masks_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> 
     for options in calls:
         branches.streaming(q, k, v, dict(is_causal=True, scale=1.0, **options))
     assert len(made) == 4
-    branches.streaming(q[:, :, 100:], k, v, dict(is_causal=True, scale=1.0))
+    calls[-1]["attn_mask"][:, 0] = False  # another padding in the same place
+    branches.streaming(q, k, v, dict(is_causal=True, scale=1.0, **calls[-1]))
     assert len(made) == 5
+    branches.streaming(q[:, :, 100:], k, v, dict(is_causal=True, scale=1.0))
+    assert len(made) == 6
+
+
+def test_masks_made_in_inference_mode_are_not_trained_with() -> None:
+    gates, (q, k, v) = gates_of([-0.4, 0.5]), tensors()
+    with torch.inference_mode():
+        run(gates, q, k, v)
+    run(gates, q, k, v).sum().backward()
+    assert q.grad is not None
 
 
 @pytest.mark.parametrize("table", [[True, False], [True, True], [False, False]])
