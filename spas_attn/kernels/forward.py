@@ -225,7 +225,7 @@ def sparse_attention_fwd_kernel(
         block = first_row // MASK_Q
         p_indices = blocks.indices + b * blocks.stride_b + h * blocks.stride_h
         p_indices += tl.cast(block, tl.int64) * blocks.stride_q
-        count = tl.load(blocks.counts + head * tl.cdiv(q_len, MASK_Q) + block)
+        count = tl.load(blocks.counts + b * blocks.counts_b + h * blocks.counts_h + block)
     if valid is not None:
         p_valid = valid.data + b * valid.stride_b
         p_tiles = tile_valid + b * tiles_n

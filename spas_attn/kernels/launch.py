@@ -152,8 +152,9 @@ def heads_together(k: Tensor, v: Tensor, heads: int) -> int:
 def block_lists(mask: BlockMask, batch: int, heads: int) -> Blocks:
     """The mask's lists for every sequence and head, without a copy of lists that several share."""
     indices = mask.indices.expand(batch, heads, -1, -1)
-    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
-    return Blocks(mask.counts.expand(batch, heads, -1).contiguous(), indices, *indices.stride()[:3])
+    counts = mask.counts.expand(batch, heads, -1)
+    counts, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in (counts, indices))
+    return Blocks(counts, *counts.stride()[:2], indices, *indices.stride()[:3])
 
 
 def descriptor(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor | None:

@@ -41,9 +41,11 @@ class Valid(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """A block mask: int32 ``[B, Hq, nq]``, contiguous, and ascending lists ``[B, Hq, nq, nk]``, dense in ``nk``."""
+    """A block mask: int32 ``[B, Hq, nq]`` and ascending lists ``[B, Hq, nq, nk]``, both dense in the last dimension."""
 
     counts: Tensor
+    counts_b: int
+    counts_h: int
     indices: Tensor
     stride_b: int
     stride_h: int

@@ -59,7 +59,7 @@ class Chunks(NamedTuple):
 
 @triton.jit
 def scatter_kernel(
-    kept, blocks, heads, list_heads, group, nq, nk, q_len, k_len, window,
+    kept, blocks, list_heads, group, nq, nk, q_len, k_len, window,
     MASK_Q: tl.constexpr, MASK_K: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Of one row of a block mask, write FULL or PARTIAL for the visible blocks to ``kept`` [B, Hl, nk, group, nq]."""
@@ -67,7 +67,7 @@ def scatter_kernel(
     head = tl.program_id(0) // nq  # of those whose lists differ
     b, h = tl.cast(head // (list_heads * group), tl.int64), tl.cast(head % (list_heads * group), tl.int64)
     p_indices = blocks.indices + b * blocks.stride_b + h * blocks.stride_h + tl.cast(i, tl.int64) * blocks.stride_q
-    count = tl.load(blocks.counts + (b * heads + h) * nq + i)
+    count = tl.load(blocks.counts + b * blocks.counts_b + h * blocks.counts_h + i)
     first_row = i * MASK_Q + (k_len - q_len)  # in positions of keys
     last_row = tl.minimum(i * MASK_Q + MASK_Q, q_len) - 1 + (k_len - q_len)
     p_row = kept + ((b * list_heads + h // group) * nk * group + h % group) * nq + i
@@ -157,7 +157,7 @@ def query_lists(mask: BlockMask, blocks: Blocks, k_heads: int, is_causal: bool, 
     partial = torch.empty_like(counts)
     entries = torch.empty(batch, list_heads, nk, group * nq, dtype=torch.int32, device=device)
     launch(
-        scatter_kernel, (batch * list_heads * group * nq,), kept, blocks, heads, list_heads, group, nq, nk,
+        scatter_kernel, (batch * list_heads * group * nq,), kept, blocks, list_heads, group, nq, nk,
         mask.q_len, mask.k_len, window, MASK_Q=mask.block_q, MASK_K=mask.block_k, CAUSAL=is_causal, CHUNK=128,
         num_warps=1,
     )  # fmt: skip
