@@ -154,7 +154,7 @@ def block_lists(mask: BlockMask, batch: int, heads: int) -> Blocks:
     indices = mask.indices.expand(batch, heads, -1, -1)
     counts = mask.counts.expand(batch, heads, -1)
     counts, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in (counts, indices))
-    return Blocks(counts, *counts.stride()[:2], indices, *indices.stride()[:3])
+    return Blocks(counts, counts.stride(0), counts.stride(1), indices, *indices.stride()[:3])
 
 
 def descriptor(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor | None:

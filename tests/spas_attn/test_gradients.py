@@ -272,6 +272,19 @@ def test_compiled() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_compiled_packed() -> None:
+    inputs, _ = mine(length=137)
+    cu = torch.tensor([0, 66, 136, 137], dtype=torch.int32)
+    mask = Streaming(64, 60).select(*[x.detach() for x in inputs[:2]], is_causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_sparse_attention(q * 2, k, v.cos(), mask, is_causal=True)
+
+    compiled = torch.compile(layer, backend="aot_eager")
+    for a, b in zip(grads_of(compiled(*inputs), inputs), grads_of(layer(*inputs), inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_no_second_derivatives() -> None:
     inputs, mask = mine(length=70)
     out = block_sparse_attention(*inputs, mask, is_causal=True)
