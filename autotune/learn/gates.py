@@ -31,7 +31,7 @@ class HeadGates(nn.Module):
 
     Args:
         kv_heads, query_heads: of the layer; the query heads of a KV head share its gate.
-        branches: computes the two attentions; one object for all layers of a model.
+        branches: computes the two attentions; one object for all layers of one block size.
         generator: draws the start values.
         device: of the parameter.
 

@@ -21,7 +21,7 @@ TOGGLE_TYPES = ("streaming", "local")
 
 def learn(
     model: Any, *, sink_size: int = 128, window: int = 1024, toggle_type: Literal["streaming", "local"] = "streaming",
-    block_size: int = 128, seed: int = 0,
+    seed: int = 0,
 ) -> Learning:  # fmt: skip
     """Install a gate for every KV head of a patched language model: output = z · full + (1 − z) · streaming.
 
@@ -31,9 +31,8 @@ def learn(
     Args:
         model: a patched model (``modify_model.patch``).
         sink_size, window: tokens of the sink and of the local window of the streaming branch, which keeps the whole
-            blocks that they touch.
+            blocks that they touch, in the blocks of the layer's selector, as it is served.
         toggle_type: "streaming", or "local": a window without a sink.
-        block_size: of the streaming branch's mask, 64 or 128.
         seed: of the start values, which are the same on every rank.
 
     Raises:
@@ -52,11 +51,15 @@ def learn(
     if unknown:
         raise ValueError(f"layer {unknown[0]!r} does not know its number of heads: call set_heads first")
     sink = toggle_type == "streaming"
-    rule = Streaming(sink_size if sink else 0, window, sink=sink, block_q=block_size, block_k=block_size)
-    branches, generator = Branches(rule), torch.Generator().manual_seed(seed)
+    branches: dict[tuple[int, int], Branches] = {}
+    generator = torch.Generator().manual_seed(seed)
     for module in modules.values():
+        blocks = (module.selector.block_q, module.selector.block_k)
+        if blocks not in branches:
+            rule = Streaming(sink_size if sink else 0, window, sink=sink, block_q=blocks[0], block_k=blocks[1])
+            branches[blocks] = Branches(rule)
         heads = module.heads or 0
-        gates = HeadGates(module.kv_heads or heads, heads, branches, generator=generator, device=module.device)
+        gates = HeadGates(module.kv_heads or heads, heads, branches[blocks], generator=generator, device=module.device)
         module.gates = gates.train(module.training)
     return Learning(model)
 

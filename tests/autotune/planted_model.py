@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotune import SparseAttention
+from spas_attn.selectors import Streaming
 
 WORDS, DIM, LENGTH = 320, 32, 512
 LAYERS, KV_HEADS, GROUP = 2, 4, 2
@@ -24,7 +25,7 @@ class PlantedModel(nn.Module):
         self.words = F.normalize(torch.randn(WORDS, DIM, generator=generator), dim=-1)
         heads = KV_HEADS * GROUP
         self.maps = [torch.randn(heads, DIM, DIM, generator=generator) / DIM**0.5 for _ in range(LAYERS)]
-        self.layers = nn.ModuleList(SparseAttention() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(SparseAttention(selector=Streaming(block_q=64, block_k=64)) for _ in range(LAYERS))
         for inner in self.layers:
             inner.set_heads(heads)
             inner.kv_heads = KV_HEADS

@@ -19,7 +19,7 @@ from autotune.learn.branches import Branches, mix
 from spas_attn import fallback_counts
 from spas_attn.selectors import Streaming
 
-SIZES = dict(sink_size=64, window=64, block_size=64)
+SIZES = dict(sink_size=64, window=64)
 HEADS, GROUP, LENGTH = 2, 2, 330
 RULE = Streaming(64, 64, block_q=64, block_k=64)
 
@@ -369,7 +369,7 @@ def test_the_handle_installs_and_removes() -> None:
         assert torch.equal(model.loss(0), expected) and list(model.state_dict()) == plain
     with pytest.raises(ValueError, match="no gates"):
         Learning(model)
-    local = learn(model, sink_size=64, window=64, toggle_type="local", block_size=64)
+    local = learn(model, sink_size=64, window=64, toggle_type="local")
     assert local.gates[0].branches.rule == Streaming(0, 64, sink=False, block_q=64, block_k=64)
 
 
@@ -380,7 +380,6 @@ def test_the_handle_installs_and_removes() -> None:
         (dict(sink_size=-1), "sink_size must be a whole number of tokens, 0 or more, got -1"),
         (dict(window=0), "window must be a whole number of tokens, 1 or more, got 0"),
         (dict(window=64.0), "window must be"),
-        (dict(block_size=32), "block_q must be one of"),
     ],
 )
 def test_bad_options(options: dict[str, object], match: str) -> None:

@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from autotune import SparseAttention
-from autotune.learn import HeadGates, Learning, Regulariser, learn, shard_gates
+from autotune.learn import HeadGates, Regulariser, learn, shard_gates
+from spas_attn.selectors import Streaming
 
 torch.set_num_threads(1)
 folder, rank = sys.argv[1], int(sys.argv[2])
@@ -30,7 +31,8 @@ mesh = init_device_mesh("cpu", (2,))
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.out, self.inner = nn.Linear(64, 128), nn.Linear(64, 64), SparseAttention()
+        self.qkv, self.out = nn.Linear(64, 128), nn.Linear(64, 64)
+        self.inner = SparseAttention(selector=Streaming(block_q=64, block_k=64))
         self.inner.set_heads(4)
         self.inner.kv_heads = 2
 
@@ -54,7 +56,7 @@ class Model(nn.Module):
 def make(seed=0):
     torch.manual_seed(seed)
     model = Model()
-    handle = learn(model, sink_size=64, window=64, block_size=64)
+    handle = learn(model, sink_size=64, window=64)
     with torch.no_grad():
         for gates in handle.gates:
             gates.log_alpha.copy_(torch.tensor([-0.301, 0.402]))

@@ -32,7 +32,7 @@ def close(got, expected, what):
 
 for heads in (2, 1):  # one KV head: both ranks hold it, with their own query heads
     model = patch(make("Llama", "sdpa", num_key_value_heads=heads))
-    learning = learn(model, sink_size=64, window=64, block_size=64)
+    learning = learn(model, sink_size=64, window=64)
     with torch.no_grad():
         for index, gates in enumerate(learning.gates):
             gates.log_alpha.copy_(torch.tensor([-0.5, 0.6])[:heads] - 0.2 * index)

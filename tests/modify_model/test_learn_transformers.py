@@ -9,11 +9,11 @@ import torch
 from autotune import calibrate
 from autotune.learn import learn
 from autotune.module import sparse_modules
-from modify_model import patch, restore
+from modify_model import patch, restore, stream_heads
 from spas_attn.selectors import TopK
 
 pytestmark = pytest.mark.filterwarnings("ignore:spas_attn. running exact dense:RuntimeWarning")
-SIZES = dict(sink_size=64, window=64, block_size=64)
+SIZES = dict(sink_size=64, window=64)
 DOCUMENTS = [290, 60, 50]
 
 
@@ -116,6 +116,20 @@ def test_checkpointing_draws_the_same_gates_again(reentrant, assert_close):
     assert min(float(x.abs().max()) for x in gates) > 0
     for a, b in zip([*gates, *weights], [*gates_again, *weights_again], strict=True):
         assert_close(b, a, 1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (10, 100), (0, 64)])
+def test_what_is_trained_is_what_is_served(sizes, assert_close):
+    """A fixed table gives what stream_heads gives, in blocks of 64 and of 128."""
+    for block in (64, 128):
+        model = patch(tiny_transformers.make("Llama", "sdpa"), selector=TopK(1.0, block_q=block, block_k=block))
+        ids, table = ids_of(500), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        with torch.no_grad(), learn(model, sink_size=sizes[0], window=sizes[1]) as learning:
+            learning.freeze(table)
+            trained = model(ids).logits
+        with torch.no_grad():
+            served = stream_heads(model, table, sink_tokens=sizes[0], local_tokens=sizes[1])(ids).logits
+        assert_close(served, trained)
 
 
 def test_left_padding(left_padded, assert_close):
