@@ -43,8 +43,8 @@ class EfficientAttention(nn.Module):
         attention_dropout: of the attention weights, in training only. Every backend draws it in its own way: the same
             seed gives the same output on one backend and chunk size, not across them.
         backend: "auto" or a name.
-        selector: which blocks to keep (:mod:`spas_attn.selectors`). Its kernels have no backward pass, no dropout and
-            no masks but key padding; for other calls "auto" computes exactly and ``explain`` says why.
+        selector: which blocks to keep (:mod:`spas_attn.selectors`). There is no backward pass through
+            a selection, and its kernels have no dropout and no masks but key padding; for other calls "auto" computes exactly and ``explain`` says why.
         scale: factor on q·k; ``d_head ** -0.5`` by default.
 
     Attributes:

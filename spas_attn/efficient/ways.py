@@ -179,7 +179,7 @@ def _flash_attn_2() -> Callable[..., Tensor] | None:
 def _library_flash(problem: Problem) -> tuple[str | None, str | None]:
     """(this library's backend that computes the problem densely, None), or (None, why none does)."""
     if problem.grad:
-        return None, "this library's kernels have no backward pass"
+        return None, "this library's kernels have no backward pass without a block mask"
     if problem.dropout:
         return None, "this library's kernels have no dropout"
     if problem.q.dtype not in DTYPES or not HEAD_DIMS[0] <= problem.q.shape[-1] <= HEAD_DIMS[1]:
@@ -294,7 +294,7 @@ def _sparse_refuses(problem: Problem, selector: Selector | None) -> str | None:
     if problem.dropout:
         return "block-sparse kernels have no dropout of attention weights"
     if problem.grad:
-        return "block-sparse kernels have no backward pass"
+        return "there is no backward pass through a selection of blocks"
     if problem.q.dtype not in DTYPES or not HEAD_DIMS[0] <= problem.q.shape[-1] <= HEAD_DIMS[1]:
         return f"block-sparse kernels take head dims 16 to 256 of fp16, bf16 and fp32, not {problem.q.dtype}"
     return plan(_call(problem), selector).fallback
