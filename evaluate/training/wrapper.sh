@@ -32,7 +32,7 @@ run() {
         --adam_beta1 0.9 --adam_beta2 0.95 --weight_decay 0.1 --max_grad_norm 1.0
         --bf16 --gradient_checkpointing --save_steps "$SAVE_STEPS")
     [ -z "$DATA" ] || command+=(--data "$DATA")
-    [ "$NPROC" -eq 1 ] || command+=(--fsdp full_shard --fsdp_config '{"fsdp_version": 2}')
+    [ "$NPROC" -eq 1 ] || command+=(--fsdp --fsdp_config '{"fsdp_version": 2}')
     command+=("$@")
     echo "$TRAINS"
     echo "steps $STEPS, batch $BATCH rows of $TOKENS tokens on $NPROC process(es), sink $SINK, window $WINDOW, lr $LR"

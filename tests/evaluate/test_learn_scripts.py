@@ -224,7 +224,8 @@ def wrapper(name: str, *arguments: str, **variables: str) -> subprocess.Complete
 COMMON = dict(
     window=1024, sink_size=128, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.1, max_grad_norm=1.0, bf16=True,
     gradient_checkpointing=True, sparsity_warmup_ratio=0.8, warmup_type="linear",
-    lr_scheduler_type="cosine_with_min_lr", disable_linear_regularization_term=False, toggle_type="streaming", objective="lm",
+    lr_scheduler_type="cosine_with_min_lr", disable_linear_regularization_term=False, toggle_type="streaming",
+    objective="lm",
 )  # fmt: skip
 # As the originals' scripts have them (masks only: PruLong's).
 WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -267,7 +268,9 @@ def test_wrappers_run_what_the_document_says(name: str, tmp_path: Path) -> None:
 def test_wrappers_take_variables() -> None:
     variables = dict(MODEL="m", DRY_RUN="1", NPROC="4", BATCH="8", WINDOW="256", END="0.5", DATA="texts", OUT="there")
     words = shlex.split(wrapper("prulong_masksonly.sh", **variables).stdout.splitlines()[-1])
-    assert "--nproc_per_node=4" in words and words[words.index("--fsdp_config") + 1] == '{"fsdp_version": 2}'
+    assert "--nproc_per_node=4" in words
+    _, args = learning.arguments_of("", learn_masks.DEFAULTS, [*words[words.index("--model_name") :], "--use_cpu"])
+    assert args.fsdp is True and args.fsdp_config["version"] == 2 and args.gradient_checkpointing
     pairs = dict(zip(words, words[1:], strict=False))
     for option, value in {
         "gradient_accumulation_steps": "2", "window": "256", "end_head_sparsity": "0.5", "data": "texts",
