@@ -44,7 +44,8 @@ class EfficientAttention(nn.Module):
             seed gives the same output on one backend and chunk size, not across them.
         backend: "auto" or a name.
         selector: which blocks to keep (:mod:`spas_attn.selectors`). There is no backward pass through
-            a selection, and its kernels have no dropout and no masks but key padding; for other calls "auto" computes exactly and ``explain`` says why.
+            a selection, and its kernels have no dropout and no masks but key padding; for other calls "auto" computes
+            exactly and ``explain`` says why.
         scale: factor on q·k; ``d_head ** -0.5`` by default.
 
     Attributes:
