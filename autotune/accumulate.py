@@ -14,9 +14,10 @@ from torch import Tensor
 
 from spas_attn import backends
 from spas_attn.attention import attend
+from spas_attn.backends import triton
 from spas_attn.block_mask import BlockMask, blockwise
 from spas_attn.call import Call
-from spas_attn.plan import plan
+from spas_attn.plan import Plan, plan
 from spas_attn.selectors import Selector
 from spas_attn.selectors.base import keeps
 
@@ -270,9 +271,9 @@ def add_pv_curves(tally: PromptTally, module: SparseAttention, call: Call, grid:
 def add_check(tally: PromptTally, module: SparseAttention, call: Call, precisions: Sequence[str] = ()) -> str:
     """Errors of the real kernel on all queries: candidate 0 is selection alone, candidate 1 everything.
 
-    When the backend leaves PV skip out but the layer uses it, everything is computed by ``reference``, which carries
-    it out, so that the file is checked as other devices will run it. (Not where that would leave out the quantisation
-    which the backend does carry out.)
+    Where PV skip is left out because it costs more time than it saves, though the layer uses it, the kernel carries it
+    out all the same, so that the file is checked as other devices will run it; where no kernel can, ``reference`` does.
+    (Not where that would leave out the quantisation which the backend does carry out.)
 
     Args:
         precisions: candidates 1, 2, ... are everything in these precisions, under the same blocks; those that are not
@@ -291,13 +292,17 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call, precision
     chosen = plan(asked, selector, backend)
     backend = chosen.instead_of or backend  # the check is of the sparse kernels, even where dense ones are faster
     left_out = chosen.pv_skip_left_out is not None or not backends.get(chosen.backend).skips_pv
+    left_out &= tuned.skips
+    anyway = left_out and _skips_anyway(asked, selector, chosen)
     quantised = chosen.precision != "native"
-    if tuned.skips and left_out and (not quantised or chosen.backend == "sdpa"):
-        backend, quantised, asked = "reference", False, asked.replace(precision="native")
+    if left_out and not anyway and (not quantised or chosen.backend == "sdpa"):
+        backend, quantised, left_out, asked = "reference", False, False, asked.replace(precision="native")
     total, stats = attend(asked, selector, backend=backend)
     selection = total
-    if stats.mask is not None and (tuned.skips or quantised):
+    if stats.mask is not None and (quantised or (tuned.skips and not left_out)):
         selection, _ = attend(call.replace(mask=stats.mask, precision="native"))
+    if anyway:
+        total = triton.run(asked.replace(mask=stats.mask, precision=chosen.precision), anyway=True)
     others = [_in_precision(asked, stats.mask, name, stats.backend) for name in precisions[1:]]
     norm = exact.abs().sum(-1)
     valid, queries = norm > 0, call.query_mask()
@@ -311,6 +316,13 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call, precision
     if not tally.maps and stats.mask is not None:
         tally.maps = record(kept[0], visible[0], tuned.is_sparse)
     return stats.backend
+
+
+def _skips_anyway(call: Call, selector: Selector, chosen: Plan) -> bool:
+    """Whether the kernel that is to run can carry out a PV skip that it leaves out."""
+    call = call.replace(blocks=(selector.block_q, selector.block_k), precision=chosen.precision)
+    whole = call.sinks is None and call.cu_seqlens_q is None
+    return chosen.backend == "triton" and whole and triton.cannot_skip(call) is None
 
 
 def _exact(call: Call) -> Tensor:

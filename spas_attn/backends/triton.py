@@ -59,25 +59,38 @@ def _declines(call: Call) -> str | None:
     return None
 
 
-def pv_skip_left_out(call: Call) -> str | None:
-    """Why PV skip is not carried out for a call that asks for it, else None."""
-    if call.pv_threshold is None:
-        return None
+def cannot_skip(call: Call) -> str | None:
+    """Why the kernels cannot carry out PV skip for a call, else None."""
     if call.blocks is None:
         return "there is no block mask"
     from ..kernels import launch
 
-    kind, dim = launch.kind_of(call.q, call.precision), call.q.shape[-1]
     if launch.whole_block_config(call.q, call.blocks, call.precision) is None:
-        return f"tiles of {call.blocks[0]} x {call.blocks[1]} at head dim {dim} do not fit on this GPU"
+        return f"tiles of {call.blocks[0]} x {call.blocks[1]} at head dim {call.q.shape[-1]} do not fit on this GPU"
+    return None
+
+
+def pv_skip_left_out(call: Call) -> str | None:
+    """Why PV skip is not carried out for a call that asks for it, else None."""
+    why = None if call.pv_threshold is None else cannot_skip(call)
+    if call.pv_threshold is None or why is not None:
+        return why
+    from ..kernels import launch
+
+    kind, dim = launch.kind_of(call.q, call.precision), call.q.shape[-1]
     if not config.skip_pays(kind, launch.padded_dim(dim, kind in ("int8", "fp8")), config.capability(call.q.device)):
         return f"at head dim {dim} it costs more time than it saves on this GPU"
     return None
 
 
-def run(call: Call, out: Tensor | None = None) -> Tensor:
-    """Compute the call; ``out`` is where to write, shaped like q (a new tensor by default)."""
-    threshold = None if pv_skip_left_out(call) else call.pv_threshold
+def run(call: Call, out: Tensor | None = None, *, anyway: bool = False) -> Tensor:
+    """Compute the call.
+
+    Args:
+        out: where to write, shaped like q; a new tensor by default.
+        anyway: carry out PV skip also where it costs more time than it saves.
+    """
+    threshold = None if (cannot_skip(call) if anyway else pv_skip_left_out(call)) else call.pv_threshold
     if threshold is not None:
         threshold = threshold.to(call.q.device, torch.float32).contiguous()
     call = call.replace(pv_threshold=threshold)

@@ -13,7 +13,9 @@ from torch import Tensor
 from autotune import Grid, SparseAttention, partials
 from autotune.accumulate import BINS, PromptTally, Tally, add_check, add_curves, add_pv_curves
 from autotune.sampling import Sampler
+from spas_attn.backends import triton
 from spas_attn.call import Call
+from spas_attn.kernels import config
 from spas_attn.selectors import MeanSimilarity, TopK, Union
 
 GRID = Grid(cdf=(0.2, 0.6, 0.9), sim=(-1.0, 0.3), pv=(50.0, 6.0, 3.0, 1.5))
@@ -215,6 +217,25 @@ def test_the_check_has_the_sinks_in_both() -> None:
     tally = PromptTally(4, 2)
     assert add_check(tally, module, call) == "cpu"
     check(tally.close(0), 1, exact(call.replace(mask=mask)), call, counted(call, 64, list(range(8))))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_pv_skip_that_does_not_pay_is_checked_all_the_same(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+    """By the kernel itself, fast at any length; by the reference only where the kernel cannot carry it out."""
+    call, module, blocks = make(q_len=300, is_causal=True, left=100)
+    module.backend = "triton"
+    module.set_thresholds(tuned(threshold=0.98, pv=1.0))
+    monkeypatch.setattr(config, "skip_pays", lambda *facts: False)
+    if not fits:
+        monkeypatch.setattr(triton, "cannot_skip", lambda call: "tiles do not fit on this GPU")
+    tally = PromptTally(4, 2)
+    assert add_check(tally, module, call) == ("triton" if fits else "reference")
+    mask, pv = module.serving(call)[0].mask_of(call), torch.ones(4)
+    selection, everything = (exact(call.replace(mask=mask, pv_threshold=x)) for x in (None, pv))
+    assert not torch.allclose(selection, everything, atol=1e-2), "nothing is skipped"
+    closed, valid = tally.close(0), counted(call, 64, blocks)
+    check(closed, 0, selection, call, valid)
+    check(closed, 1, everything, call, valid)
 
 
 def test_binning() -> None:
