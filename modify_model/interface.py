@@ -334,3 +334,6 @@ def register(original: str | None = None) -> str:
 def _prepare(original: str | None, **arguments: Any) -> Any:
     """The mask function of an implementation; see :func:`modify_model.masks.prepare_mask`."""
     return prepare_mask(original or default_implementation(type(arguments["config"])), **arguments)
+
+
+register()  # importing this file is enough, in whatever order it and transformers are imported

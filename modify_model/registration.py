@@ -37,7 +37,8 @@ class _AtImport(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    importlib.import_module("modify_model.interface").register()
+    """Import what registers itself; it may be what imports transformers."""
+    importlib.import_module("modify_model.interface")
 
 
 def register_with_transformers() -> None:

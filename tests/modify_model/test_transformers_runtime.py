@@ -68,6 +68,7 @@ def test_the_public_name(name, tmp_path):
 ORDERS = {
     "before": "import modify_model; assert 'transformers' not in sys.modules; import transformers.modeling_utils",
     "after": "import transformers.modeling_utils; import modify_model",
+    "by what needs it": "from modify_model import stream_heads; import transformers.modeling_utils",
 }
 
 
