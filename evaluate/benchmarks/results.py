@@ -22,8 +22,8 @@ class Row:
         block: sizes of the mask blocks, or "dense".
         ms_total: everything: from q, k, v to the output, or the whole step; None for a provider that got its mask.
         ms_attention: the attention calls within a step: selection, quantisation, kernel; no projections.
-        ms_select, ms_quant, ms_kernel: parts of one call measured by themselves. In one call selection and quantisation
-            share passes over q and k, so that the parts may add up to more than the total.
+        ms_select, ms_quant, ms_kernel: parts of one call, each by itself and without the host's time. In one call
+            selection and quantisation share passes over q and k, so that the parts may add up to more than the total.
         ms_graph: the whole call replayed from a CUDA graph: what is left of it without the host.
         us_host: microseconds of host time of one call in eager mode; launches: kernels that it runs.
         speedup, speedup_attention: over the fastest dense row of the same case and run.
@@ -197,7 +197,7 @@ def growth_picture(rows: Sequence[Row], path: Path) -> None:
         axis.set_xticks(tokens, [f"{(n or 0) // 1024}K" for n in tokens])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper left")
     heads, dim = (sparse[0].heads, sparse[0].head_dim) if sparse else (0, 0)
     figure.suptitle(f"causal, {heads} heads × {dim}; {rows[0].device}, {rows[0].versions}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

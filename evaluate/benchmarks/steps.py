@@ -22,7 +22,7 @@ from spas_attn.selectors import TopK
 
 def compile_blocks(transformer: nn.Module) -> None:
     """Compile the blocks of a transformer one by one, as diffusers recommends: all of a kind share their code."""
-    torch._dynamo.config.recompile_limit = 64  # a share of the blocks, a block size or a precision needs code of its own
+    torch._dynamo.config.recompile_limit = 64  # each share of blocks, block size and precision needs code of its own
     for blocks in transformer.children():
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:
