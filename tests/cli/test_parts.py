@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -17,10 +18,11 @@ from autotune.tuned import PV_OFF
 from modify_model import patch
 from modify_model.cli.compare import Comparison, Densities, compare, table
 from modify_model.cli.diffusion import PIPELINES, PROMPTS, Sampler, Size, check_size, load
-from modify_model.cli.driver import tune
+from modify_model.cli.driver import selector_of, tune
 from modify_model.cli.language import DEMO, encode, load_model, token_windows
 from modify_model.cli.pictures import panel, write
 from modify_model.cli.tiny import TINY
+from spas_attn.selectors import ExactKeys, MeanSimilarity
 
 
 def tiny_sampler(steps: int = 3) -> Sampler:
@@ -32,6 +34,15 @@ def set_thresholds(pipe: Any, threshold: float) -> None:
     for module in sparse_modules(pipe).values():
         full = torch.ones(module.heads or 0)
         module.set_thresholds(Tuned(full.bool(), full * threshold, -full, full * PV_OFF))
+
+
+def test_a_selector_keeps_what_the_arguments_leave_out() -> None:
+    usual = ExactKeys(pool=16, queries="sample", rank="peak", block_q=64, block_k=64)
+    assert selector_of(argparse.Namespace(selector=None, block=None, pool=None), usual) == usual
+    named = selector_of(argparse.Namespace(selector="exactkeys", block=128, pool=32), usual)
+    assert named == ExactKeys(pool=32, queries="sample", rank="peak")
+    other = selector_of(argparse.Namespace(selector="exactkeys", block=None, pool=None), MeanSimilarity(pool=8))
+    assert other == ExactKeys()
 
 
 # -- language models --------------------------------------------------------------------------------------------------
