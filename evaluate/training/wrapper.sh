@@ -30,7 +30,7 @@ run() {
         --max_tokens_per_device "$TOKENS" --sink_size "$SINK" --window "$WINDOW"
         --learning_rate "$LR" --warmup_steps "$LR_WARMUP" --min_lr_ratio "$MIN_LR_RATIO"
         --adam_beta1 0.9 --adam_beta2 0.95 --weight_decay 0.1 --max_grad_norm 1.0
-        --bf16 --gradient_checkpointing --save_steps "$SAVE_STEPS")
+        --bf16 --gradient_checkpointing --save_steps "$SAVE_STEPS" --save_total_limit 2)
     [ -z "$DATA" ] || command+=(--data "$DATA")
     [ "$NPROC" -eq 1 ] || command+=(--fsdp --fsdp_config '{"fsdp_version": 2}')
     command+=("$@")
