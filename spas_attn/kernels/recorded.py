@@ -92,9 +92,10 @@ class Recording:
 
     def seen(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note one operator of torch."""
-        if func.is_view and args and isinstance(args[0], Tensor):
+        views = result if isinstance(result, (list, tuple)) else [result]
+        if func.is_view and args and isinstance(args[0], Tensor) and all(_share_memory(x, args[0]) for x in views):
             base = self.places.get(id(args[0]))
-            for view in result if isinstance(result, (list, tuple)) else [result]:
+            for view in views:
                 if base is not None:
                     self._found(view, Place(base.source, base.offset + _start(view) - _start(args[0])))
         elif func.overloadpacket in _EMPTY | _ZEROS:
@@ -107,6 +108,11 @@ class Recording:
     def _found(self, tensor: Tensor, place: Place) -> None:
         self.places[id(tensor)] = place
         self.kept.append(tensor)
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether a view is one: `contiguous`, `reshape` and `to` count as views to torch also where they copy."""
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _start(x: Tensor) -> int:

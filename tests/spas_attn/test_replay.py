@@ -275,6 +275,19 @@ def test_views_keep_their_place_and_other_operators_are_obstacles() -> None:
     assert isinstance(recorder.recording.sources[0], Source)
 
 
+@pytest.mark.parametrize("copies", [True, False])
+@torch.inference_mode()  # there, and in an operator's own code, torch does not take composite operators apart
+def test_what_counts_as_a_view_and_copies_is_an_obstacle(copies: bool) -> None:
+    x = torch.zeros(4, 4, device=DEVICE)
+    with Recorder([x]) as recorder:
+        y = (x.t() if copies else x).contiguous()
+    recording = recorder.recording
+    if copies:
+        assert recording.obstacle == "aten.contiguous.default" and id(y) not in recording.places
+    else:
+        assert recording.obstacle is None and recording.places[id(y)] == Place(0, 0)
+
+
 def test_every_launch_can_be_noted() -> None:
     """A kernel that is launched by ``kernel[grid](...)`` would be missing from plans."""
     for path in sorted(Path(spas_attn.__file__).parent.rglob("*.py")):
