@@ -53,7 +53,8 @@ def medians(runs: Sequence[Runs], device: torch.device, ms: float, turns: int) -
     if device.type == "cuda" and not any(run.within for run in runs):
         from triton.testing import do_bench
 
-        def bench(column: str, call: Callable[[], object]) -> float:
+        def bench(run: Runs, column: str, call: Callable[[], object]) -> float:
+            run.before()
             call()
             # A part runs without the plans of a whole call, and its launches would count for more than its kernels.
             graph = None if column == "ms_total" else _captured(call)
@@ -65,7 +66,7 @@ def medians(runs: Sequence[Runs], device: torch.device, ms: float, turns: int) -
                 return clock.ms()
             return float(do_bench(call, warmup=max(1, int(ms / 5)), rep=ms, return_mode="median"))
 
-        return [{column: bench(column, call) for column, call in run.parts.items()} for run in runs]
+        return [{column: bench(run, column, call) for column, call in run.parts.items()} for run in runs]
     taken: list[dict[str, list[float]]] = [defaultdict(list) for _ in runs]
     turn, began = -1, time.perf_counter()
     while turn < turns or 1e3 * (time.perf_counter() - began) < ms * len(runs):

@@ -314,6 +314,38 @@ def test_a_window_is_the_same_for_all_providers() -> None:
     assert dense.tflops == pytest.approx(4 * 2 * 256 * (1024 - 128) * 64 / dense.ms_total * 1e-9)
 
 
+def test_blocks_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **given: compiled.append((block, given)))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    case = replace(STEPS["FLUX.1-dev"].tiny(), compiled=True)
+    (setup,) = case.setups(torch.device("cpu"), torch.float32, options(densities=[0.5], all_layers=True))
+    model = setup.model
+    blocks = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
+    assert compiled == [(block, {"fullgraph": True}) for block in blocks]
+    dense, sparse = setup.sdpa(None), setup.ours("cpu", "native")
+    assert dense.within == sparse.within == {}, "a clock would break the graph"
+    assert not torch.allclose(dense.output(), sparse.output())
+    assert setup.facts()["tokens"] == tokens(case)
+
+
+@pytest.mark.gpu
+def test_runs_are_prepared_before_they_are_timed_on_a_gpu() -> None:
+    """The runs of a compiled model share it."""
+    x, state = torch.randn(64, 64, device="cuda"), [""]
+    seen: dict[str, set[str]] = {"a": set(), "b": set()}
+
+    def runs(name: str) -> Runs:
+        def call() -> Tensor:
+            seen[name].add(state[0])
+            return x + 1
+
+        return Runs(call, {"ms_total": call}, before=lambda: state.__setitem__(0, name))
+
+    timing.medians([runs("a"), runs("b")], torch.device("cuda"), 2.0, 1)
+    assert seen == {"a": {"a"}, "b": {"b"}}
+
+
 @pytest.mark.gpu
 def test_facts_of_a_call_on_a_gpu() -> None:
     x = torch.randn(1024, 1024, device="cuda")
