@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modify_model import StreamingCache, patch, restore, stream_heads
+from modify_model.cli.arguments import whole
+from modify_model.cli.parallel import guarded
 
 Row = dict[str, Any]
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -41,7 +44,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def make_model(shape: dict[str, int], layers: int, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+def make_model(shape: dict[str, int], layers: int, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
     """A LLaMA of this shape with random weights."""
     config = LlamaConfig(
         **shape, num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=1 << 18, rope_theta=5e5,
@@ -157,8 +160,8 @@ def with_shares(rows: Sequence[Row]) -> list[Row]:
     dense = {row["tokens"]: row.get("kv_MiB") for row in rows if row["streaming"] == 0}
 
     def share(row: Row) -> Row:
-        own, whole = row.get("kv_MiB"), dense.get(row["tokens"])
-        return {**row, "kv_share": own / whole} if own and whole else row
+        own, dense_size = row.get("kv_MiB"), dense.get(row["tokens"])
+        return {**row, "kv_share": own / dense_size} if own and dense_size else row
 
     return sorted(map(share, rows), key=lambda row: (row["tokens"], row["streaming"]))
 
@@ -173,49 +176,55 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(f"{x:>{w}}" for x, w in zip(line, widths, strict=True)) for line in lines)
 
 
-def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Run the benchmark, print its table, and return the rows."""
+def main(given: Sequence[str] | None = None) -> int:
+    """Read the arguments and run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 131072, 32768, 65536], help="prompts, tokens")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.125, 0.5, 0.75], help="streaming KV heads")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers")
-    parser.add_argument("--sink", type=int, default=128, help="tokens of the sink")
-    parser.add_argument("--window", type=int, default=1024, help="tokens of the window")
-    parser.add_argument("--chunk", type=int, default=8192, help="tokens of a chunk of the prompt")
-    parser.add_argument("--new", type=int, default=32, help="decoding steps in each of three timed runs")
-    parser.add_argument("--seconds", type=float, default=600, help="start no further row after this time")
-    parser.add_argument("--tiny", action="store_true", help="a trial of a small model on short prompts")
-    parser.add_argument("--out", type=Path, help="write OUT.json")
-    options = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape, lengths, dtype = SHAPE, options.lengths, torch.bfloat16
-    if options.tiny:
-        shape, lengths, dtype = TINY, [512, 1024], torch.float32
-        options.sink, options.window, options.chunk, options.new, options.layers = 64, 128, 256, 2, 2
-    began, rows = time.perf_counter(), []
+    add = parser.add_argument
+    add("--lengths", type=whole(1), nargs="+", default=[8192, 131072, 32768, 65536], help="prompts, in tokens")
+    add("--shares", type=float, nargs="+", default=[0, 0.125, 0.5, 0.75], help="of the KV heads, that stream")
+    add("--layers", type=whole(1), default=4, help="decoder layers")
+    add("--sink", type=whole(0), default=128, help="tokens of the sink")
+    add("--window", type=whole(0), default=1024, help="tokens of the window")
+    add("--chunk", type=whole(1), default=8192, help="tokens of a chunk of the prompt")
+    add("--new", type=whole(1), default=32, help="decoding steps in each of three timed runs")
+    add("--seconds", type=float, default=600, help="start no further row after this time")
+    add("--tiny", action="store_true", help="a small model and short prompts, on a CPU")
+    add("--out", type=Path, help="OUT.json is written")
+    args = parser.parse_args(given)
+    if not all(0 <= share <= 1 for share in args.shares):
+        parser.error(f"--shares must lie in [0, 1], got {args.shares}")
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("this benchmark needs a GPU; --tiny tries the program without one")
+    if args.tiny:
+        args.lengths, args.sink, args.window, args.chunk, args.new, args.layers = [512, 2048], 64, 128, 256, 2, 2
+    return guarded("streaming_cache.py", lambda: run(args))
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> int:
+    """Everything after the arguments."""
+    device = torch.device("cpu" if args.tiny else "cuda")
+    shape, dtype = (TINY, torch.float32) if args.tiny else (SHAPE, torch.bfloat16)
     facts = {
-        "device": timing.device_name(torch.device(device)), "versions": timing.versions(), "dtype": str(dtype),
-        "layers": options.layers, "sink": options.sink, "window": options.window, "chunk": options.chunk, **shape,
+        "device": timing.device_name(device), "versions": timing.versions(), "dtype": str(dtype),
+        "layers": args.layers, "sink": args.sink, "window": args.window, "chunk": args.chunk, **shape,
     }  # fmt: skip
-    with torch.inference_mode():
-        benchmark = Benchmark(
-            make_model(shape, options.layers, device, dtype), options.new, options.chunk, (options.sink, options.window)
-        )
-        for length in lengths:
-            for share in options.shares:
-                if time.perf_counter() - began > options.seconds:
-                    break
-                rows.append(benchmark.row(length, share))
-                print(table(rows[-1:]), flush=True)
-                if options.out is not None:
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    content = {"facts": facts, "rows": with_shares(rows)}
-                    options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    rows = with_shares(rows)
+    began, rows = time.perf_counter(), []
+    benchmark = Benchmark(make_model(shape, args.layers, device, dtype), args.new, args.chunk, (args.sink, args.window))
+    for length, share in [(length, share) for length in args.lengths for share in args.shares]:
+        if time.perf_counter() - began > args.seconds:
+            print(f"{length} tokens, {share:.1%}: left out, after {args.seconds:g} seconds")
+            continue
+        rows.append(benchmark.row(length, share))
+        print(table(rows[-1:]), flush=True)
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({"facts": facts, "rows": with_shares(rows)}, indent=1)
+            args.out.with_name(args.out.name + ".json").write_text(content + "\n", "utf-8")
     print("; ".join(f"{key} {value}" for key, value in facts.items()))
-    print(table(rows), flush=True)
-    return rows
+    print(table(with_shares(rows)), flush=True)
+    return 1 if any("error" in row for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -126,14 +126,16 @@ def static_mask(rule: Selector, call: Call) -> BlockMask:
         return rule.mask_of(call)
     batch, heads = call.q.shape[:2]
     key = (tuple(vars(rule).items()), call.q_len, call.k_len, call.is_causal, call.window, *_place(call.q.device))
-    mask = None if _is_traced(call.q.device) else _lists.get(key)
-    if mask is None:
-        one = call.replace(q=call.q[:1, :1], k=call.k[:1, :1], v=call.k[:1, :1])
+    one = call.replace(q=call.q[:1, :1], k=call.k[:1, :1], v=call.k[:1, :1])
+    if _is_traced(call.q.device):
         mask = rule.mask_of(one)
-        if not _is_traced(call.q.device):
-            while len(_lists) >= _KEPT:
-                del _lists[next(iter(_lists))]
-            _lists[key] = mask
+    elif key in _lists:
+        mask = _lists[key]
+    else:
+        while len(_lists) >= _KEPT:
+            del _lists[next(iter(_lists))]
+        with torch.inference_mode(False):  # what is made in that mode serves no call outside of it
+            mask = _lists[key] = rule.mask_of(one)
     counts, indices = mask.counts.expand(batch, heads, -1), mask.indices.expand(batch, heads, -1, -1)
     return BlockMask(counts, indices, rule.block_q, rule.block_k, call.q_len, call.k_len, trusted=True)
 
@@ -168,7 +170,8 @@ def head_index(places: tuple[int, ...], device: torch.device) -> Tensor:
     if key not in _places:
         if len(_places) >= 1024:
             _places.clear()
-        _places[key] = torch.tensor(places, device=device)
+        with torch.inference_mode(False):
+            _places[key] = torch.tensor(places, device=device)
     return _places[key]
 
 
