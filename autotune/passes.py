@@ -130,6 +130,8 @@ class CheckPass(Pass):
         self.known = [tally is not None for tally in known] or [False] * len(work.layers)
         if work.rank == 0:  # the sum over ranks has it once
             self.sums = list(known) or self.sums
+        for layer in work.layers:
+            layer.measured_ms = layer.measured_ms if self.known[layer.index] else None
         self.timed: set[int] = set()
         self.found: list[float] = []
 
@@ -143,9 +145,14 @@ class CheckPass(Pass):
         call = call.replace(error_bound=bound)
         layer.serve()
         layer.check_backend = add_check(tally, layer.module, call, self.work.precisions)
-        if layer.index not in self.timed:  # one call of this process speaks for all
+        if layer.index not in self.timed and self._times(layer):  # one call of one process speaks for all
             self.timed.add(layer.index)
             layer.measured_ms = timed(layer.module, call)
+
+    def _times(self, layer: Layer) -> bool:
+        """Whether this process is the one that times a layer: those that have prompts share the layers out."""
+        ranks = sorted({prompt % self.work.world for prompt in self.prompts}) or [self.work.rank]
+        return ranks[layer.index % len(ranks)] == self.work.rank
 
     def count(self, layer: Layer, tally: Tally) -> None:
         if not self.known[layer.index] or self.sums[layer.index] is None:

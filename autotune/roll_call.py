@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 BEAT = 3.0  # seconds between two signs of life
 SILENCE = 30.0  # after so many seconds without one, a process counts as dead
-_POLL = 0.05  # seconds between two looks at who has arrived
+_POLL = 0.004  # seconds between two looks at who has arrived
 _DONE = "done"
 
 

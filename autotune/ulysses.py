@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 
+import torch.distributed as dist
+from torch import Tensor
+
 from spas_attn.traced import constant_when_traced
 
 STATE = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
@@ -22,3 +25,11 @@ def deepspeed_ranks() -> tuple[int, int] | None:
         return (state.get_sequence_parallel_rank(), size) if size > 1 else None
     except AssertionError:  # there are no groups
         return None
+
+
+def mean_over_parts(x: Tensor) -> Tensor:
+    """The mean, over the ranks that hold a sequence together, of a tensor that each has; without gradients."""
+    state = sys.modules[STATE]
+    total = x.detach().float()
+    dist.all_reduce(total, group=state.get_sequence_parallel_group())
+    return total / state.get_sequence_parallel_world_size()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from autotune.learn import Learning, Regulariser, SparsityTarget, distillation_loss, layerwise_targets, learn
+from autotune.ulysses import deepspeed_ranks, mean_over_parts
 from spas_attn.published import streaming_heads, write_head_table
 
 from .mask_arguments import MaskTrainingArguments
@@ -43,7 +44,7 @@ class MaskTrainer(Trainer):
 
     Raises:
         TypeError: on arguments of another class.
-        ValueError: when the model is not patched or has gates already, and on a table that does not fit it.
+        ValueError: when the model is not patched or has gates already, on a table that does not fit it, and on ZeRO 3.
     """
 
     args: MaskTrainingArguments
@@ -68,6 +69,8 @@ class MaskTrainer(Trainer):
         self.add_callback(_PutBack(self))
         if self.is_fsdp_enabled:
             self._keep_whole([*self.learning.gates, self.regulariser])
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("deepspeed must have a ZeRO stage below 3 to train under masks: gates stay whole")
 
     @property
     def mask_parameters(self) -> list[nn.Parameter]:
@@ -187,7 +190,11 @@ class MaskTrainer(Trainer):
     def _distilled(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """Distance of the last hidden states from those of the dense model, at tokens that predict a label."""
         inputs = dict(inputs)
-        predicts = nn.functional.pad(inputs.pop("labels")[:, 1:] != IGNORED, (0, 1))
+        parts = deepspeed_ranks() is not None and "shift_labels" in inputs  # each rank has a part of the sequences
+        if parts:
+            predicts = inputs.pop("shift_labels") != IGNORED
+        else:
+            predicts = nn.functional.pad(inputs.pop("labels")[:, 1:] != IGNORED, (0, 1))
         with _last_hidden_states(self.accelerator.unwrap_model(model)) as found:
             self.learning.active = False
             try:
@@ -197,17 +204,24 @@ class MaskTrainer(Trainer):
                 self.learning.active = True
             model(**inputs, logits_to_keep=1)
         teacher, student = found
+        if parts:  # gradients are averaged over the parts
+            return distillation_loss(student, teacher, predicts, count=mean_over_parts(predicts.sum()))
         if not self._shares(num_items_in_batch):
             return distillation_loss(student, teacher, predicts)
         # Gradients are averaged over the ranks, and the count is that of all of them.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return distillation_loss(student, teacher, predicts, count=num_items_in_batch / ranks)
+        return distillation_loss(student, teacher, predicts, torch.as_tensor(num_items_in_batch) / ranks)
 
     def _keep_whole(self, modules: list[nn.Module]) -> None:
         """Leave modules out of FSDP2: float32 whatever its precision, whole on every rank, gradients averaged here."""
         plugin = self.accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
-            raise ValueError("fsdp_config must have version 2 and no cpu_ram_efficient_loading to train under masks")
+        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading or plugin.activation_checkpointing:
+            # accelerate's activation checkpointing does not restore the random state: the backward pass would draw
+            # other gates than the forward pass did (preserve_rng_state=False in 1.15).
+            raise ValueError(
+                "fsdp_config must have version 2 and neither cpu_ram_efficient_loading nor activation_checkpointing; "
+                "gradient_checkpointing draws the same gates again"
+            )
         plugin.ignored_modules = modules
         for module in modules:
             module.to(self.args.device)

@@ -78,7 +78,8 @@ def test_equals_one_device(kind: str, tmp_path: Path) -> None:
     if kind == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     names = ["Wan", "Flux", "QwenImage", "LTX-Video"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "modify_model")])}
+    paths = [str(ROOT), str(ROOT / "tests" / "modify_model"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(tmp_path), kind, str(rank), *names], env=environment, text=True,

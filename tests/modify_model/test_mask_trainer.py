@@ -20,7 +20,6 @@ from autotune.learn import layerwise_targets
 from modify_model import patch, restore
 from modify_model.cli import tiny
 from modify_model.mask_trainer import MASKS, MaskTrainer
-from spas_attn import fallback_counts
 from spas_attn.published import streaming_heads
 
 HERE = Path(__file__).parent
@@ -32,7 +31,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["masks", "masks and weights", "weights with fixed masks"])
-def test_what_is_trained(mode: str, tmp_path: Path) -> None:
+def test_what_is_trained(mode: str, tmp_path: Path, fallbacks: Any) -> None:
     (tmp_path / "table.tsv").write_text(TABLE)
     fixed = mode == "weights with fixed masks"
     made = trainer(
@@ -48,7 +47,7 @@ def test_what_is_trained(mode: str, tmp_path: Path) -> None:
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     expected = {"masks": masks, "masks and weights": set(after), "weights with fixed masks": set(after) - masks}[mode]
     assert changed == expected
-    assert not fallback_counts(), "a branch ran dense"
+    assert not fallbacks(), "a branch ran dense"
     if fixed:
         assert made.learning.table().tolist() == [[1, 0], [0, 1]]
 

@@ -143,7 +143,7 @@ def run(folder: Path, kind: str, which: str) -> None:
     finally:
         for process in ranks:
             process.kill()
-    assert all(process.returncode == 0 for process in ranks), "\n".join(output[-2500:] for output in outputs)
+    assert all(process.returncode == 0 for process in ranks), "\n".join(output[:4000] for output in outputs)
     assert all("right" in output for output in outputs)
 
 

@@ -17,26 +17,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 STATE = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
 
 
+class _Swap(torch.autograd.Function):
+    """``[size, ...]``: part r to rank r."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Swap.forward(ctx, grad)
+
+
 def register(model: Any) -> None:
     """Split the sequences of a model over all ranks."""
-    group: Any = dist.group.WORLD
     size, rank, name = dist.get_world_size(), dist.get_rank(), model.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS[name]
-
-    def swap(x: Tensor) -> Tensor:
-        """``[size, ...]``: part r to rank r."""
-        return all_to_all_single_autograd(x.contiguous(), [1] * size, [1] * size, group).view(x.shape)
 
     def to_heads(x: Tensor) -> Tensor:
         """``[B, H, part, D]`` to ``[B, H / size, whole, D]``."""
         x = x.repeat_interleave(max(1, size // x.shape[1]), dim=1)
-        return swap(x.unflatten(1, (size, -1)).movedim(1, 0)).movedim(0, 2).flatten(2, 3)
+        return _Swap.apply(x.unflatten(1, (size, -1)).movedim(1, 0)).movedim(0, 2).flatten(2, 3)
 
     def exchanged(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         positions = whole_of(kwargs["position_ids"])
@@ -44,7 +52,7 @@ def register(model: Any) -> None:
         if key.shape[1] < size:
             module.num_key_value_groups = q.shape[1] // k.shape[1]
         out, weights = attend(module, q, k, v, None, **(kwargs | {"position_ids": positions}))
-        parts = swap(out.unflatten(1, (size, -1)).movedim(1, 0))  # [size, B, part, H / size, D]
+        parts = _Swap.apply(out.unflatten(1, (size, -1)).movedim(1, 0))  # [size, B, part, H / size, D]
         return parts.movedim(0, 2).flatten(2), weights
 
     ALL_ATTENTION_FUNCTIONS[name] = exchanged
