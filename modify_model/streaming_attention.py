@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,10 +66,28 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     if mask is not None and length > 1:
         mask = mask.repeat(1, 1, group, 1)
     rows = q.reshape(batch, k.shape[1], group * length, -1)
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+    if mask is None and _flash_serves(rows):
+        # SDPA would prefer cuDNN on some GPUs, which builds a plan for every new number of keys.
+        out = torch.ops.aten._scaled_dot_product_flash_attention(rows, k, v, scale=scale)[0]
+    else:
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
     if mask is not None and length > 1:  # what a row of padding gets differs from kernel to kernel
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
     return out.reshape(batch, heads, length, -1)
+
+
+def _flash_serves(q: Tensor) -> bool:
+    """Whether PyTorch's FlashAttention computes such a call."""
+    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    cuda = torch.backends.cuda
+    return (
+        q.is_cuda and half and cuda.is_flash_attention_available() and cuda.flash_sdp_enabled() and _has_flash(q.device)
+    )
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, once: Callable[..., Any]) -> Tensor:
