@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -78,7 +79,8 @@ if __name__ == "__main__":
     more: dict[str, Any] = {}
     if kind == "fsdp":
         take_fsdp_on_a_cpu()
-        more = dict(fsdp="full_shard", fsdp_config={"fsdp_version": 2}, save_strategy="steps", save_steps=2)
+        more = dict(fsdp=True, fsdp_config={"fsdp_version": 2}, save_strategy="steps", save_steps=2)
+        more["gradient_checkpointing"] = True
     made = trainer(folder, **SHARED, **more)
     made.train()
     result = learned(made)
@@ -86,9 +88,12 @@ if __name__ == "__main__":
     made.finish()
     if kind == "fsdp":
         assert type(weight).__name__ == "DTensor" and weight.to_local().shape[0] * 2 == weight.shape[0], weight
+        more["fsdp_config"] = {"fsdp_version": 2}  # the first is used up
         again = trainer(folder, **SHARED, **more)
         again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
         assert torch.equal(learned(again), result), (learned(again), result)
+        with pytest.raises(ValueError, match="draws the same gates"):
+            trainer(folder, fsdp=True, fsdp_config={"activation_checkpointing": True})
     if made.is_world_process_zero():
         torch.save(result, folder / "learned.pt")
     torch.distributed.destroy_process_group()
