@@ -53,7 +53,7 @@ class StreamingCache(DynamicCache):
     """The cache of a model with streaming heads, for ``generate(past_key_values=...)`` and forward calls.
 
     Full heads keep all keys, streaming heads their sink and window; layers without streaming heads have the cache that
-    transformers gives them. One cache serves one batch, as any other.
+    transformers gives them. One cache serves one batch, as any other. Densities of calls with it are not recorded.
 
     Args:
         model: a model whose heads :func:`modify_model.stream_heads`, or a file saved after that, has set.

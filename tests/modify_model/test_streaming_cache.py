@@ -346,6 +346,20 @@ def test_the_rule_in_tokens() -> None:
             assert set(row.nonzero()[:, 0].tolist()) == blocks
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "ratio"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
+def test_on_a_gpu(dtype: torch.dtype, ratio: float, assert_close: Any) -> None:
+    model, tokens = make().to("cuda", dtype), ids(rows=2).cuda()
+    mask = torch.ones(2, LENGTH, dtype=torch.long, device="cuda")
+    mask[1, :90] = 0
+    expected = whole(model, tokens)
+    assert_close(fed(model, tokens, after(380)), expected, ratio)
+    assert_close(fed(model, tokens, after(90, step=90)), expected, ratio)
+    got, expected = fed(model, tokens, after(400), mask=mask), whole(model, tokens, attention_mask=mask)
+    for row, count in enumerate((0, 90)):
+        assert_close(got[row, count:], expected[row, count:], ratio)
+
+
 def test_a_pickled_or_copied_model_needs_a_new_cache() -> None:
     import copy
 
