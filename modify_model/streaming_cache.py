@@ -8,6 +8,7 @@ what lies between sink and window can be left out: the rule holds for what is le
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,9 @@ class Shared:
     def __init__(self) -> None:
         self.clear()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return Shared()
+
     def clear(self) -> None:
         """Forget the last forward."""
         self._of: tuple[Any, ...] = (None,)
@@ -158,6 +162,13 @@ class StreamingLayer(CacheLayerMixin):
         self.rule: Streaming = for_heads(selector.streaming, self.queries[1], heads)  # type: ignore[assignment]
         self.full, self.tail = Store(), Tail(self.rule)
         self.tokens, self.record_past = 0, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamingLayer:
+        """With keys of its own, of the same model: how a prompt that many requests share is kept."""
+        made = copy.copy(self)
+        for name in ("full", "tail", "shared"):
+            setattr(made, name, copy.deepcopy(getattr(self, name), memo))
+        return made
 
     # -- what transformers asks of a layer of a cache -----------------------------------------------------------------
 

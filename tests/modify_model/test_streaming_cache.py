@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, ClassVar
 
@@ -160,7 +161,7 @@ def test_generate(case: str) -> None:
 
 
 def test_a_conversation_goes_on(assert_close: Any) -> None:
-    model, cache = make(), None
+    model = make()
     cache = StreamingCache(model)
     model.generate(ids(150), past_key_values=cache, max_new_tokens=30, do_sample=False)
     seen = cache.get_seq_length()
@@ -168,6 +169,18 @@ def test_a_conversation_goes_on(assert_close: Any) -> None:
     more = ids(90, seed=1)
     got = model(more, past_key_values=cache).logits
     assert_close(got, whole(model, torch.cat([first, more], 1))[:, seen:])
+
+
+def test_a_prompt_that_requests_share(assert_close: Any) -> None:
+    """A copy of a cache has keys of its own; the model is the same."""
+    model = make()
+    cache = StreamingCache(model)
+    fed(model, ids(), [300], cache)
+    for seed in (1, 2):
+        tokens = torch.cat([ids()[:, :300], ids(90, seed=seed)], 1)
+        got = model(tokens[:, 300:], past_key_values=copy.deepcopy(cache)).logits
+        assert_close(got, whole(model, tokens)[:, 300:])
+    assert cache.get_seq_length() == 300
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Qwen3-MoE", "Granite", "SmolLM3", "GLM-4", "Qwen2.5-VL"])
@@ -361,8 +374,6 @@ def test_on_a_gpu(dtype: torch.dtype, ratio: float, assert_close: Any) -> None:
 
 
 def test_a_pickled_or_copied_model_needs_a_new_cache() -> None:
-    import copy
-
     model = make()
     other: LlamaForCausalLM = copy.deepcopy(model)
     assert torch.equal(whole(other, ids(200)), whole(model, ids(200)))
