@@ -160,6 +160,21 @@ def test_layers_out_of_range_are_left() -> None:
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer", "StreamingLayer"]
 
 
+def test_parts_of_the_heads_on_ranks() -> None:
+    """Under sequence parallelism by exchange of heads."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 8, 500, 16, generator=generator), torch.randn(1, 4, 500, 16, generator=generator)
+    rest = MeanSimilarity(torch.linspace(0.3, 0.9, 8), pool=16, block_q=64, block_k=64)
+    selector = ByHead(
+        (True, True, False, False, True, True, True, True), Streaming(64, 64, block_q=64, block_k=64), rest
+    )
+    kept = selector.select(q, k, is_causal=True).to_dense()
+    for rank in range(2):
+        own = slice(4 * rank, 4 * rank + 4), slice(2 * rank, 2 * rank + 2)
+        part = selector.share(rank, 2).select(q[:, own[0]], k[:, own[1]], is_causal=True)
+        assert torch.equal(part.to_dense(), kept[:, own[0]])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
