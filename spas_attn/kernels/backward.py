@@ -55,7 +55,7 @@ def dq_kernel(
     D: tl.constexpr, DPAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK_Q: tl.constexpr, MASK_K: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK_M queries of one head; arguments as of the forward kernel.
+    """Gradients of BLOCK_M queries of one head; arguments as of the forward kernel, and one function for its reason.
 
     Args:
         do, dq: Rows [B, Hq, Lq, D], gradients of the output and of q.
@@ -126,9 +126,10 @@ def dkv_kernel(
     D: tl.constexpr, DPAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK_Q: tl.constexpr, MASK_K: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK_N keys and values of one KV head, or one chunk's share of them.
+    """Gradients of BLOCK_N keys and values of one KV head, or one chunk's share of them; one function, as dq_kernel.
 
-    The first programs compute chunks, if they are in use, the others the tiles that are not cut.
+    The first programs compute chunks, if they are in use, the others the tiles that are not cut. With keys as the rows
+    of its tiles, P and dS are the first operands of their products and never leave the registers.
 
     Args:
         q, do: Rows [B, Hq, Lq, D], given even where descriptors stand for them.
