@@ -5,13 +5,13 @@ r"""Which KV heads may stream: learned, chosen from calibration curves, or drawn
     python evaluate/studies/learned_heads.py --plot --page docs/learned_masks.md     # table and picture from the .json
     python evaluate/studies/learned_heads.py --length 1024 --steps 20 --windows 1 --samples 5 --out out/learned_masks
 
-Gates are learned with frozen weights, from the next-token loss on text (learned, lm) or from the distance of the last
-hidden states to the dense model's on generated passkeys (learned, distill). Without training, heads are chosen by what
-the calibration's error curves say of sink and window alone: by the mean error, by its tail, or by the squared error
-weighted with the layer's sensitivity and the head's share, as a budget has it (curves; curves, tail; curves, weighted);
-or each head streams alone and the same distance as in the distillation is measured (alone). Random heads are the floor,
-the dense model is the ceiling. All are judged on other sources: perplexity, and what is found far above. OUT.json is
-written after every cell; run again with the same arguments, the program goes on where it was stopped.
+Gates are learned with frozen weights, from the distance of the last hidden states to the dense model's on text and
+generated passkeys (learned, distill), on passkeys alone (learned, passkeys), or from the next-token loss on text
+(learned, lm). Without training, heads are chosen by what the calibration's error curves say of sink and window: by the
+mean error, by its tail, or by the squared error weighted with the layer's sensitivity and the head's share, as a budget
+has it (curves; curves, tail; curves, weighted); or each head streams alone and the same distance as in the distillation
+is measured (alone). Random heads are the floor, the dense model is the ceiling. All are judged on other sources:
+perplexity, and what is found far above. OUT.json is written after every cell; run again, the program goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from frontier_settings import Setting
 from learned_heads_results import BLOCK, DENSE
 from long_results import Results, Row, fill_page, read
 from long_tasks import Material, samples
-from retrieval import TASKS, prompts
+from retrieval import DEPTHS, TASKS, prompts
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,7 +52,11 @@ from spas_attn import fallback_counts
 from spas_attn.selectors import Dense, Streaming
 
 # Objective and data of a training.
-LEARNED = {"learned, lm": ("lm", "text"), "learned, both": ("lm", "both"), "learned, distill": ("distill", "passkeys")}
+LEARNED = {
+    "learned, distill": ("distill", "both"),
+    "learned, lm": ("lm", "text"),
+    "learned, passkeys": ("distill", "passkeys"),
+}
 CURVES = ("curves", "curves, tail", "curves, weighted")
 WORDS = 8  # of a passkey to learn from; a context has one for every 800 tokens, 10 at most
 STREAMING = "streaming"  # name of the curve
@@ -106,16 +110,22 @@ class Study(frontier.Study):
             return self.tokenizer(words, add_special_tokens=False)["input_ids"]
 
         material = Material(encode, [], haystack)
-        make = dict.fromkeys(TASKS, prompts)
-        return {task: make.get(task, samples)(task, material, length, self.args.samples) for task in self.args.tasks}
+        count, found = self.args.samples, {}
+        for task in self.args.tasks:
+            if task in TASKS:
+                found[task] = prompts(task, material, length, count)
+            else:
+                needles = samples(task, material, length, 2 * count)
+                found[task] = [needle for needle in needles if needle.depth in DEPTHS][:count]
+        return found
 
     def cells(self) -> Iterator[None]:
         """Every cell, one after the other."""
         restore(self.model)
         patch(self.model)
         yield from self._judge(DENSE, "–", [*self.judged, *self.args.tasks], lambda: None)
-        names = [name for name in self.args.names if name != "random"]
-        names += [f"random {seed}" for seed in range(self.args.seeds) if "random" in self.args.names]
+        seeds = [f"random {seed}" for seed in range(self.args.seeds)]
+        names = [one for name in self.args.names for one in (seeds if name == "random" else [name])]
         for sink, window in self.args.served:
             for name in names:
                 for sparsity in self.args.sparsities:
@@ -183,13 +193,14 @@ class Study(frontier.Study):
             window=args.window, report_to="none", save_strategy="no", use_cpu=self.device.type == "cpu",
             logging_steps=0.1,
         )  # fmt: skip
-        restore(self.model)
-        trainer = MaskTrainer(patch(self.model), options, train_dataset=rows, data_collator=packed.collate)
+        self._patch()
+        trainer = MaskTrainer(self.model, options, train_dataset=rows, data_collator=packed.collate)
         with torch.enable_grad():
             trainer.train()
         learning = trainer.learning
         scores = torch.stack([gates.values.detach().float().cpu() for gates in learning.gates])
-        facts: Row = {"log": trainer.state.log_history, "gates": learning.table().tolist()}
+        facts: Row = {"log": trainer.state.log_history, "gates": learning.table().tolist(), "objective": objective}
+        facts |= {name: getattr(args, name) for name in ("steps", "rows", "mask_learning_rate", "reg_learning_rate")}
         for sparsity in args.sparsities:
             separation = learning.separation(sparsity)
             facts.setdefault("separation", {})[f"{sparsity:g}"] = vars(separation)
@@ -254,8 +265,7 @@ def held(model: Any, ids: Tensor) -> float:
 
 def evaluate(args: argparse.Namespace, path: Path) -> None:
     """Compute every cell that is missing."""
-    names = ("length", "windows", "calibration_windows", "samples", "calibrate_on", "judge_on", "sink_size", "window",
-             "steps", "rows", "mask_learning_rate", "reg_learning_rate")  # fmt: skip
+    names = ("length", "windows", "calibration_windows", "samples", "calibrate_on", "judge_on", "sink_size", "window")
     facts: Row = {"model": Path(args.model_name).name} | {name: getattr(args, name) for name in names}
     facts |= {name: [Path(source).name for source in facts[name]] for name in ("calibrate_on", "judge_on")}
     results = Results(path, facts)
@@ -294,10 +304,10 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--served", nargs="+", type=sizes, default=[(128, 256), (128, 1024)], metavar="SINK+WINDOW", help="to judge at")
     add("--sink_size", type=whole(0), default=128, help="of the streaming heads while heads are learned or chosen")
     add("--window", type=whole(1), default=256, help="the same")
-    add("--steps", type=whole(1), default=300, help="of a training")
+    add("--steps", type=whole(1), default=400, help="of a training")
     add("--rows", type=whole(1), default=1, help="windows or contexts in a step")
-    add("--mask_learning_rate", type=float, default=0.3, help="highest learning rate of the gates")
-    add("--reg_learning_rate", type=float, default=0.3, help="highest learning rate of the multipliers")
+    add("--mask_learning_rate", type=float, default=0.1, help="highest learning rate of the gates")
+    add("--reg_learning_rate", type=float, default=0.02, help="highest learning rate of the multipliers")
     add("--calibrate_on", nargs="+", default=["topics", "stdlib"], metavar="TEXT", help=f"{known}, or a file or folder")
     add("--judge_on", nargs="+", default=["readmes", "torch"], metavar="TEXT", help="other sources than those")
     add("--calibration_windows", type=whole(1), default=4, help="of each source")

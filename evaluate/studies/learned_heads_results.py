@@ -115,7 +115,7 @@ def _separation(data: Row) -> list[list[str]]:
             quantiles = [f"{x:.2f}" for x in np.quantile(values, [0.1, 0.25, 0.5, 0.75, 0.9])]
             undecided = f"{np.mean((values > 0.25) & (values < 0.75)):.0%}"
             said = next(iter(facts["separation"].values()))["warning"]
-            steps = f"{data['facts']['steps']}, {facts['seconds']:.0f} s"
+            steps = f"{facts['steps']}, {facts['seconds']:.0f} s"
             rows.append([name, steps, *quantiles, undecided, said or "they separate"])
     return rows
 

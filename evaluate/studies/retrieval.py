@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from long_tasks import DEPTHS, Material, Sample
+from long_tasks import Material, Sample
 from texts import made_up_name
 
-PAIRS = {"json 4": 4, "json 8": 8}  # tasks with a JSON object of so many pairs
+PAIRS = {"json 2": 2, "json 4": 4}  # tasks with a JSON object of so many pairs
 TASKS = (*PAIRS, "passkey")
+DEPTHS = (0.3, 0.5, 0.7, 0.9)  # at 0.1 SmolLM2 finds nothing: that is as far away as its whole context
 DIGITS = 5  # of a value
 Part = Sequence[int]
 
@@ -18,7 +19,7 @@ def prompts(task: str, material: Material, length: int, count: int, seed: int = 
     """``count`` prompts of ``length`` tokens, answer included; what is asked for stands at DEPTHS in turn.
 
     Args:
-        task: "json 4" and so on: one object ``{"key": "value", ...}`` in prose, whose beginning with one of the keys
+        task: "json 2" and so on: one object ``{"key": "value", ...}`` in prose, whose beginning with one of the keys
             stands again at the end. "passkey": a sentence with a number, and a question for it.
         material: tokenizer and prose.
         length, count, seed: of the prompts.
