@@ -9,6 +9,8 @@ from transformers import TrainingArguments
 
 Mode = Literal["masks", "masks and weights", "weights with fixed masks"]
 COSINE = "cosine_with_min_lr"
+AUTO = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+ZERO: dict[str, Any] = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}} | dict.fromkeys(AUTO, "auto")
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -57,6 +59,9 @@ class MaskTrainingArguments(TrainingArguments):
     load_masks_sparsity: float | None = _option(
         None, "round a loaded table to 0 and 1 at this share of streaming heads"
     )
+    seq_parallel_size: int = _option(
+        1, "processes that hold a sequence together, by DeepSpeed's Ulysses; --deepspeed is ZeRO stage 1 if left out"
+    )
     min_lr_ratio: float = _option(0.01, f"lowest over highest learning rate, of --lr_scheduler_type {COSINE}")
 
     # Other defaults than TrainingArguments has: PruLong's.
@@ -94,6 +99,10 @@ class MaskTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.fp16:
             raise ValueError("fp16 scales the loss, which gates with a clip of their own do not stand: use bf16")
+        if self.seq_parallel_size < 1:
+            raise ValueError(f"seq_parallel_size must be 1 or more, got {self.seq_parallel_size}")
+        if self.seq_parallel_size > 1 and not vars(self)["deepspeed"]:
+            self.deepspeed = dict(ZERO)
         if self.lr_scheduler_type == COSINE and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": self.min_lr_ratio}
         super().__post_init__()

@@ -17,6 +17,7 @@ from autotune.ulysses import deepspeed_ranks, mean_over_parts
 from spas_attn.published import streaming_heads, write_head_table
 
 from .mask_arguments import MaskTrainingArguments
+from .sequence_parallel import ulysses_config, without_bounds
 
 IGNORED = -100  # the label of a token that no loss is formed for
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -49,6 +50,7 @@ class MaskTrainer(Trainer):
 
     args: MaskTrainingArguments
     optimizer: Any
+    data_collator: Any
 
     def __init__(self, model: Any, args: MaskTrainingArguments, **more: Any) -> None:
         if not isinstance(args, MaskTrainingArguments):
@@ -65,7 +67,12 @@ class MaskTrainer(Trainer):
         self._penalties: list[Tensor] = []
         self._use_cache = getattr(model.config, "use_cache", None)  # Trainer switches it off for good
         args.remove_unused_columns = False  # bounds of documents are no argument of a model's forward by name
+        if args.seq_parallel_size > 1:
+            args.parallelism_config = ulysses_config(model, args.seq_parallel_size, args.world_size)
         super().__init__(model=model, args=args, **more)
+        if args.seq_parallel_size > 1:
+            collate = self.data_collator
+            self.data_collator = lambda rows: without_bounds(collate(rows))
         self.add_callback(_PutBack(self))
         if self.is_fsdp_enabled:
             self._keep_whole([*self.learning.gates, self.regulariser])

@@ -89,3 +89,29 @@ def _masks(config: Any, inputs: Tensor, positions: Tensor) -> Any:
     }  # fmt: skip
     names = inspect.signature(create_masks_for_generate).parameters  # which differ between versions
     return create_masks_for_generate(**{name: value for name, value in known.items() if name in names})
+
+
+def ulysses_config(model: Any, size: int, world: int) -> Any:
+    """accelerate's ParallelismConfig for DeepSpeed's Ulysses around the attention of a patched model of transformers.
+
+    Args:
+        model: the patched model.
+        size: processes that hold a sequence together.
+        world: processes in all.
+
+    Raises:
+        ValueError: when they do not divide.
+    """
+    from accelerate.utils import DeepSpeedSequenceParallelConfig, ParallelismConfig
+
+    if world % size:
+        raise ValueError(f"seq_parallel_size must divide the {world} processes, got {size}")
+    handler = DeepSpeedSequenceParallelConfig()
+    # The constructor knows accelerate's own names only; DeepSpeed takes any that is registered.
+    handler.sp_attn_implementation = model.config._attn_implementation
+    return ParallelismConfig(sp_backend="deepspeed", sp_size=size, dp_shard_size=world // size, sp_handler=handler)
+
+
+def without_bounds(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that DeepSpeed can cut into parts: without the bounds of its documents, which positions tell too."""
+    return {name: x for name, x in batch.items() if not name.startswith(("cu_seq_lens", "max_length"))}

@@ -246,6 +246,7 @@ def test_begins_with_a_table(tmp_path: Path) -> None:
         (dict(fp16=True), "use bf16"),
         (dict(mask_learning_rate=-1.0), "mask_learning_rate must be 0 or more, got -1.0"),
         (dict(min_lr_ratio=2.0), "min_lr_ratio must be in"),
+        (dict(seq_parallel_size=0), "seq_parallel_size must be 1 or more, got 0"),
         (dict(toggle_type="loca"), "toggle_type must be one of"),
         (dict(end_head_sparsity=1.5), "end_head_sparsity must be in"),
     ],

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_transformers import make
 
-from modify_model import sequence_parallel
+from modify_model import patch, sequence_parallel
 
 WORKER = """
 import os, sys
@@ -169,3 +170,15 @@ def test_heads_that_are_split_otherwise() -> None:
         with pytest.raises(ValueError, match=f"8 query heads was called with {heads}"):
             sequence_parallel.share_of(held, heads, inner)
     assert sequence_parallel.share_of(None, 4, SimpleNamespace(heads=8, mode="dense")) is None
+
+
+def test_options_for_the_trainer() -> None:
+    pytest.importorskip("accelerate")
+    model = patch(make("Llama", "sdpa"))
+    config = sequence_parallel.ulysses_config(model, 2, 6)
+    assert (config.sp_size, config.dp_shard_size, config.sp_backend) == (2, 3, "deepspeed")
+    assert config.sp_handler.sp_attn_implementation == model.config._attn_implementation != "sdpa"
+    with pytest.raises(ValueError, match="seq_parallel_size must divide the 4 processes, got 3"):
+        sequence_parallel.ulysses_config(model, 3, 4)
+    batch = dict(input_ids=1, labels=2, position_ids=3, cu_seq_lens_q=4, max_length_q=5)
+    assert sequence_parallel.without_bounds(batch) == dict(input_ids=1, labels=2, position_ids=3)
