@@ -15,6 +15,7 @@ from modify_model import StreamingCache, patch, stream_heads
 from modify_model.cli import tiny
 from spas_attn.published import write_head_table
 from spas_attn.selectors import ByHead, ExactKeys, MeanSimilarity, Streaming
+from spas_attn.selectors.by_head import for_heads
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -171,7 +172,8 @@ def test_parts_of_the_heads_on_ranks() -> None:
     kept = selector.select(q, k, is_causal=True).to_dense()
     for rank in range(2):
         own = slice(4 * rank, 4 * rank + 4), slice(2 * rank, 2 * rank + 2)
-        part = selector.share(rank, 2).select(q[:, own[0]], k[:, own[1]], is_causal=True)
+        heads = tuple(range(8)[own[0]])
+        part = for_heads(selector, heads, 8).select(q[:, own[0]], k[:, own[1]], is_causal=True)
         assert torch.equal(part.to_dense(), kept[:, own[0]])
 
 
