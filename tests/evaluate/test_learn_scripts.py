@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from packed import IGNORED
 from transformers import AutoModelForCausalLM
 
+from autotune.learn import learn
 from modify_model import patch
 from modify_model.cli import tiny
+from modify_model.cli.language import DEMO, load_model, read_texts
 from modify_model.mask_trainer import MASKS
 from spas_attn.published import streaming_heads
 
@@ -55,8 +58,6 @@ def test_the_loss_of_a_packed_row_is_that_of_its_documents() -> None:
             row = torch.tensor([ids])
             total += float(plain(row, labels=row).loss) * (len(ids) - 1)
             count += len(ids) - 1
-        from autotune.learn import learn
-
         model = patch(plain)
         with learn(model, sink_size=64, window=2048):
             loss = model(**packed.collate(packed.pack([(x, x) for x in documents], 1024)), use_cache=False).loss
@@ -302,3 +303,45 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     for option in ("context_window_if_toggled", "mask_learning_rate", "enable_layerwise_sparsity", "load_masks_from"):
         assert f"--{option}" in out
+
+
+@pytest.mark.slow
+def test_the_demo_llama_learns_masks_in_half_a_minute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On two cores. Passkeys from afar tell heads apart; kept heads find them in text that was not trained on."""
+    sizes = [
+        "--num_passkeys",
+        "4",
+        "--passkey_words",
+        "3",
+        "--context_length_min",
+        "512",
+        "--context_length_max",
+        "1024",
+    ]
+    rates = ["--max_steps", "40", "--reg_learning_rate", "0.1", "--end_head_sparsity", "0.5", "--window", "128"]
+    more = ["--use_cpu", "--passkeys", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
+    options = ["--model_name", str(DEMO), "--output_dir", str(tmp_path), *sizes, *rates, *more]
+    began = time.process_time()
+    assert learning.main(learn_masks.__doc__, learn_masks.DEFAULTS, options) == 0
+    assert time.process_time() - began < 120, "a minute on two cores"
+    assert "warning" not in capsys.readouterr().out, "the gates separate"
+
+    lines = (tmp_path / MASKS / "full_attention_heads.tsv").read_text().splitlines()
+    gates = torch.tensor([[float(cell) for cell in line.split()] for line in lines])
+    table = (gates > 0.5).float()
+    assert bool(((gates < 0.1) | (gates > 0.9)).all()) and 0.4 < float(1 - table.mean()) < 0.75
+    model, tokenizer = load_model(DEMO, device="cpu")
+    unseen = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in read_texts(DEMO / "heldout", "unseen")]
+    data = packed.PasskeyData(tokenizer, unseen, packed.Passkeys(4, 3, 512, 1024), 50, seed=9)
+    rows = [packed.collate([data[index]]) for index in (9, 29, 49)]
+    handle = learn(patch(model), window=128)
+
+    @torch.no_grad()
+    def nats(heads: torch.Tensor) -> float:
+        handle.freeze(heads)
+        return sum(float(model(**row, use_cache=False).loss) for row in rows) / len(rows)
+
+    generator = torch.Generator().manual_seed(0)
+    shuffled = [table.flatten()[torch.randperm(12, generator=generator)].view_as(table) for _ in range(3)]
+    dense, learned, random = nats(torch.ones_like(table)), nats(table), [nats(heads) for heads in shuffled]
+    assert learned < dense + 0.1 and learned + 0.3 < sum(random) / 3, (dense, learned, random)
