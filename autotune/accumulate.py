@@ -290,7 +290,9 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call, precision
     assert tuned is not None
     asked = call.replace(pv_threshold=pv, expected_density=tuned.expected_density)
     chosen = plan(asked, selector, backend)
-    backend = chosen.instead_of or backend  # the check is of the sparse kernels, even where dense ones are faster
+    if chosen.instead_of is not None:  # the check is of the sparse kernels, even where dense ones are faster
+        backend = chosen.instead_of
+        chosen = plan(asked, selector, backend)
     left_out = chosen.pv_skip_left_out is not None or not backends.get(chosen.backend).skips_pv
     left_out &= tuned.skips
     anyway = left_out and _skips_anyway(asked, selector, chosen)
