@@ -293,8 +293,7 @@ def add_check(tally: PromptTally, module: SparseAttention, call: Call, precision
     if chosen.instead_of is not None:  # the check is of the sparse kernels, even where dense ones are faster
         backend = chosen.instead_of
         chosen = plan(asked, selector, backend)
-    left_out = chosen.pv_skip_left_out is not None or not backends.get(chosen.backend).skips_pv
-    left_out &= tuned.skips
+    left_out = tuned.skips and (chosen.pv_skip_left_out is not None or not backends.get(chosen.backend).skips_pv)
     anyway = left_out and _skips_anyway(asked, selector, chosen)
     quantised = chosen.precision != "native"
     if left_out and not anyway and (not quantised or chosen.backend == "sdpa"):

@@ -10,12 +10,13 @@ import torch
 from fake_model import activations, exact, tuned
 from torch import Tensor
 
-from autotune import Grid, SparseAttention, partials
+from autotune import Grid, SparseAttention, accumulate, partials
 from autotune.accumulate import BINS, PromptTally, Tally, add_check, add_curves, add_pv_curves
 from autotune.sampling import Sampler
 from spas_attn.backends import triton
 from spas_attn.call import Call
 from spas_attn.kernels import config
+from spas_attn.plan import Plan, plan
 from spas_attn.selectors import MeanSimilarity, TopK, Union
 
 GRID = Grid(cdf=(0.2, 0.6, 0.9), sim=(-1.0, 0.3), pv=(50.0, 6.0, 3.0, 1.5))
@@ -219,11 +220,17 @@ def test_the_check_has_the_sinks_in_both() -> None:
     check(tally.close(0), 1, exact(call.replace(mask=mask)), call, counted(call, 64, list(range(8))))
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_pv_skip_that_does_not_pay_is_checked_all_the_same(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
-    """By the kernel itself, fast at any length; by the reference only where the kernel cannot carry it out."""
+@pytest.mark.parametrize(("fits", "asked"), [(True, "triton"), (True, "auto"), (False, "triton")])
+def test_pv_skip_that_does_not_pay_is_checked_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, fits: bool, asked: str
+) -> None:
+    """By the kernel itself, fast at any length, also where "auto" would take dense attention; by the reference only
+    where the kernel cannot carry it out.
+    """
     call, module, blocks = make(q_len=300, is_causal=True, left=100)
-    module.backend = "triton"
+    module.backend = asked
+    dense = Plan("sdpa", "exact dense attention is faster here", instead_of="triton")
+    monkeypatch.setattr(accumulate, "plan", lambda *given: dense if given[2] == "auto" else plan(*given))
     module.set_thresholds(tuned(threshold=0.98, pv=1.0))
     monkeypatch.setattr(config, "skip_pays", lambda *facts: False)
     if not fits:
