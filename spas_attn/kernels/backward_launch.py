@@ -33,13 +33,14 @@ class Tiles(NamedTuple):
 
 
 # By what q, k and v are held in and the padded head dim; the mask's blocks may make tiles smaller. Measured on an H100
-# (docs/benchmarks/notes.md), save for head dim 256: as in the forward pass, programs of 4 warps share a multiprocessor,
-# and one's exponentials run beside another's matrix products.
+# (docs/benchmarks/notes.md): as in the forward pass, programs of 4 warps share a multiprocessor, and one's exponentials
+# run beside another's matrix products; a limit of registers buys a third program. Tiles of 128 were slower throughout.
 _HOPPER = {
-    ("half", 64): Tiles(Config(64, 64, 4, 2), Config(128, 64, 4, 2)),
+    ("half", 64): Tiles(Config(64, 64, 4, 2), Config(64, 64, 4, 3, 168)),
     ("half", 128): Tiles(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    ("half", 256): Tiles(Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    ("half", 256): Tiles(Config(64, 64, 4, 2), Config(64, 64, 8, 1)),
 }
+# Not measured: compiled by Triton 3.6 for sm_80 and 86.
 _GENERAL = {
     ("half", 64): Tiles(Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
     ("half", 128): Tiles(Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
