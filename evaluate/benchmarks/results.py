@@ -188,7 +188,7 @@ def growth_picture(rows: Sequence[Row], path: Path) -> None:
         label = f"{shown[0].provider} {shown[0].precision}" if shown else name
         label += f", {shown[0].density:.0%} of the blocks" if name == "sparse" and shown else ""
         times.plot(tokens, [row.ms_total for row in shown], "o-", color=colour, ms=4, label=label)
-        memory.plot(tokens, [row.peak_MiB for row in shown], "o-", color=colour, ms=4, label=label)
+        memory.plot(tokens, [row.peak_MiB for row in shown], "o-", color=colour, ms=4)
     tokens = [row.tokens for row in sparse]
     times.plot(tokens, [row.ms_select for row in sparse], "s--", color="tab:orange", ms=4, label="selection alone")
     memory.plot(tokens, [row.lists_MiB for row in sparse], "s--", color="tab:orange", ms=4, label="lists of blocks")
