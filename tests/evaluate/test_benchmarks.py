@@ -153,7 +153,7 @@ def test_table_csv_and_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [path.name for path in sorted(DOCS.glob("*.csv"))])
 def test_published_tables_can_be_read(name: str) -> None:
     rows, card = results.read_csv(DOCS / name), re.findall("h[12]00", name)[0].upper()
-    assert len(rows) > 20 and all(row.spent is not None and f"NVIDIA {card}" in row.device for row in rows)
+    assert len(rows) >= 10 and all(row.spent is not None and f"NVIDIA {card}" in row.device for row in rows)
 
 
 def test_attention_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
