@@ -41,13 +41,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autotune.learn import distillation_loss
-from modify_model import StreamingCache, patch, restore, stream_heads
+from modify_model import patch, restore, stream_heads
 from modify_model.cli import language
 from modify_model.cli.arguments import DTYPES, check_output, sparse_backend, whole
 from modify_model.cli.parallel import guarded
 from modify_model.mask_arguments import MaskTrainingArguments
 from modify_model.mask_trainer import MaskTrainer
-from modify_model.streaming_cache import StreamingLayer
 from spas_attn import fallback_counts
 from spas_attn.selectors import Dense, Streaming
 
@@ -155,7 +154,7 @@ class Study(frontier.Study):
         stream_heads(self.model, ranks, sparsity=sparsity, sink_tokens=sink, local_tokens=window)
         place = f"held {sparsity:g} {sink}+{window}"
         if place not in self.results.settings:
-            self.results.settings[place] = {"share": held(self.model, next(iter(self.judged.values()))[0])}
+            self.results.settings[place] = {"share": results_of.held(self.model, next(iter(self.judged.values()))[0])}
 
     def _patch(self) -> None:
         restore(self.model)
@@ -251,18 +250,6 @@ class Study(frontier.Study):
         return torch.tensor(found, dtype=torch.float64)
 
 
-def held(model: Any, ids: Tensor) -> float:
-    """Entries that a StreamingCache holds after some tokens ``[1, L]``, as a share of a full cache's."""
-    cache = StreamingCache(model)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    held = full = 0
-    for layer in cache.layers:
-        parts = [layer.full, layer.tail] if isinstance(layer, StreamingLayer) else [layer]
-        held += sum(part.keys.shape[1] * part.keys.shape[2] for part in parts)
-        full += sum(part.keys.shape[1] for part in parts) * ids.shape[1]
-    return held / full
-
-
 def evaluate(args: argparse.Namespace, path: Path) -> None:
     """Compute every cell that is missing."""
     names = ("length", "windows", "calibration_windows", "samples", "calibrate_on", "judge_on", "sink_size", "window")
@@ -335,10 +322,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.plot:
         evaluate(args, path)
     data = read(path)
-    shown = results_of.tables(data)
-    print(shown)
+    print(results_of.tables(data))
     if args.page:
-        fill_page(args.page, shown)
+        fill_page(args.page, results_of.tables(data, served=1))
     results_of.picture(data, args.out.with_name(args.out.name + ".png"))
     return 0
 

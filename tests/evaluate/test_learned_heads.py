@@ -53,7 +53,7 @@ def test_memory_is_what_the_cache_holds(length: int, sink: int, window: int) -> 
     ids = torch.randint(3, 259, (1, length), generator=torch.Generator().manual_seed(0))
     stream_heads(model, [[1, 0], [1, 1]], sink_tokens=sink, local_tokens=window)
     with torch.no_grad():
-        assert learned_heads.held(model, ids) == results_of.kv_memory(0.25, sink, window, length)
+        assert results_of.held(model, ids) == results_of.kv_memory(0.25, sink, window, length)
     assert results_of.kv_memory(0.25, sink, window, length) < 0.95
     assert results_of.kv_memory(1.0, 128, 256, 8192) == (128 + 256) / 8192
 
@@ -111,7 +111,11 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert data["settings"]["held 0.5 128+256"]["share"] == results_of.kv_memory(0.5, 128, 256, 1024)
     learned = data["settings"]["learned, distill"]
     assert len(learned["log"]) > 1 and "separate" in learned["separation"]["0.5"]["warning"]  # after two steps
-    assert "| random | 50% | 128 + 256 | 69% |" in shown and "the gates do not separate" in shown
+    assert (
+        "| random | 50% | 128 + 256 | 69% |" in shown
+        and "| learned, distill | 2, " in shown
+        and "the gates do not separate" in shown
+    )
     assert (tmp_path / "study.png").stat().st_size > 10_000
     assert (tmp_path / "study_run" / "masks" / "full_attention_heads.tsv").exists()
     page = tmp_path / "page.md"
