@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autotune import SparseAttention
 from autotune.tuned import FILE_KEYS
@@ -17,6 +18,8 @@ from spas_attn import BlockMask, block_sparse_attention
 from spas_attn.call import Call
 from spas_attn.selectors import ByHead, Dense
 from spas_attn.selectors.by_head import for_heads
+
+_OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # all but cuDNN
 
 
 def of_heads(inner: SparseAttention, places: tuple[int, ...]) -> SparseAttention:
@@ -65,29 +68,34 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     group = heads // k.shape[1]
     if mask is not None and length > 1:
         mask = mask.repeat(1, 1, group, 1)
-    rows = q.reshape(batch, k.shape[1], group * length, -1)
-    if mask is None and _flash_serves(rows):
-        # SDPA would prefer cuDNN on some GPUs, which builds a plan for every new number of keys.
-        out = torch.ops.aten._scaled_dot_product_flash_attention(rows, k, v, scale=scale)[0]
-    else:
-        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+    out = few_rows(q.reshape(batch, k.shape[1], group * length, -1), k, v, mask, scale)
     if mask is not None and length > 1:  # what a row of padding gets differs from kernel to kernel
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
     return out.reshape(batch, heads, length, -1)
 
 
-def _flash_serves(q: Tensor) -> bool:
-    """Whether PyTorch's FlashAttention computes such a call."""
-    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    cuda = torch.backends.cuda
-    return (
-        q.is_cuda and half and cuda.is_flash_attention_available() and cuda.flash_sdp_enabled() and _has_flash(q.device)
-    )
+def few_rows(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """SDPA without cuDNN, which it prefers on some GPUs: cuDNN plans for every new number of keys (40 ms, and 490 ms
+    with a mask, on an H200 with torch 2.11), so in decoding for every token.
+    """
+    if not rows.is_cuda:
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+    if mask is None and _has_flash(rows.device, rows.dtype, rows.shape[-1]):
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention.default(rows, k, v, scale=scale)[0]
+        return out
+    with sdpa_kernel(_OTHERS):
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
 
 
 @functools.cache
-def _has_flash(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def _has_flash(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether PyTorch's FlashAttention computes such calls."""
+    half = dtype in (torch.float16, torch.bfloat16) and dim % 8 == 0 and dim <= 256
+    return (
+        half
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, once: Callable[..., Any]) -> Tensor:

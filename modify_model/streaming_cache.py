@@ -21,11 +21,11 @@ from autotune.module import sparse_modules, transformers_of
 from spas_attn import block_sparse_attention
 from spas_attn.call import Call
 from spas_attn.selectors import ByHead, Streaming
-from spas_attn.selectors.by_head import for_heads, head_index
+from spas_attn.selectors.by_head import for_heads
 
 from .families import find_family
 from .masks import SHORTEST, PreparedMask
-from .streaming_attention import allowed, causal, grouped, of_all_heads, of_heads
+from .streaming_attention import allowed, causal, few_rows, grouped, of_all_heads, of_heads
 from .streaming_store import Store, Tail
 
 WRONG_ATTENTION = (
@@ -160,7 +160,7 @@ class StreamingLayer(CacheLayerMixin):
         self.in_order = self.order == tuple(range(heads))
         self.attention = of_heads(inner, self.queries[0]) if self.queries[0] else None
         self.rule: Streaming = for_heads(selector.streaming, self.queries[1], heads)  # type: ignore[assignment]
-        self.full, self.tail = Store(), Tail(self.rule)
+        self.full, self.tail = Store(self.kv[0]), Tail(self.rule, self.kv[1])
         self.tokens, self.record_past = 0, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamingLayer:
@@ -174,6 +174,7 @@ class StreamingLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.places = [torch.tensor(x, device=self.device) for x in (self.order, self.inverse)]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Take the keys and values of new tokens ``[B, Hkv, L, D]``; returns what only a patched layer can use."""
@@ -186,8 +187,8 @@ class StreamingLayer(CacheLayerMixin):
             raise ValueError("a StreamingCache carries no gradients: call the model under torch.no_grad()")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.full.append(key_states, value_states, self.kv[0])
-        self.tail.append(key_states, value_states, self.kv[1])
+        self.full.append(key_states, value_states)
+        self.tail.append(key_states, value_states)
         self.tokens += key_states.shape[2]
         return Handed(self), Handed(self)
 
@@ -210,7 +211,7 @@ class StreamingLayer(CacheLayerMixin):
         return self.full.nbytes + self.tail.nbytes
 
     def reset(self) -> None:
-        self.full, self.tail, self.tokens = Store(), Tail(self.rule), 0
+        self.full, self.tail, self.tokens = Store(self.kv[0]), Tail(self.rule, self.kv[1]), 0
         self.is_initialized = False
         self.shared.clear()
 
@@ -269,6 +270,9 @@ class StreamingLayer(CacheLayerMixin):
         Returns:
             ``[B, Hq, Lq, D]``.
         """
+        last = self.tokens - 1
+        if mask is None and query.shape[2] == 1 and self.tail.is_all(last, last):
+            return self._step(query, scale)
         forward = (mask, self.tokens, query.shape[2], query.device)
 
         def once(key: Any, make: Callable[[], Any]) -> Any:
@@ -281,13 +285,27 @@ class StreamingLayer(CacheLayerMixin):
             keys = None if seen is None else seen[:, 0, -1]
         self.tail.look(keys, lambda make: once("first", make))
         full = len(self.queries[0])
-        q = query if self.in_order else query.index_select(1, head_index(self.order, query.device))
+        q = query if self.in_order else query.index_select(1, self.places[0])
         parts = [] if self.attention is None else [self._full(q[:, :full], seen, scale, once)]
         parts.append(self._streaming(q[:, full:], seen, scale, once))
         if not self.record_past:
             self.tail.leave_out()
         out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return out if self.in_order else out.index_select(1, head_index(self.inverse, out.device))
+        return out if self.in_order else out.index_select(1, self.places[1])
+
+    def _step(self, query: Tensor, scale: float) -> Tensor:
+        """One token, for which every head sees all keys held: few operations, as these are host time."""
+        batch, heads, _, dim = query.shape
+        q = query if self.in_order else query.index_select(1, self.places[0])
+        q, full, tail = q.reshape(batch, -1, self.group, dim), self.full, self.tail
+        count = len(full.places)
+        out = few_rows(q[:, count:], tail.keys, tail.values, None, scale)
+        if count:
+            out = torch.cat((few_rows(q[:, :count], full.keys, full.values, None, scale), out), 1)
+        if not self.record_past:
+            tail.leave_out()
+        out = out.reshape(batch, heads, 1, dim)
+        return out if self.in_order else out.index_select(1, self.places[1])
 
     def _full(self, q: Tensor, seen: Tensor | None, scale: float, once: Callable[..., Any]) -> Tensor:
         k, v = self.full.keys, self.full.values

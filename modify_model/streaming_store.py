@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from spas_attn.selectors import Streaming
-from spas_attn.selectors.by_head import head_index, pick
 
 ROOM = 256  # tokens that a buffer has room for beyond those it is made for: growing copies all of it
 
 
 class Store:
-    """Keys and values of some heads of one layer, each ``[B, H, length, D]``."""
+    """Keys and values of the KV heads ``places`` (in rising order) of one layer, each ``[B, H, length, D]``."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: tuple[int, ...]) -> None:
+        self.places = places
+        first, last = (places[0], places[-1] + 1) if places else (0, 0)
+        self._adjacent = slice(first, last) if last - first == len(places) else None  # a view is enough
         self._buffers: list[Tensor] = []
         self.length = 0
 
@@ -33,19 +35,20 @@ class Store:
         """Memory of the buffers, in bytes."""
         return sum(x.nbytes for x in self._buffers)
 
-    def append(self, keys: Tensor, values: Tensor, places: tuple[int, ...]) -> None:
-        """Take the heads at ``places``, in rising order, of new keys and values ``[B, Hkv, L, D]``."""
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Take this store's heads of new keys and values ``[B, Hkv, L, D]``."""
         end, new = self.length + keys.shape[2], (keys, values)
         if not self._buffers:
-            self._buffers = [x.new_empty(x.shape[0], len(places), end + ROOM, x.shape[-1]) for x in new]
+            self._buffers = [x.new_empty(x.shape[0], len(self.places), end + ROOM, x.shape[-1]) for x in new]
+            self._index = torch.tensor(self.places, dtype=torch.long, device=keys.device)
         elif end > self._buffers[0].shape[2]:
             self.keep([slice(0, self.length)], end - self.length)
         for buffer, x in zip(self._buffers, new, strict=True):
             target = buffer[:, :, self.length : end]
-            if not places or places[-1] - places[0] == len(places) - 1:  # a view is enough
-                target.copy_(pick(x, places) if places else x[:, :0])
+            if self._adjacent is None:
+                torch.index_select(x, 1, self._index, out=target)
             else:
-                torch.index_select(x, 1, head_index(places, x.device), out=target)
+                target.copy_(x[:, self._adjacent])
         self.length = end
 
     def keep(self, columns: list[slice | Tensor], more: int = 0) -> None:
@@ -106,8 +109,8 @@ class Tail(Store):
         width: columns of the sink, where something is.
     """
 
-    def __init__(self, rule: Streaming) -> None:
-        super().__init__()
+    def __init__(self, rule: Streaming, places: tuple[int, ...]) -> None:
+        super().__init__(places)
         self.rule, self.tokens = rule, 0
         self.begin: int | None = None
         self.width = self._least = self._most = rule.sink_end()  # where the rows' sinks end
@@ -119,8 +122,8 @@ class Tail(Store):
         """All that :meth:`rows` and :meth:`held` depend on beside what a forward's layers have in common."""
         return (*(value for value in vars(self.rule).values()), self.begin, self.length, self._buffers[0].device)
 
-    def append(self, keys: Tensor, values: Tensor, places: tuple[int, ...]) -> None:
-        super().append(keys, values, places)
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        super().append(keys, values)
         self.tokens += keys.shape[2]
 
     def look(self, seen: Tensor | None, firsts: Callable[[Callable[[], list[int]]], list[int]]) -> None:
@@ -183,6 +186,14 @@ class Tail(Store):
         held = seen.gather(1, position.clamp(max=self.tokens - 1).expand(len(seen), -1))
         return held if self._sinks is None else held & self._once(position, 0)
 
+    def is_all(self, first: int, last: int) -> bool:
+        """Whether rows at these positions, of which none is padded, see all columns before them."""
+        if self._sinks is not None or not self._looked:
+            return False
+        if self.begin is None:
+            return self._window(first) <= self.width
+        return self._window(last) <= self.begin
+
     def rows(self, seen: Tensor | None, past: int, count: int, device: torch.device) -> Tensor | None:
         """Which of the columns held up to the last row some rows see.
 
@@ -195,8 +206,7 @@ class Tail(Store):
         """
         starts = [self._window(position) for position in range(past, past + count)]
         end = past + count
-        exact = starts[0] <= self.width if self.begin is None else starts[-1] <= self.begin
-        if count == 1 and self._sinks is None and exact and seen is None:
+        if count == 1 and seen is None and self.is_all(past, past):
             return None
         position = (
             torch.arange(end, device=device)[None] if self.begin is None else self._positions(end - self.begin, device)
