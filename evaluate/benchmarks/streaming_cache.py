@@ -7,9 +7,9 @@
 Weights are random, vocabulary and depth are cut: the table says how many layers ran, and nothing is extrapolated. Full
 heads run dense, so what is saved is the streaming heads' alone. `kv_MiB`: keys and values after the prompt and the new
 tokens; `peak_MiB`: most memory beyond the weights, of the whole prompt at once and in chunks; `token_ms`: wall time of
-a decoding step (of these layers, greedy, batch 1), `tokens_per_s` the same as a rate. `streaming` 0% is the unpatched
-model with a DynamicCache, which copies itself for every token; the row of 12.5% shows what buffers with room save.
-OUT.json is written after every row; times are medians.
+a decoding step (of these layers, greedy, batch 1; cuDNN is switched off), `tokens_per_s` the same as a rate,
+`token_gpu_ms` its kernels alone. `streaming` 0% is the unpatched model with a DynamicCache, which copies itself for
+every token; the row of 12.5% shows what buffers with room save. OUT.json is written after every row; times are medians.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _LONG = 65536  # tokens; longer prompts are run once, after a first run
 COLUMNS = {
     "tokens": ",", "streaming": ".1%", "kv_MiB": ".1f", "kv_share": ".1%", "prefill_ms": ".1f",
     "prefill_peak_MiB": ".0f",
-    "chunked_ms": ".1f", "chunked_peak_MiB": ".0f", "token_ms": ".3f", "tokens_per_s": ".1f", "error": "",
+    "chunked_ms": ".1f", "chunked_peak_MiB": ".0f", "token_ms": ".3f", "tokens_per_s": ".1f", "token_gpu_ms": ".3f",
+    "error": "",
 }  # fmt: skip
 
 
@@ -143,12 +144,24 @@ class Benchmark:
                     token = self.model(token, past_key_values=cache).logits.argmax(-1)
                 self._wait()
                 times.append(1e3 * (time.perf_counter() - began) / self.new)
+            on_gpu = self._on_gpu(cache, token)
         ms = statistics.median(times)
         if isinstance(cache, StreamingCache):
             size = cache.nbytes
         else:
             size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        return {"token_ms": ms, "tokens_per_s": 1e3 / ms, "kv_MiB": size / 2**20}
+        return {"token_ms": ms, "tokens_per_s": 1e3 / ms, "token_gpu_ms": on_gpu, "kv_MiB": size / 2**20}
+
+    def _on_gpu(self, cache: Any, token: Tensor, steps: int = 4) -> float | None:
+        """Milliseconds of a decoding step's kernels together, which no busy host makes longer."""
+        if self.device.type != "cuda":
+            return None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(steps):
+                self.model(token, past_key_values=cache)
+            self._wait()
+        kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(float(event.time_range.elapsed_us()) for event in kernels) / steps / 1e3
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
