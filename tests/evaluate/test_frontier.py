@@ -37,13 +37,14 @@ def call(length: int = 700, seed: int = 0) -> Call:
 def test_curves_are_those_of_a_calibration() -> None:
     selectors: dict[str, Selector] = {"a": MeanSimilarity(pool=8, **SMALL), "b": ExactKeys(pool=32, **SMALL)}
     group = {name: (selector, selector.candidates) for name, selector in selectors.items()}
-    both, blocks = PromptTally(4, 58), [0, 3, 7, 10]
+    counts = [len(selector.candidates) for selector in selectors.values()]
+    both, blocks = PromptTally(4, sum(counts)), [0, 3, 7, 10]
     curves.add(both, group, call(), blocks)
     together = both.close(0)
     for at, selector in enumerate(selectors.values()):
-        alone = PromptTally(4, 29)
+        alone = PromptTally(4, counts[at])
         add_curves(alone, SparseAttention(selector=selector), call(), Grid(), blocks)
-        expected, part = alone.close(0), slice(29 * at, 29 * at + 29)
+        expected, part = alone.close(0), slice(sum(counts[:at]), sum(counts[: at + 1]))
         for of in (mean_error, tail_error, type(expected).density):
             assert torch.equal(of(together)[:, part], of(expected))
         assert expected.density().min() < 0.6 and mean_error(expected).max() > 0.1
