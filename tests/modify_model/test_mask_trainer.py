@@ -267,7 +267,8 @@ def test_wrong_models(tmp_path: Path) -> None:
     assert not any("gates" in name for name, _ in made.model.named_modules())
 
 
-@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_two_processes_learn_what_one_does(kind: str, tmp_path: Path) -> None:
     """Two ranks with a row each, one with both; FSDP2 shards the weights, and goes on from its own checkpoint."""
     alone = trainer(tmp_path / "one", per_device_train_batch_size=2, **SHARED)
