@@ -72,9 +72,9 @@ class TransformersFamily(Family):
 
     # Small blocks, and every 16th query against exact keys: on a published model at 8,192 tokens 74% of the blocks left
     # out at +0.3% perplexity where pooled keys (pool 8) have 62 to 67%, and cheaper to select
-    # (docs/benchmarks/smollm2.md).
+    # (docs/benchmarks/smollm2.md). The threshold is what a calibration finds for half of the heads at 70%.
     def defaults(self) -> dict[str, Any]:
-        return {"selector": ExactKeys(pool=16, queries="sample", rank="peak", block_q=64, block_k=64)}
+        return {"selector": ExactKeys(0.995, pool=16, queries="sample", rank="peak", block_q=64, block_k=64)}
 
     def switch(self, model: nn.Module, on: bool, dense_steps: tuple[float, float] | None = None) -> None:
         for config in self._configs(model):

@@ -182,7 +182,7 @@ def selector_of(args: argparse.Namespace, usual: Selector) -> Selector:
         default = ExactKeys.pool if rule is ExactKeys else 8
         fields["pool"] = args.pool or (getattr(usual, "pool", default) if alike else default)
         if rule is ExactKeys and alike:
-            fields |= {name: getattr(usual, name) for name in ("queries", "rank")}
+            fields |= {name: getattr(usual, name) for name in ("cdf_threshold", "queries", "rank")}
     elif args.pool:
         raise ValueError(f"--pool belongs to the selectors that score means of sub-blocks, not to {rule.__name__}")
     if rule is MInference:

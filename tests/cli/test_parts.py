@@ -37,10 +37,10 @@ def set_thresholds(pipe: Any, threshold: float) -> None:
 
 
 def test_a_selector_keeps_what_the_arguments_leave_out() -> None:
-    usual = ExactKeys(pool=16, queries="sample", rank="peak", block_q=64, block_k=64)
+    usual = ExactKeys(0.995, pool=16, queries="sample", rank="peak", block_q=64, block_k=64)
     assert selector_of(argparse.Namespace(selector=None, block=None, pool=None), usual) == usual
     named = selector_of(argparse.Namespace(selector="exactkeys", block=128, pool=32), usual)
-    assert named == ExactKeys(pool=32, queries="sample", rank="peak")
+    assert named == ExactKeys(0.995, pool=32, queries="sample", rank="peak")
     other = selector_of(argparse.Namespace(selector="exactkeys", block=None, pool=None), MeanSimilarity(pool=8))
     assert other == ExactKeys()
 
