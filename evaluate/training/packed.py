@@ -224,6 +224,8 @@ class PasskeyData(Dataset[Row]):
         return self.count
 
     def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < self.count:  # also what ends an iteration
+            raise IndexError(f"index must be from 0 to {self.count - 1}, got {index}")
         number, words, shortest, longest = self.size
         length = shortest + round((longest - shortest) * (index % PASSKEY_LENGTHS) / (PASSKEY_LENGTHS - 1))
         rng = random.Random(f"passkeys {self.seed} {index}")
