@@ -317,9 +317,10 @@ def test_a_window_is_the_same_for_all_providers() -> None:
 def test_blocks_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **given: compiled.append((block, given)))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     case = replace(STEPS["FLUX.1-dev"].tiny(), compiled=True)
-    (setup,) = case.setups(torch.device("cpu"), torch.float32, options(densities=[0.5], all_layers=True))
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would take the setting away at its end
+        (setup,) = case.setups(torch.device("cpu"), torch.float32, options(densities=[0.5], all_layers=True))
+        assert torch._dynamo.config.recompile_limit > 8
     model = setup.model
     blocks = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
     assert compiled == [(block, {"fullgraph": True}) for block in blocks]
