@@ -27,7 +27,7 @@ from spas_attn.traced import constant_when_traced
 from .families import count_dense_call
 from .masks import COMPILED_PATTERN, SHORTEST, PreparedMask, chunks_of, prepare_mask
 from .sequence_parallel import AROUND_ANOTHER, share_of, whole_mask
-from .streaming_cache import Handed, StreamingLayer
+from .streaming_layer import Handed, StreamingLayer
 
 NAME = "spas_attn"
 PREFIX = "spas_attn_"

@@ -14,7 +14,7 @@ from retrieval import PAIRS
 from torch import Tensor
 
 from modify_model import StreamingCache
-from modify_model.streaming_cache import StreamingLayer
+from modify_model.streaming_layer import StreamingLayer
 
 Row = dict[str, Any]
 DENSE = "dense"

@@ -17,7 +17,7 @@ from autotune import enable_tune_mode
 from autotune.module import sparse_modules
 from modify_model import StreamingCache, patch, restore, stream_heads
 from modify_model.cli import tiny
-from modify_model.streaming_cache import StreamingLayer
+from modify_model.streaming_layer import StreamingLayer
 from spas_attn.selectors import ByHead, ExactKeys, MeanSimilarity, Streaming, TopK
 
 pytestmark = pytest.mark.usefixtures("no_grad")
