@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +45,13 @@ class Separation:
 
     def __str__(self) -> str:
         levels = ", ".join(f"{level:.0%} {value:.2f}" for level, value in self.quantiles.items())
-        text = f"gates at sparsity {self.sparsity:.0%}: quantiles {levels}; gap {self.gap:.2f}"
+        text = f"gates at sparsity {self.sparsity:.0%}: quantiles {levels}"
+        text += "" if math.isnan(self.gap) else f"; gap {self.gap:.2f}"
         return text if self.warning is None else f"{text}\nwarning: {self.warning}"
 
 
 def _warning(gap: float, undecided: float, sparsity: float) -> str | None:
-    if gap != gap:
+    if math.isnan(gap):
         kind = "streams" if sparsity < 0.5 else "is full"
         return f"no head {kind} at sparsity {sparsity:.0%}: the gates have chosen nothing yet"
     if gap < LEAST_GAP:
