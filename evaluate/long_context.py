@@ -42,7 +42,7 @@ from tqdm import tqdm
 import autotune
 from modify_model import patch, restore
 from modify_model.cli import language
-from modify_model.cli.arguments import DTYPES, check_output, sparse_backend, whole
+from modify_model.cli.arguments import DTYPES, sparse_backend, whole
 from modify_model.cli.parallel import guarded
 from spas_attn import fallback_counts
 
@@ -276,11 +276,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Everything after the arguments."""
-    path = args.out.with_name(args.out.name + ".json")
-    check_output("out", str(path))
-    if not args.plot:
-        evaluate(args, path)
-    data = long_results.read(path)
+    data = long_results.stored(args, evaluate)
     print(long_results.table(data["cells"]))
     long_results.picture(data, args.out.with_name(args.out.name + ".png"))
     if args.page:

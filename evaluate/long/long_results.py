@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from long_tasks import RETRIEVAL
+
+from modify_model.cli.arguments import check_output
 
 Row = dict[str, Any]
 SOLVED = 0.8  # a task whose dense score is lower says nothing about a sparse method
@@ -56,6 +59,19 @@ class Results:
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         beside.replace(self.path)
+
+
+def stored(args: argparse.Namespace, evaluate: Callable[[argparse.Namespace, Path], None]) -> Row:
+    """What stands in the JSON file of ``args.out``, after what is left to do (with ``args.plot`` nothing is done).
+
+    Args:
+        evaluate: goes on with the evaluation and writes the file, whose path it gets.
+    """
+    path = args.out.with_name(args.out.name + ".json")
+    check_output("out", str(path))
+    if not args.plot:
+        evaluate(args, path)
+    return read(path)
 
 
 def read(path: Path) -> Row:

@@ -77,7 +77,7 @@ def samples(task: str, material: Material, length: int, count: int, seed: int = 
 
 def _needles(material: Material, length: int, depth: float, rng: random.Random, count: int) -> Sample:
     """Sentences ``The secret number of <key> is <number>.`` in prose; the end asks for the number of one of them."""
-    keys = _names(rng, count)
+    keys = made_up_names(rng, count)
     sentences = [_sentence(material, f"\nThe secret number of {key} is", _number(rng), ".\n") for key in keys]
     depths = [depth, *(rng.uniform(0.02, 0.98) for _ in keys[1:])]
     question = material.encode(f"\nThe secret number of {keys[0]} is")
@@ -92,7 +92,7 @@ def _pairs(material: Material, length: int, depth: float, rng: random.Random, co
     question_of = "\n{}:".format
     room = length - len(material.begin) - 64
     lines: list[Parts] = []
-    names, used = _names(rng, count), 0
+    names, used = made_up_names(rng, count), 0
     for name in names:
         line = _sentence(material, question_of(name), _number(rng), "")
         used += sum(map(len, line))
@@ -111,7 +111,7 @@ def _pairs(material: Material, length: int, depth: float, rng: random.Random, co
 
 def _copy(material: Material, length: int, depth: float, rng: random.Random, count: int) -> Sample:
     """A passage of made-up words in prose; the end shows its first words and asks for those that follow."""
-    words = [list(material.encode(f" {name}")) for name in _names(rng, PASSAGE)]
+    words = [list(material.encode(f" {name}")) for name in made_up_names(rng, PASSAGE)]
     opening = list(material.encode("\nThe list of words:"))
     flat = [opening, *words]
     question = [token for part in flat[: 1 + SHOWN] for token in part]
@@ -149,7 +149,7 @@ def _sentence(material: Material, before: str, answer: str, after: str) -> Parts
     return material.encode(before), material.encode(answer), material.encode(after)
 
 
-def _names(rng: random.Random, count: int) -> list[str]:
+def made_up_names(rng: random.Random, count: int) -> list[str]:
     """Different made-up names, no two with the same first five letters."""
     names: dict[str, str] = {}
     while len(names) < count:

@@ -31,7 +31,7 @@ import long_methods
 import torch
 import torch.nn.functional as F
 from frontier_settings import SETTINGS
-from long_results import MARKERS, Results, Row, read
+from long_results import MARKERS, Results, Row, stored
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -39,7 +39,7 @@ import autotune
 from autotune.module import sparse_modules
 from modify_model import patch, restore
 from modify_model.cli import language
-from modify_model.cli.arguments import check_output, sparse_backend, whole
+from modify_model.cli.arguments import sparse_backend, whole
 from modify_model.cli.parallel import guarded
 from spas_attn import sparse_attention
 from spas_attn.call import Call
@@ -295,13 +295,9 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Everything after the arguments."""
-    path = args.out.with_name(args.out.name + ".json")
-    check_output("out", str(path))
-    if not args.plot:
-        evaluate(args, path)
-    data = read(path)
+    data = stored(args, evaluate)
     print(table(data))
-    picture(data, path.with_suffix(".png"))
+    picture(data, args.out.with_name(args.out.name + ".png"))
     return 0
 
 

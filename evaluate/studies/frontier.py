@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from curves import Curves
 from frontier_results import DENSE, Row
 from frontier_settings import SETTINGS, Setting
-from long_results import Results, fill_page, read
+from long_results import Results, fill_page, stored
 from long_tasks import RETRIEVAL, Material, samples
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,7 +45,7 @@ import autotune
 from autotune.module import DEFAULT_L1, DEFAULT_TAIL
 from modify_model import patch, restore
 from modify_model.cli import language
-from modify_model.cli.arguments import DTYPES, check_output, sparse_backend, whole
+from modify_model.cli.arguments import DTYPES, sparse_backend, whole
 from modify_model.cli.parallel import guarded
 from spas_attn import fallback_counts
 
@@ -305,11 +305,7 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Everything after the arguments."""
-    path = args.out.with_name(args.out.name + ".json")
-    check_output("out", str(path))
-    if not args.plot:
-        evaluate(args, path)
-    data = read(path)
+    data = stored(args, evaluate)
     shown = frontier_results.tables(data)
     print(frontier_results.points(data), shown, sep="\n\n")
     if args.page:

@@ -36,12 +36,12 @@ from clips import DEMO
 from curves import Curves
 from frontier_results import RESAMPLES, SEED, limits
 from frontier_settings import VIDEO
-from long_results import Results, Row, read
+from long_results import Results, Row, stored
 from prompts import PROMPTS
 from torch import Tensor
 
 from modify_model import patch, restore
-from modify_model.cli.arguments import check_output, sparse_backend, whole
+from modify_model.cli.arguments import sparse_backend, whole
 from modify_model.cli.compare import Densities
 from modify_model.cli.parallel import guarded
 from spas_attn.metrics import psnr
@@ -211,11 +211,7 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Everything after the arguments."""
-    path = args.out.with_name(args.out.name + ".json")
-    check_output("out", str(path))
-    if not args.plot:
-        evaluate(args, path)
-    print(summary(read(path)))
+    print(summary(stored(args, evaluate)))
     return 0
 
 

@@ -34,7 +34,7 @@ import packed
 import torch
 from frontier_settings import Setting
 from learned_heads_results import BLOCK, DENSE
-from long_results import Results, Row, fill_page, read
+from long_results import Results, Row, fill_page, stored
 from long_tasks import Material, samples
 from retrieval import DEPTHS, TASKS, prompts
 from torch import Tensor
@@ -43,7 +43,7 @@ from tqdm import tqdm
 from autotune.learn import distillation_loss
 from modify_model import patch, restore, stream_heads
 from modify_model.cli import language
-from modify_model.cli.arguments import DTYPES, check_output, sparse_backend, whole
+from modify_model.cli.arguments import DTYPES, sparse_backend, whole
 from modify_model.cli.parallel import guarded
 from modify_model.mask_arguments import MaskTrainingArguments
 from modify_model.mask_trainer import MaskTrainer
@@ -317,11 +317,7 @@ def read_arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Everything after the arguments."""
-    path = args.out.with_name(args.out.name + ".json")
-    check_output("out", str(path))
-    if not args.plot:
-        evaluate(args, path)
-    data = read(path)
+    data = stored(args, evaluate)
     print(results_of.tables(data))
     if args.page:
         fill_page(args.page, results_of.tables(data, served=1))

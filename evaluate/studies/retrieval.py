@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from long_tasks import Material, Sample
-from texts import made_up_name
+from long_tasks import Material, Sample, made_up_names
 
 PAIRS = {"json 2": 2, "json 4": 4}  # tasks with a JSON object of so many pairs
 TASKS = (*PAIRS, "passkey")
@@ -45,7 +44,7 @@ def prompts(task: str, material: Material, length: int, count: int, seed: int = 
 
 def _object(encode: Callable[[str], Part], pairs: int, rng: random.Random) -> tuple[Part, Part, Part, Part]:
     """Tokens before the answer, the answer, those after it, and the question: each part is encoded by itself."""
-    keys = _names(rng, pairs)
+    keys = made_up_names(rng, pairs)
     items = [(encode(f'"{key}": "'), encode(_number(rng)), encode('", ')) for key in keys]
     chosen = rng.randrange(pairs)
     opening = encode("\n{")
@@ -62,12 +61,3 @@ def _pass_key(encode: Callable[[str], Part], pairs: int, rng: random.Random) -> 
 
 def _number(rng: random.Random) -> str:
     return "".join(rng.choices("0123456789", k=DIGITS))
-
-
-def _names(rng: random.Random, count: int) -> list[str]:
-    """Different made-up names, no two with the same first five letters."""
-    names: dict[str, str] = {}
-    while len(names) < count:
-        name = made_up_name(rng).replace("_", "").lower()
-        names.setdefault(name[:5], name)
-    return list(names.values())

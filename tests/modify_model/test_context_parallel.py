@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from two_ranks import outputs_of_two_ranks
 
 from modify_model.context_parallel import Exchange, exchange_for
 
@@ -70,7 +68,6 @@ for name in names:
     print("right", name)
 dist.destroy_process_group()
 """
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -78,17 +75,7 @@ def test_equals_one_device(kind: str, tmp_path: Path) -> None:
     if kind == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     names = ["Wan", "Flux", "QwenImage", "LTX-Video"]
-    paths = [str(ROOT), str(ROOT / "tests" / "modify_model"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path), kind, str(rank), *names], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    assert all(process.returncode == 0 for process in ranks), "\n".join(output[-1500:] for output in outputs)
+    outputs = outputs_of_two_ranks(WORKER, [str(tmp_path), kind], names)
     assert all(f"right {name}" in output for name in names for output in outputs)
 
 

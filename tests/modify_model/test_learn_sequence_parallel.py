@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from two_ranks import outputs_of_two_ranks
 
 WORKER = """
 import sys
@@ -71,23 +70,8 @@ dist.barrier()
 dist.destroy_process_group()
 print("right")
 """
-ROOT = Path(__file__).parents[2]
 
 
 def test_gates_of_two_ranks_are_those_of_one_device(tmp_path: Path) -> None:
-    paths = [str(ROOT), str(ROOT / "tests" / "modify_model")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path), str(rank)], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert all(process.returncode == 0 for process in ranks), "\n".join(output[-2500:] for output in outputs)
+    outputs = outputs_of_two_ranks(WORKER, [str(tmp_path)])
     assert all("right" in output for output in outputs)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_transformers import make
+from two_ranks import outputs_of_two_ranks
 
 from modify_model import patch, sequence_parallel
 
@@ -125,26 +123,10 @@ if not real:
 print("right")
 dist.destroy_process_group()
 """
-ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, kind: str, which: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    paths = [str(ROOT), str(ROOT / "tests" / "modify_model"), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(folder), kind, str(rank), which], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert all(process.returncode == 0 for process in ranks), "\n".join(output[:4000] for output in outputs)
+    outputs = outputs_of_two_ranks(WORKER, [str(folder), kind], [which])
     assert all("right" in output for output in outputs)
 
 
