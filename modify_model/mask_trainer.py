@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from autotune.learn import Learning, Regulariser, SparsityTarget, distillation_loss, layerwise_targets, learn
 from autotune.ulysses import deepspeed_ranks, mean_over_parts
-from spas_attn.published import streaming_heads, write_head_table
+from spas_attn.published import full_heads, write_head_table
 
 from .mask_arguments import MaskTrainingArguments
 from .sequence_parallel import ulysses_config, without_bounds
@@ -262,13 +262,9 @@ def _begin(
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Load masks, freeze weights, make the multipliers part of the model; returns gates and multipliers to train."""
     if args.load_masks_from is not None:
-        # KV heads are what the table has; sizes of the branches come from the options.
-        heads = len(learning.gates[0].log_alpha)
-        rows = streaming_heads(
-            args.load_masks_from, query_heads=heads, sparsity=args.load_masks_sparsity, layers=len(learning.gates),
-            sink_tokens=0, local_tokens=0,
-        )  # fmt: skip
-        table = torch.stack([torch.as_tensor(row.dense_heads) for row in rows]).float()
+        layers, heads = len(learning.gates), len(learning.gates[0].log_alpha)
+        full = full_heads(args.load_masks_from, sparsity=args.load_masks_sparsity, layers=layers, kv_heads=heads)
+        table = full.float()
         if args.freeze_mask_parameters:
             learning.freeze(table)
             return [], []
